@@ -1,0 +1,735 @@
+"""The `hf_moe` architecture. A forward pass reads top to bottom: router, experts, block, decoder layer, model, heads.
+
+Attention, norms and rotary embedding are Qwen3-MoE's, so that the host's fixes arrive here; what is ours is the MoE.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations.moe import use_experts_implementation
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeMLP,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .checkpoint_layout import VerifiedCheckpointMixin, register_conversion_mapping
+from .configuration_hf_moe import HfMoeConfig
+from .losses import GlobalBatchCounts, count_assignments, load_balancing_loss, router_z_loss
+from .routing import (
+    RouterOutput,
+    RoutingDecision,
+    choose_all,
+    choose_tokens,
+    choose_top_k,
+    choose_top_p,
+    drop_over_capacity,
+    expert_capacity,
+    pack_assignments,
+    slot_weights,
+)
+
+
+class HfMoeAttention(Qwen3MoeAttention):
+    """Grouped-query attention; `use_qk_norm=False` leaves out the norm of queries and keys."""
+
+    def __init__(self, config: HfMoeConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = config.is_causal
+        if not config.use_qk_norm:
+            self.q_norm = nn.Identity()
+            self.k_norm = nn.Identity()
+
+
+class HfMoeMLP(Qwen3MoeMLP):
+    """Dense gated MLP: a dense layer, or the shared experts as one."""
+
+
+class HfMoeRMSNorm(Qwen3MoeRMSNorm):
+    """RMSNorm in float32."""
+
+
+class HfMoeRotaryEmbedding(Qwen3MoeRotaryEmbedding):
+    """Rotary position embedding, with all of the host's `rope_parameters`."""
+
+
+class HfMoeRouter(nn.Module):
+    """Scores the experts for each token and chooses; computes in float32 (float64 for float64 input).
+
+    The weight is a bare parameter, not a Linear: adapters that target every Linear leave it alone.
+    """
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__()
+        self.config = config
+        self.num_experts = config.num_experts
+        self.top_k = config.num_experts if config.routing in ("dense", "expert_choice") else config.num_experts_per_tok
+        num_choices = config.num_experts + config.num_null_experts
+        self.weight = nn.Parameter(torch.empty(num_choices, config.hidden_size))
+        if config.router_bias:
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(num_choices, dtype=torch.float32))
+        else:
+            self.e_score_correction_bias = None
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> RouterOutput:
+        """Route tokens.
+
+        Args:
+            hidden_states: `[T, H]` (leading dimensions are flattened).
+            token_mask: `[T]`, False for padding, which then takes no capacity and is chosen by no expert.
+        """
+        router_logits = self._logits(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        scores = router_logits.softmax(-1) if self.config.router_scoring == "softmax" else router_logits.sigmoid()
+        choice = self._choose(scores, token_mask)
+        weights, index = slot_weights(
+            scores,
+            choice,
+            self.num_experts,
+            # all the probabilities add up to 1 already
+            normalize=self.config.norm_topk_prob
+            and not (self.config.routing == "dense" and self.config.router_scoring == "softmax"),
+            scale=self.config.routed_scaling_factor,
+            epsilon=1e-20 if self.config.router_scoring == "sigmoid" else 0.0,
+        )
+        if self.training and self.config.capacity_factor is not None and self.config.routing != "expert_choice":
+            capacity = self.capacity(scores.shape[0])
+            weights, index = drop_over_capacity(
+                weights, index, self.num_experts, capacity, self.config.drop_policy, token_mask
+            )
+        return RouterOutput(router_logits, weights, index, RoutingDecision(router_logits, scores, choice))
+
+    def capacity(self, num_tokens: int) -> int:
+        """Assignments that an expert may take of `num_tokens` tokens."""
+        factor = 1.0 if self.config.capacity_factor is None else self.config.capacity_factor
+        return expert_capacity(num_tokens, self.config.num_experts_per_tok, self.num_experts, factor)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        # float32 also under autocast: bf16 ties and rounding change the choice
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        hidden_states = hidden_states.to(dtype)
+        noise = self.config.router_jitter_noise
+        if self.training and noise > 0:
+            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - noise, 1 + noise)
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states, self.weight.to(dtype))
+
+    def _choose(self, scores: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Ids `[T, K]` in `[0, X]`; the choice itself has no gradient, the weights have."""
+        scores, config = scores.detach(), self.config
+        if config.routing == "dense":
+            return choose_all(scores)
+        if config.routing == "top_p":
+            return choose_top_p(scores, config.num_experts_per_tok, config.router_top_p)
+        if config.routing == "expert_choice":
+            return choose_tokens(scores, min(scores.shape[0], self.capacity(scores.shape[0])), token_mask)
+        return choose_top_k(
+            scores,
+            config.num_experts_per_tok,
+            self.e_score_correction_bias,
+            config.n_group,
+            config.topk_group,
+            best_per_group=2 if config.router_scoring == "sigmoid" else 1,
+        )
+
+
+@use_experts_implementation
+class HfMoeExperts(nn.Module):
+    """All experts of a layer as fused matrices; `experts_implementation` chooses what runs them."""
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The `eager` implementation: a loop over the experts that were chosen; the id `num_experts` is skipped.
+
+        Args:
+            hidden_states: `[T, H]`.
+            top_k_index: `[T, K]`, int64.
+            top_k_weights: `[T, K]`.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            projected = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
+            projected = F.linear(projected, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, projected.to(output.dtype))
+        return output
+
+
+class HfMoeSparseMoeBlock(nn.Module):
+    """Router, experts, and shared experts that every token passes."""
+
+    def __init__(self, config: HfMoeConfig, model_config: HfMoeConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.packs_assignments = config.routing == "expert_choice"
+        self.gate = HfMoeRouter(config)
+        self.experts = HfMoeExperts(config)
+        # with per_layer_config, `config` is a copy that a later set_experts_implementation() would not reach
+        self.experts.config = model_config
+        # the host's flag for "the id num_experts is skipped"; its decorator sets it False after __init__
+        self.experts._is_expert_parallel = config.can_skip_slots
+        if config.num_shared_experts > 0:
+            width = config.num_shared_experts * config.moe_intermediate_size
+            self.shared_experts = HfMoeMLP(config, intermediate_size=width)
+        else:
+            self.shared_experts = None
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        tokens = hidden_states.flatten(0, 1)
+        mask = None if token_mask is None else token_mask.flatten()
+        _, top_k_weights, top_k_index, _ = self.gate(tokens, mask)
+        output = self._run_experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output
+
+    def _run_experts(self, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not self.packs_assignments:
+            if self.experts.num_experts != self.num_experts:
+                # expert parallelism exchanges real ids only; an unused slot has weight 0
+                top_k_index = top_k_index.clamp(max=self.num_experts - 1)
+            return self.experts(tokens, top_k_index, top_k_weights)
+        # experts choose a fixed number of tokens: run those rows, not a row for each token and expert
+        num_rows = self.num_experts * min(tokens.shape[0], self.gate.capacity(tokens.shape[0]))
+        token, weight, index = pack_assignments(top_k_weights, top_k_index, num_rows)
+        rows = self.experts(tokens[token], index, weight)
+        return torch.zeros_like(tokens).index_add(0, token, rows)
+
+
+class HfMoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a MoE block or a dense MLP, each behind a norm and a residual."""
+
+    def __init__(self, config: HfMoeConfig, layer_idx: int):
+        super().__init__()
+        layer_config = config.layer_configs[layer_idx]
+        self.self_attn = HfMoeAttention(config, layer_idx)
+        if config.is_moe_layer(layer_idx):
+            self.mlp = HfMoeSparseMoeBlock(layer_config, config)
+        else:
+            self.mlp = HfMoeMLP(layer_config, intermediate_size=config.intermediate_size)
+        self.input_layernorm = HfMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = HfMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, HfMoeSparseMoeBlock):
+            return residual + self.mlp(hidden_states, token_mask)
+        return residual + self.mlp(hidden_states)
+
+
+@dataclass
+class HfMoeModelOutputWithPast(MoeModelOutputWithPast):
+    """The host's output and the decision of each router."""
+
+    router_decisions: tuple[RoutingDecision, ...] | None = None
+
+
+@dataclass
+class HfMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """The host's output; `aux_loss` is the load balancing loss (1 when balanced), `z_loss` the router z-loss."""
+
+    z_loss: Tensor | None = None
+
+
+@dataclass
+class HfMoeSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
+    """The host's output with the balancing losses and router logits."""
+
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HfMoeTokenClassifierOutput(TokenClassifierOutput):
+    """The host's output with the balancing losses and router logits."""
+
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HfMoeQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
+    """The host's output with the balancing losses and router logits."""
+
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+class HfMoePreTrainedModel(VerifiedCheckpointMixin, PreTrainedModel):
+    config: HfMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HfMoeDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(HfMoeRouter, index=0),
+        "router_decisions": OutputRecorder(HfMoeRouter, index=3),
+        "hidden_states": HfMoeDecoderLayer,
+        "attentions": HfMoeAttention,
+    }
+
+    def __init__(self, config: HfMoeConfig, *args: Any, **kwargs: Any):
+        # from_pretrained(..., num_experts_per_tok=99) and assignments change a configuration after its checks
+        config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, HfMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, HfMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+
+
+class HfMoeModel(HfMoePreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([HfMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = HfMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = HfMoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> HfMoeModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, S]`; give these or `inputs_embeds`.
+            attention_mask: `[B, S]` with 0 for padding, or a 4-D mask (then all tokens count as real for the router).
+            inputs_embeds: `[B, S, H]`.
+
+        Raises:
+            ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache where attention is not causal.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if not self.config.is_causal and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "A key/value cache needs causal attention, and this model has is_causal=False; pass use_cache=False."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+        layer_mask = self._attention_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
+        token_mask = self._token_mask(inputs_embeds, attention_mask)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        hidden_states = inputs_embeds
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=layer_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                token_mask=token_mask,
+                **kwargs,
+            )
+        return HfMoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _attention_mask(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, position_ids: Tensor
+    ) -> Any:
+        arguments = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        has_window = self.config.sliding_window is not None
+        if not self.config.is_causal:
+            create = create_bidirectional_sliding_window_mask if has_window else create_bidirectional_mask
+            return create(**arguments)
+        create = create_sliding_window_causal_mask if has_window else create_causal_mask
+        return create(**arguments, past_key_values=past_key_values, position_ids=position_ids)
+
+    def _token_mask(self, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """`[B, S]`, True for real tokens, where the routing asks: tokens compete for places in an expert."""
+        competes = self.config.routing == "expert_choice" or (
+            self.training and self.config.capacity_factor is not None
+        )
+        if not competes or attention_mask is None or attention_mask.dim() != 2:
+            return None
+        return attention_mask[:, -inputs_embeds.shape[1] :].bool()
+
+
+class BalancingMixin:
+    """Adds the balancing losses to a head's training loss.
+
+    They enter in training mode only, from the decisions that the routers made, without padding: in evaluation `loss` is
+    the loss of the task. A micro-batch counts with its share of the optimizer step's items (`num_items_in_batch`, which
+    the Trainer passes), as the task's loss does: gradient accumulation and several processes give the gradient of one
+    large batch.
+    """
+
+    def _run_model(self, output_router_logits: bool | None, **inputs: Any) -> HfMoeModelOutputWithPast:
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        balances = self.training and (self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0)
+        if balances:
+            self._refuse_reentrant_checkpointing()
+        return self.model(
+            output_router_logits=output_router_logits,
+            output_router_decisions=balances or output_router_logits,
+            **inputs,
+        )
+
+    def _balance(
+        self,
+        outputs: HfMoeModelOutputWithPast,
+        loss: Tensor | None,
+        attention_mask: Tensor | None,
+        share: Tensor | None = None,
+    ) -> dict[str, Tensor | None]:
+        """The training loss with the balancing losses added, and those by themselves (each a mean over the layers)."""
+        decisions = outputs.router_decisions
+        if not decisions:
+            return {"loss": loss, "aux_loss": None, "z_loss": None}
+        mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :].flatten()
+        aux_loss, z_loss = self._balancing_losses(decisions, mask, share)
+        if loss is not None and self.training:
+            total = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+            loss = loss + (total if share is None else total * share).to(loss.device)
+        return {"loss": loss, "aux_loss": aux_loss, "z_loss": z_loss}
+
+    def _balancing_losses(
+        self, decisions: tuple[RoutingDecision, ...], mask: Tensor | None, share: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        device = decisions[0].scores.device
+        masks = [None if mask is None else mask.to(decision.scores.device) for decision in decisions]
+        counts = [count_assignments(*pair) for pair in zip(decisions, masks, strict=True)]
+        if self.config.balance_scope == "global_batch" and self.training:
+            counts = self._global_batch_counts.update([layer.to(device) for layer in counts], share)
+        null = self.config.num_null_experts
+        balance = [
+            load_balancing_loss(
+                decision, decision.scores.shape[-1] - null, layer_mask, layer.to(decision.scores.device)
+            )
+            for decision, layer_mask, layer in zip(decisions, masks, counts, strict=True)
+        ]
+        z = [router_z_loss(*pair) for pair in zip(decisions, masks, strict=True)]
+        return tuple(torch.stack([value.to(device) for value in values]).mean() for values in (balance, z))
+
+    @functools.cached_property
+    def _global_batch_counts(self) -> GlobalBatchCounts:
+        return GlobalBatchCounts()
+
+    def _refuse_reentrant_checkpointing(self) -> None:
+        checkpoint = getattr(self.model.layers[0], "_gradient_checkpointing_func", None)
+        is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.layers)
+        if is_on and getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+            raise ValueError(
+                "Reentrant gradient checkpointing (use_reentrant=True) drops the gradient of the balancing losses. Pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set router_aux_loss_coef and "
+                "router_z_loss_coef to 0."
+            )
+
+
+class HfMoeForCausalLM(BalancingMixin, HfMoePreTrainedModel, GenerationMixin):
+    """The decoder with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: HfMoeConfig):
+        if not config.is_causal:
+            raise ValueError(
+                f"HfMoeForCausalLM decodes causally and needs is_causal=True, got is_causal=False with "
+                f"routing={config.routing!r}. For an encoder use HfMoeModel or a classification head; for a language "
+                f"model choose routing='top_k', 'top_p' or 'dense'."
+            )
+        super().__init__(config)
+        self.model = HfMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> HfMoeCausalLMOutputWithPast:
+        """Logits `[B, S, V]`, and the next-token loss where `labels` `[B, S]` (-100 is left out) are given."""
+        outputs = self._run_model(
+            output_router_logits,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        balance = self._balance(outputs, loss, attention_mask, _share_of_step(labels, **kwargs))
+        return HfMoeCausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            **balance,
+        )
+
+
+def _share_of_step(
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """The part of an optimizer step's items that these labels are, counted as the Trainer counts them."""
+    if num_items_in_batch is None or (labels is None and shift_labels is None):
+        return None
+    targets = shift_labels if shift_labels is not None else labels[..., 1:]
+    items = torch.as_tensor(num_items_in_batch, device=targets.device, dtype=torch.float32).mean()
+    return targets.ne(-100).sum() / items.clamp_min(1)
+
+
+class HfMoeForSequenceClassification(BalancingMixin, HfMoePreTrainedModel):
+    """The decoder with a classification head on the last token that is not padding."""
+
+    # its loss is a mean over the batch: the Trainer divides by the accumulation steps
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HfMoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> HfMoeSequenceClassifierOutputWithPast:
+        """Logits `[B, num_labels]`; the loss is regression or classification as `config.problem_type` says.
+
+        Raises:
+            ValueError: A batch of several rows, where neither `attention_mask` nor `config.pad_token_id` tells padding.
+        """
+        outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        last = self._last_token(outputs.last_hidden_state, input_ids, attention_mask)
+        logits = self.score(outputs.last_hidden_state[torch.arange(last.shape[0], device=last.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return HfMoeSequenceClassifierOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            **self._balance(outputs, loss, attention_mask),
+        )
+
+    def _last_token(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Position `[B]` of the last real token, with left or right padding."""
+        batch, length = hidden_states.shape[:2]
+        positions = torch.arange(length, device=hidden_states.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            is_real = attention_mask[:, -length:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            is_real = input_ids != self.config.pad_token_id
+        elif batch == 1:
+            return positions[-1:]
+        else:
+            raise ValueError(
+                f"Cannot tell the last token of {batch} rows: pass attention_mask [B, S], or set config.pad_token_id."
+            )
+        return (positions * is_real.to(positions)).argmax(-1)
+
+
+class HfMoeForTokenClassification(BalancingMixin, HfMoePreTrainedModel):
+    """The decoder with a classification head on each token."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HfMoeModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> HfMoeTokenClassifierOutput:
+        """Logits `[B, S, num_labels]`, and the loss where `labels` `[B, S]` (-100 is left out) are given."""
+        outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return HfMoeTokenClassifierOutput(
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            **self._balance(outputs, loss, attention_mask),
+        )
+
+
+class HfMoeForQuestionAnswering(BalancingMixin, HfMoePreTrainedModel):
+    """The decoder with a head for the start and the end of an answer."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
+        self.model = HfMoeModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> HfMoeQuestionAnsweringModelOutput:
+        """Start and end logits `[B, S]`, and the loss where both positions `[B]` are given."""
+        outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return HfMoeQuestionAnsweringModelOutput(
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            **self._balance(outputs, loss, attention_mask),
+        )
+
+
+# here and not in hf_moe's registration: the copy of this file on the Hub loads the same checkpoints
+register_conversion_mapping()
+
+__all__ = [
+    "HfMoeForCausalLM",
+    "HfMoeForQuestionAnswering",
+    "HfMoeForSequenceClassification",
+    "HfMoeForTokenClassification",
+    "HfMoeModel",
+    "HfMoePreTrainedModel",
+]
