@@ -57,18 +57,18 @@ class HfMoeConfig(PreTrainedConfig):
         is_causal: `False` makes every token attend to all others: an encoder.
         num_experts_per_tok: Experts per token; with `routing="top_p"` the cap on their number.
         router_scoring: `"softmax"` or `"sigmoid"` over the router logits.
-        routing: `"top_k"`; `"top_p"`, the fewest experts whose probabilities reach `router_top_p`; `"dense"`, all experts
-            blended; `"expert_choice"`, experts choose tokens (encoders only: the choice looks at later tokens).
+        routing: `"top_k"`; `"top_p"`, the fewest experts whose probabilities reach `router_top_p`; `"dense"`, all
+            experts blended; `"expert_choice"`, experts choose tokens (encoders only: it looks at later tokens).
         norm_topk_prob: Divide the weights of a token's chosen experts by their sum.
         routed_scaling_factor: Multiplies the routing weights.
-        n_group: Groups of consecutive experts, of which only the best `topk_group` are open to a token (DeepSeek-V2/V3).
+        n_group: Groups of consecutive experts; only the best `topk_group` are open to a token (DeepSeek-V2/V3).
         router_bias: Keep a bias per expert that shifts the choice and never the weight (`e_score_correction_bias`,
             arXiv:2408.15664).
         num_null_experts: Experts without parameters that add nothing: a token that chooses them computes less
             (arXiv:2406.13233).
         capacity_factor: In training, an expert takes at most `ceil(capacity_factor * tokens * num_experts_per_tok /
             num_experts)` assignments; `None` drops nothing.
-        drop_policy: Which assignments an overfull expert keeps: `"position"`, the first; `"probability"`, the heaviest.
+        drop_policy: What an overfull expert keeps: `"position"`, the first assignments; `"probability"`, the heaviest.
         router_jitter_noise: In training, the router sees its input times uniform noise in `[1 - noise, 1 + noise]`.
         router_aux_loss_coef: Weight of the load balancing loss in the training loss; 0 leaves it out.
         router_z_loss_coef: Weight of the router z-loss (arXiv:2202.08906) in the training loss; 0 leaves it out.
@@ -163,14 +163,14 @@ class HfMoeConfig(PreTrainedConfig):
         self._refuse_unknown_dtype(self.dtype)
         if self.mlp_only_layers is None:
             self.mlp_only_layers = []
-        # a wrong type or a zero is reported by the validators, which run later
-        if self.head_dim is None and isinstance(self.hidden_size, int) and self.num_attention_heads:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        # the host reads head_dim; a zero is reported by the checks, which run later
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self._head_dim()
         super().__post_init__(**kwargs)
 
     @classmethod
     def _refuse_misspelt(cls, kwargs: dict[str, Any]) -> None:
-        """The host keeps any keyword as an attribute; one that shadows a method or nearly names a field is a mistake."""
+        """The host keeps any keyword as an attribute; one that shadows a method or nearly is a field is a mistake."""
         fields = cls.__dataclass_fields__
         for key in kwargs:
             if key in _GENERATION_NAMES:
@@ -262,7 +262,8 @@ class HfMoeConfig(PreTrainedConfig):
             groups,
             f"must divide num_attention_heads ({heads})",
         )
-        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (rotary embedding rotates pairs)")
+        head_dim = self._head_dim()
+        _require(head_dim % 2 == 0, "head_dim", head_dim, "must be even (rotary embedding rotates pairs)")
         _require(
             self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, "must be an activation that transformers knows"
         )
@@ -350,17 +351,18 @@ class HfMoeConfig(PreTrainedConfig):
         count = self._count_parameters()
         if count <= MAX_PARAMETERS or os.environ.get(ALLOW_HUGE) == "1":
             return
+        first = self._distinct_layer_configs()[0]
         raise ValueError(
-            f"This configuration has about {count:.2e} parameters ({2 * count / 2**40:,.0f} TiB in bfloat16), more than "
-            f"{MAX_PARAMETERS:.1e}. Check num_experts={self._plain('num_experts')}, hidden_size={self.hidden_size}, "
-            f"moe_intermediate_size={self._plain('moe_intermediate_size')}, num_hidden_layers={self.num_hidden_layers}, "
+            f"This configuration has about {count:.2e} parameters ({2 * count / 2**40:,.0f} TiB in bfloat16), more "
+            f"than {MAX_PARAMETERS:.1e}. Check num_experts={first.num_experts}, hidden_size={self.hidden_size}, "
+            f"moe_intermediate_size={first.moe_intermediate_size}, num_hidden_layers={self.num_hidden_layers}, "
             f"vocab_size={self.vocab_size}; if they are meant, set the environment variable {ALLOW_HUGE}=1."
         )
 
     def _count_parameters(self) -> int:
         """Parameters of the decoder, norms left out."""
         hidden = self.hidden_size
-        attention = 2 * hidden * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        attention = 2 * hidden * self._head_dim() * (self.num_attention_heads + self.num_key_value_heads)
         total = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         layer = max(
             3 * hidden * config.moe_intermediate_size * (config.num_experts + config.num_shared_experts)
@@ -369,11 +371,11 @@ class HfMoeConfig(PreTrainedConfig):
         )
         return total + self.num_hidden_layers * (attention + max(layer, 3 * hidden * self.intermediate_size))
 
+    def _head_dim(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
     def _distinct_layer_configs(self) -> list["HfMoeConfig"]:
         return list(self.per_layer_config) if self.is_heterogeneous else [self]
-
-    def _plain(self, name: str) -> Any:
-        return getattr(self.layer_configs[0], name)
 
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:

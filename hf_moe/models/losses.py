@@ -29,9 +29,9 @@ def load_balancing_loss(
 ) -> Tensor:
     """Load balancing loss of one layer: 1 when balanced, the number of experts when one expert takes all.
 
-    `X * sum(f * P)` with `f` the share of the assignments that went to an expert and `P` its mean score (scores divided
-    by their sum over the experts). Null experts (ids from `num_experts` on) are pooled: they compute nothing, so the
-    load among them need not be even (arXiv:2406.13233).
+    `X * sum(f * P)` with `f` the share of the assignments that went to an expert and `P` its mean score (scores
+    divided by their sum over the experts). Null experts (ids from `num_experts` on) are pooled: they compute nothing,
+    so the load among them need not be even (arXiv:2406.13233).
 
     Args:
         mask_T: Tokens with 0 (padding) are left out.

@@ -3,7 +3,7 @@
 Attention, norms and rotary embedding are Qwen3-MoE's, so that the host's fixes arrive here; what is ours is the MoE.
 """
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,8 @@ class HfMoeRouter(nn.Module):
     The weight is a bare parameter, not a Linear: adapters that target every Linear leave it alone.
     """
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(self, config: HfMoeConfig):
         super().__init__()
         self.config = config
@@ -92,10 +94,8 @@ class HfMoeRouter(nn.Module):
         self.top_k = config.num_experts if config.routing in ("dense", "expert_choice") else config.num_experts_per_tok
         num_choices = config.num_experts + config.num_null_experts
         self.weight = nn.Parameter(torch.empty(num_choices, config.hidden_size))
-        if config.router_bias:
-            self.e_score_correction_bias = nn.Buffer(torch.zeros(num_choices, dtype=torch.float32))
-        else:
-            self.e_score_correction_bias = None
+        bias = torch.zeros(num_choices, dtype=torch.float32) if config.router_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> RouterOutput:
         """Route tokens.
@@ -162,6 +162,10 @@ class HfMoeRouter(nn.Module):
 class HfMoeExperts(nn.Module):
     """All experts of a layer as fused matrices; `experts_implementation` chooses what runs them."""
 
+    # set by the decorator
+    _apply_gate: Callable[[Tensor], Tensor]
+    _is_expert_parallel: bool
+
     def __init__(self, config: HfMoeConfig):
         super().__init__()
         self.num_experts = config.num_experts
@@ -203,11 +207,10 @@ class HfMoeSparseMoeBlock(nn.Module):
         self.experts.config = model_config
         # the host's flag for "the id num_experts is skipped"; its decorator sets it False after __init__
         self.experts._is_expert_parallel = config.can_skip_slots
+        self.shared_experts: HfMoeMLP | None = None
         if config.num_shared_experts > 0:
             width = config.num_shared_experts * config.moe_intermediate_size
             self.shared_experts = HfMoeMLP(config, intermediate_size=width)
-        else:
-            self.shared_experts = None
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         tokens = hidden_states.flatten(0, 1)
@@ -370,11 +373,11 @@ class HfMoeModel(HfMoePreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> HfMoeModelOutputWithPast:
@@ -400,8 +403,8 @@ class HfMoeModel(HfMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = positions.unsqueeze(0)
         layer_mask = self._attention_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
         token_mask = self._token_mask(inputs_embeds, attention_mask)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
@@ -441,14 +444,19 @@ class HfMoeModel(HfMoePreTrainedModel):
         return attention_mask[:, -inputs_embeds.shape[1] :].bool()
 
 
-class BalancingMixin:
-    """Adds the balancing losses to a head's training loss.
+class HfMoeHeadModel(HfMoePreTrainedModel):
+    """The decoder under a task's head, with the balancing losses added to the task's loss.
 
-    They enter in training mode only, from the decisions that the routers made, without padding: in evaluation `loss` is
-    the loss of the task. A micro-batch counts with its share of the optimizer step's items (`num_items_in_batch`, which
-    the Trainer passes), as the task's loss does: gradient accumulation and several processes give the gradient of one
-    large batch.
+    They enter in training mode only, from the decisions that the routers made, without padding: in evaluation `loss`
+    is the loss of the task. A micro-batch counts with its share of the optimizer step's items (`num_items_in_batch`,
+    which the Trainer passes), as the task's loss does: gradient accumulation and several processes then give the
+    gradient of one large batch.
     """
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
+        self.model = HfMoeModel(config)
+        self._global_batch_counts = GlobalBatchCounts()
 
     def _run_model(self, output_router_logits: bool | None, **inputs: Any) -> HfMoeModelOutputWithPast:
         if output_router_logits is None:
@@ -462,60 +470,67 @@ class BalancingMixin:
             **inputs,
         )
 
-    def _balance(
+    def _outputs(
         self,
         outputs: HfMoeModelOutputWithPast,
         loss: Tensor | None,
         attention_mask: Tensor | None,
         share: Tensor | None = None,
-    ) -> dict[str, Tensor | None]:
-        """The training loss with the balancing losses added, and those by themselves (each a mean over the layers)."""
-        decisions = outputs.router_decisions
-        if not decisions:
-            return {"loss": loss, "aux_loss": None, "z_loss": None}
-        mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :].flatten()
-        aux_loss, z_loss = self._balancing_losses(decisions, mask, share)
-        if loss is not None and self.training:
+    ) -> dict[str, Any]:
+        """What all heads return: the loss with the balancing losses added, these by themselves, and the records."""
+        aux_loss, z_loss = self._balancing_losses(outputs, attention_mask, share)
+        if loss is not None and self.training and aux_loss is not None and z_loss is not None:
             total = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
             loss = loss + (total if share is None else total * share).to(loss.device)
-        return {"loss": loss, "aux_loss": aux_loss, "z_loss": z_loss}
+        return {
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "z_loss": z_loss,
+            "router_logits": outputs.router_logits,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
 
     def _balancing_losses(
-        self, decisions: tuple[RoutingDecision, ...], mask: Tensor | None, share: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        device = decisions[0].scores.device
-        masks = [None if mask is None else mask.to(decision.scores.device) for decision in decisions]
+        self, outputs: HfMoeModelOutputWithPast, attention_mask: Tensor | None, share: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Load balancing and z-loss, each a mean over the layers; None where no router was recorded."""
+        decisions = outputs.router_decisions
+        if not decisions:
+            return None, None
+        device, null = decisions[0].scores.device, self.config.num_null_experts
+        masks = [_flat_mask(attention_mask, decision) for decision in decisions]
         counts = [count_assignments(*pair) for pair in zip(decisions, masks, strict=True)]
         if self.config.balance_scope == "global_batch" and self.training:
             counts = self._global_batch_counts.update([layer.to(device) for layer in counts], share)
-        null = self.config.num_null_experts
         balance = [
-            load_balancing_loss(
-                decision, decision.scores.shape[-1] - null, layer_mask, layer.to(decision.scores.device)
-            )
-            for decision, layer_mask, layer in zip(decisions, masks, counts, strict=True)
+            load_balancing_loss(decision, decision.scores.shape[-1] - null, mask, layer.to(decision.scores.device))
+            for decision, mask, layer in zip(decisions, masks, counts, strict=True)
         ]
         z = [router_z_loss(*pair) for pair in zip(decisions, masks, strict=True)]
-        return tuple(torch.stack([value.to(device) for value in values]).mean() for values in (balance, z))
-
-    @functools.cached_property
-    def _global_batch_counts(self) -> GlobalBatchCounts:
-        return GlobalBatchCounts()
+        aux_loss, z_loss = (torch.stack([value.to(device) for value in values]).mean() for values in (balance, z))
+        return aux_loss, z_loss
 
     def _refuse_reentrant_checkpointing(self) -> None:
-        checkpoint = getattr(self.model.layers[0], "_gradient_checkpointing_func", None)
-        is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.layers)
-        if is_on and getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
-            raise ValueError(
-                "Reentrant gradient checkpointing (use_reentrant=True) drops the gradient of the balancing losses. Pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set router_aux_loss_coef and "
-                "router_z_loss_coef to 0."
-            )
+        for layer in self.model.layers:
+            options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+            if layer.gradient_checkpointing and options.get("use_reentrant", False):
+                raise ValueError(
+                    "Reentrant gradient checkpointing (use_reentrant=True) drops the gradient of the balancing "
+                    "losses. Pass gradient_checkpointing_kwargs={'use_reentrant': False}, or set "
+                    "router_aux_loss_coef and router_z_loss_coef to 0."
+                )
 
 
-class HfMoeForCausalLM(BalancingMixin, HfMoePreTrainedModel, GenerationMixin):
+def _flat_mask(attention_mask: Tensor | None, decision: RoutingDecision) -> Tensor | None:
+    """`[T]`: 0 for padding. A cached prefix in the mask has no tokens here; a 4-D mask does not tell padding."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    length = decision.scores.shape[0] // attention_mask.shape[0]
+    return attention_mask[:, -length:].flatten().to(decision.scores.device)
+
+
+class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
     """The decoder with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -531,7 +546,6 @@ class HfMoeForCausalLM(BalancingMixin, HfMoePreTrainedModel, GenerationMixin):
                 f"model choose routing='top_k', 'top_p' or 'dense'."
             )
         super().__init__(config)
-        self.model = HfMoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -539,12 +553,12 @@ class HfMoeForCausalLM(BalancingMixin, HfMoePreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -566,14 +580,10 @@ class HfMoeForCausalLM(BalancingMixin, HfMoePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        balance = self._balance(outputs, loss, attention_mask, _share_of_step(labels, **kwargs))
         return HfMoeCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            **balance,
+            **self._outputs(outputs, loss, attention_mask, _share_of_step(labels, **kwargs)),
         )
 
 
@@ -584,14 +594,14 @@ def _share_of_step(
     **_: Any,
 ) -> Tensor | None:
     """The part of an optimizer step's items that these labels are, counted as the Trainer counts them."""
-    if num_items_in_batch is None or (labels is None and shift_labels is None):
+    targets = shift_labels if shift_labels is not None or labels is None else labels[..., 1:]
+    if num_items_in_batch is None or targets is None:
         return None
-    targets = shift_labels if shift_labels is not None else labels[..., 1:]
     items = torch.as_tensor(num_items_in_batch, device=targets.device, dtype=torch.float32).mean()
     return targets.ne(-100).sum() / items.clamp_min(1)
 
 
-class HfMoeForSequenceClassification(BalancingMixin, HfMoePreTrainedModel):
+class HfMoeForSequenceClassification(HfMoeHeadModel):
     """The decoder with a classification head on the last token that is not padding."""
 
     # its loss is a mean over the batch: the Trainer divides by the accumulation steps
@@ -600,14 +610,13 @@ class HfMoeForSequenceClassification(BalancingMixin, HfMoePreTrainedModel):
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = HfMoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_logits: bool | None = None,
@@ -616,7 +625,7 @@ class HfMoeForSequenceClassification(BalancingMixin, HfMoePreTrainedModel):
         """Logits `[B, num_labels]`; the loss is regression or classification as `config.problem_type` says.
 
         Raises:
-            ValueError: A batch of several rows, where neither `attention_mask` nor `config.pad_token_id` tells padding.
+            ValueError: Several rows, and neither `attention_mask` nor `config.pad_token_id` tells what is padding.
         """
         outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         last = self._last_token(outputs.last_hidden_state, input_ids, attention_mask)
@@ -627,10 +636,7 @@ class HfMoeForSequenceClassification(BalancingMixin, HfMoePreTrainedModel):
         return HfMoeSequenceClassifierOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            **self._balance(outputs, loss, attention_mask),
+            **self._outputs(outputs, loss, attention_mask),
         )
 
     def _last_token(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
@@ -650,7 +656,7 @@ class HfMoeForSequenceClassification(BalancingMixin, HfMoePreTrainedModel):
         return (positions * is_real.to(positions)).argmax(-1)
 
 
-class HfMoeForTokenClassification(BalancingMixin, HfMoePreTrainedModel):
+class HfMoeForTokenClassification(HfMoeHeadModel):
     """The decoder with a classification head on each token."""
 
     accepts_loss_kwargs = False
@@ -658,7 +664,6 @@ class HfMoeForTokenClassification(BalancingMixin, HfMoePreTrainedModel):
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = HfMoeModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -666,9 +671,9 @@ class HfMoeForTokenClassification(BalancingMixin, HfMoePreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: Tensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> HfMoeTokenClassifierOutput:
@@ -678,31 +683,27 @@ class HfMoeForTokenClassification(BalancingMixin, HfMoePreTrainedModel):
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
         return HfMoeTokenClassifierOutput(
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            **self._balance(outputs, loss, attention_mask),
+            **self._outputs(outputs, loss, attention_mask),
         )
 
 
-class HfMoeForQuestionAnswering(BalancingMixin, HfMoePreTrainedModel):
+class HfMoeForQuestionAnswering(HfMoeHeadModel):
     """The decoder with a head for the start and the end of an answer."""
 
     accepts_loss_kwargs = False
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
-        self.model = HfMoeModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> HfMoeQuestionAnsweringModelOutput:
@@ -715,10 +716,7 @@ class HfMoeForQuestionAnswering(BalancingMixin, HfMoePreTrainedModel):
         return HfMoeQuestionAnsweringModelOutput(
             start_logits=start_logits,
             end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            **self._balance(outputs, loss, attention_mask),
+            **self._outputs(outputs, loss, attention_mask),
         )
 
 
