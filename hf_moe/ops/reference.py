@@ -4,8 +4,8 @@ Slow on purpose and differentiable through scores and weights. Run it in float64
 the implementation's own dtype to learn what rounding alone costs.
 
 Shape suffixes: T tokens, E experts, Z null experts, X = E + Z candidates of the router, K slots per token, H hidden
-size, I expert width. The id E in an index is the sentinel: the slot computes nothing. The id X in a choice is an unused
-slot.
+size, I expert width. The id E in an index is the sentinel: the slot computes nothing. The id X in a choice marks an
+unused slot.
 """
 
 import math
@@ -198,7 +198,7 @@ def mlp(hidden_TH: Tensor, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor, act:
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """Parameters of one MoE block: router [X, H], experts [E, 2I, H] and [E, H, I]; shared is gate, up, down of an MLP."""
+    """Parameters of one MoE block: router [X, H], experts [E, 2I, H], [E, H, I]; `shared` is gate, up, down."""
 
     router: Tensor
     gate_up_proj: Tensor

@@ -1,0 +1,40 @@
+"""One place for what every test relies on: no network, fixed threads and seeds, uninitialised memory that shows."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+
+def _isolate() -> None:
+    """Set what transformers, datasets and torch read while they are imported; worker processes inherit it."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "HF_MOE_TEST_HOME" not in os.environ:  # remote code and data sets are cached here, not in the user's home
+        home = tempfile.mkdtemp(prefix="hf_moe_test_")
+        os.environ.update(HF_MOE_TEST_HOME=home, HF_HOME=home)
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+
+
+_isolate()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.use_deterministic_algorithms(True, warn_only=True)
+# torch.empty is full of NaN: a value that is read before it is written cannot pass
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
