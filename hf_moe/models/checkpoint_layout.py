@@ -1,0 +1,569 @@
+"""How an hf_moe checkpoint lies on disk, and the checks that it passes before a model is made of it.
+
+On disk every expert has its own tensors, the layout of Qwen3-MoE, OLMoE and DeepSeek that other tools read:
+`mlp.experts.3.gate_proj.weight [I, H]`, `up_proj [I, H]`, `down_proj [H, I]`. In memory they are fused:
+`mlp.experts.gate_up_proj [E, 2I, H]` (gate rows first), `down_proj [E, H, I]`. The host converts in both directions,
+bit for bit; `save_pretrained(save_original_format=False)` writes the fused tensors, which load as well.
+
+The host initialises anew what a checkpoint lacks, and loads NaN, integers and files outside of the folder without a
+word. `VerifiedCheckpointMixin` refuses instead, with the tensor's and the file's name:
+
+- safetensors only; every file whole; the index and the files name the same tensors; no index entry leaves the folder;
+- every tensor of the base model there exactly once, in the shape of the config, as F64, F32, F16 or BF16, and finite;
+  no tensor of a base model that the config does not describe;
+- a task head may be absent, or left over, as the host allows (and warns), but not the head of the class that the
+  config names as the saved one, and not an untied `lm_head`. `ignore_mismatched_sizes=True` holds for heads alone.
+
+The same holds for `state_dict=`. A checkpoint stored quantised, which has other tensors, is checked for whole files
+and finite values. Not checked: GGUF files, adapters, and distributed checkpoints (which the host loads strictly).
+
+Cost: the headers are read once more, and every loaded parameter is read once where it lies (no copy, no mask). What is
+not in memory as floating point afterwards (offloaded to disk, quantised) is read once more from its file.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from inspect import signature
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+MODEL_TYPE = "hf_moe"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# A whole single-file checkpoint that a save into the same folder has put aside
+SUPERSEDED = ".superseded"
+
+_FUSED = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<projection>gate_up_proj|down_proj)")
+_FLOATING = {"F64", "F32", "F16", "BF16"}
+_SHOWN = 5
+
+
+if TYPE_CHECKING:
+    _Host = PreTrainedModel
+else:
+    _Host = object
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that would not give the model that was saved."""
+
+
+def register_conversion_mapping() -> None:
+    """Teach the host the per-expert layout of `hf_moe`. Adds, never replaces; may be called again."""
+    if get_checkpoint_conversion_mapping(MODEL_TYPE) is not None:
+        return
+    gate_and_up = ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"]
+    register_checkpoint_conversion_mapping(
+        MODEL_TYPE,
+        [
+            WeightConverter(gate_and_up, "mlp.experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]),
+            WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: in a safetensors `file`, or, where that is `None`, a `value` of a state dict."""
+
+    name: str
+    shape: tuple[int, ...]
+    floating: bool
+    dtype: str
+    file: str | None = None
+    value: Tensor | None = None
+
+    @property
+    def origin(self) -> str:
+        return self.file or "the state_dict"
+
+    @property
+    def where(self) -> str:
+        return f"{self.name} in {self.origin}"
+
+
+def member(folder: Path, name: str) -> Path:
+    """Path of a file that an index names: a bare name, so that it lies in `folder`.
+
+    Raises:
+        CheckpointError: If `name` has a directory part, is hidden, or has characters outside of `[A-Za-z0-9_.-]`.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise CheckpointError(
+            f"The index in {folder} names the file {name!r}; it must be a plain file name (letters, digits, '.', '_', "
+            "'-') in the same folder. Do not load this checkpoint: get it again from a source that you trust."
+        )
+    return folder / name
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The `weight_map` (tensor name -> file name) of a safetensors index, with every file name checked."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Copy or save the checkpoint again.") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not weight_map or not isinstance(weight_map, dict) or not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(
+            f'{path} must hold {{"metadata": {{...}}, "weight_map": {{tensor: file, ...}}}}. Copy or save the '
+            "checkpoint again."
+        )
+    for name in weight_map.values():
+        member(path.parent, name)
+    return weight_map
+
+
+def check_folder(folder: Path, variant: str | None) -> None:
+    """Refuse what the host would misread in a local folder, before it opens a file there."""
+    single, index = (folder / _with_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{folder} holds {single.name} and {index.name}, which may be two models (a new save beside an old one). "
+            "Delete the one that does not belong there."
+        )
+    if index.exists():
+        read_index(index)
+    if single.exists() or index.exists() or (folder / "adapter_config.json").exists():
+        return
+    superseded = single.with_name(single.name + SUPERSEDED)
+    if superseded.exists():
+        raise CheckpointError(
+            f"{folder} holds an unfinished save. Save again; the model that was there before is {superseded.name}."
+        )
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds {pickles[0]} and no {SINGLE_FILE}: hf_moe reads safetensors only, a pickle can run code. "
+            "Load it with torch.load(weights_only=True) and write it with safetensors.torch.save_file."
+        )
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def read_headers(files: Iterable[str]) -> list[StoredTensor]:
+    """Every tensor of the safetensors `files`, without its values."""
+    stored: dict[str, StoredTensor] = {}
+    for file in map(str, files):
+        for tensor in _read_header(file):
+            if tensor.name in stored:
+                raise CheckpointError(
+                    f"{tensor.where} is also in {stored[tensor.name].file}: which one counts is not said. Delete the "
+                    "file that does not belong there."
+                )
+            stored[tensor.name] = tensor
+    return list(stored.values())
+
+
+def _read_header(file: str) -> list[StoredTensor]:
+    if not file.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{file} is not a safetensors file, and hf_moe reads no other: a pickle can run code. Load it with "
+            "torch.load(weights_only=True) and write it with safetensors.torch.save_file."
+        )
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{file} is missing, and the index names it. Copy or download the checkpoint again.")
+    if os.path.getsize(file) == 0:
+        raise CheckpointError(f"{file} is empty. Copy or download it again.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118 (not a mapping)
+            headers = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices]
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file: {_damage(file)} ({error}). Copy or download it again."
+        ) from error
+    return [StoredTensor(name, shape, dtype in _FLOATING, dtype, file) for name, shape, dtype in headers]
+
+
+def _damage(file: str) -> str:
+    """What is wrong with a file that safetensors refused, as far as its first bytes tell."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as opened:
+        start = opened.read(8)
+        if start == b"version ":
+            return "it is a Git-LFS pointer, not the weights; run `git lfs pull`"
+        header_size = int.from_bytes(start, "little")
+        if header_size > min(size - 8, 100_000_000):
+            return "its header is cut off or damaged"
+        try:
+            header = json.loads(opened.read(header_size))
+            ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
+            return "its header is damaged"
+    held = size - 8 - header_size
+    cut = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > held]
+    if cut:
+        return f"{max(ends.values()) - held} bytes are missing at its end, from {cut[0]} on"
+    return f"it has {held - max(ends.values(), default=0)} bytes too many, or its header is damaged"
+
+
+def from_state_dict(state_dict: dict[str, Tensor]) -> list[StoredTensor]:
+    """The same view of tensors that the caller holds in memory."""
+    return [
+        StoredTensor(name, tuple(value.shape), value.is_floating_point(), str(value.dtype), value=value)
+        for name, value in state_dict.items()
+    ]
+
+
+def check_index(weight_map: dict[str, str], stored: list[StoredTensor]) -> None:
+    """The index and the files must name the same tensors in the same places: else they are of two saves."""
+    files = {tensor.name: str(tensor.file) for tensor in stored}
+    folder = Path(next(iter(files.values()), ".")).parent
+    problems = []
+    for name, file in weight_map.items():
+        member(folder, file)
+        if name not in files:
+            problems.append(f"{name} is missing in {folder / file}, where the index says it is")
+        elif os.path.basename(files[name]) != file:
+            problems.append(f"{name} is in {files[name]}, the index says {file}")
+    problems += [f"{name} in {file} is not in the index" for name, file in files.items() if name not in weight_map]
+    _refuse(problems, "The index and the files do not belong together. Copy, download or save the checkpoint again.")
+
+
+def _refuse(problems: list[str], way_out: str) -> None:
+    if not problems:
+        return
+    more = f"\n- and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    listed = "".join(f"\n- {problem}" for problem in problems[:_SHOWN])
+    raise CheckpointError(f"The checkpoint is not the one of this model:{listed}{more}\n{way_out}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter or buffer of the model, and the tensors on disk that make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    floating: bool
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every per-expert tensor of fused expert weights; of other tensors the tensor itself."""
+        fused = _FUSED.fullmatch(self.name)
+        if fused is None or len(self.shape) != 3:
+            return {self.name: self.shape}
+        num_experts, rows, columns = self.shape
+        projections, rows = (("down",), rows) if fused["projection"] == "down_proj" else (("gate", "up"), rows // 2)
+        return {
+            f"{fused['experts']}.{expert}.{projection}_proj.weight": (rows, columns)
+            for expert in range(num_experts)
+            for projection in projections
+        }
+
+    @property
+    def known(self) -> dict[str, tuple[int, ...]]:
+        """Every stored name that this target accepts: per expert, or fused."""
+        return self.parts | {self.name: self.shape}
+
+
+def targets_of(model: nn.Module) -> dict[str, Target]:
+    """What a checkpoint must hold for `model`, by name."""
+    tensors = model.state_dict(keep_vars=True)
+    # DeepSpeed ZeRO-3 leaves an empty parameter with its full shape beside it
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+    return {name: Target(name, shapes[name], tensor.is_floating_point()) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which stored tensors go into which target, and which go nowhere."""
+
+    stored: dict[str, dict[str, StoredTensor]]
+    unexpected: list[StoredTensor]
+
+
+def assign(
+    stored: list[StoredTensor], targets: dict[str, Target], prefix: str, renamings: list[WeightRenaming]
+) -> Assignment:
+    """Match names as the host does: the caller's `key_mapping`, then `prefix` ("model") added or taken away."""
+    owner = {name: target.name for target in targets.values() for name in target.known}
+    assigned: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    unexpected = []
+    for tensor in stored:
+        name = tensor.name
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        known = next((spelling for spelling in spellings if spelling in owner), None)
+        if known is None:
+            unexpected.append(tensor)
+        elif known in assigned[owner[known]]:
+            raise CheckpointError(
+                f"{tensor.where} and {assigned[owner[known]][known].where} are both {known} of the model. Delete the "
+                "one that does not belong there."
+            )
+        else:
+            assigned[owner[known]][known] = tensor
+    return Assignment(dict(assigned), unexpected)
+
+
+def check_layout(
+    model: PreTrainedModel, checkpoint: Assignment, targets: dict[str, Target], resize_heads: bool
+) -> None:
+    """Raise unless `checkpoint` gives every tensor of the base model, and of the heads that it must have.
+
+    Raises:
+        CheckpointError: Names each tensor and its file; see this module's docstring for the rules.
+    """
+    files = sorted({tensor.origin for parts in checkpoint.stored.values() for tensor in parts.values()})
+    held = f"{files[0]} and {len(files) - 1} more files" if len(files) > 1 else "".join(files) or "an empty checkpoint"
+    problems = []
+    for target in targets.values():
+        found = checkpoint.stored.get(target.name, {})
+        if not found:
+            if _must_be_there(model, target.name):
+                first, *others = target.parts
+                problems.append(f"{first} is missing in {held}" + (f" (and {len(others)} more)" if others else ""))
+        elif not (resize_heads and _is_head(model, target.name)):
+            problems += _mismatches(target, found)
+    problems += _left_over(model, checkpoint.unexpected)
+    _refuse(
+        problems,
+        "Nothing is initialised anew in their place. Load the checkpoint with the config.json that it was saved "
+        "with, or copy, download or save it again.",
+    )
+
+
+def _mismatches(target: Target, found: dict[str, StoredTensor]) -> list[str]:
+    problems = []
+    if target.name not in found:
+        held = ", ".join(sorted({tensor.origin for tensor in found.values()}))
+        problems = [f"{name} is missing in {held}" for name in target.parts if name not in found]
+    elif len(found) > 1:
+        problems = [f"{found[target.name].where} is there once more, per expert"]
+    for name, tensor in found.items():
+        if tensor.shape != target.known[name]:
+            problems.append(f"{tensor.where} has shape {list(tensor.shape)}, not {list(target.known[name])}")
+        if target.floating and not tensor.floating:
+            problems.append(f"{tensor.where} has dtype {tensor.dtype}, not one of {', '.join(sorted(_FLOATING))}")
+    return problems
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether `name` is outside of the base model."""
+    return model.base_model is not model and not name.startswith(f"{model.base_model_prefix}.")
+
+
+def _must_be_there(model: PreTrainedModel, name: str) -> bool:
+    if name in model.all_tied_weights_keys or _matches(model._keys_to_ignore_on_load_missing, name):
+        return False
+    saved_as = model.config.architectures or []
+    return not _is_head(model, name) or name.startswith("lm_head.") or type(model).__name__ in saved_as
+
+
+def _left_over(model: PreTrainedModel, unexpected: list[StoredTensor]) -> list[str]:
+    """What the config does not describe, other than heads of other classes and layers of other pipeline stages."""
+    # transformers 5.17 has no pipeline stages
+    if getattr(model, "_pp_stage", None) is not None:
+        return []
+    prefix = f"{model.base_model_prefix}."
+    base = {name.split(".")[0] for name in model.base_model.state_dict()}
+    return [
+        f"{tensor.where} has no place in the model that the config describes"
+        for tensor in unexpected
+        if (tensor.name.startswith(prefix) or tensor.name.split(".")[0] in base)
+        and not _matches(model._keys_to_ignore_on_load_unexpected, tensor.name)
+    ]
+
+
+def _matches(patterns: Iterable[str] | None, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. One pass, no copy: NaN and infinities survive a minimum and a maximum."""
+    if tensor.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
+def check_finite(model: nn.Module, checkpoint: Assignment, in_memory: bool) -> None:
+    """Raise if a loaded tensor has NaN or infinite elements.
+
+    Args:
+        in_memory: Read the model's own tensors where they are there as floating point; else every stored one.
+    """
+    loaded = model.state_dict(keep_vars=True) if in_memory else {}
+    unread: list[StoredTensor] = []
+    for name, parts in checkpoint.stored.items():
+        tensor = loaded.get(name)
+        # of a tensor spread over processes, each one checks what it holds
+        tensor = getattr(tensor, "_local_tensor", tensor)
+        if tensor is None or tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+            unread += parts.values()
+        elif not is_finite(tensor):
+            raise CheckpointError(_why_not_finite(list(parts.values()), tensor.dtype))
+    if (broken := _first_not_finite(unread)) is not None:
+        raise CheckpointError(_not_finite(broken))
+
+
+def _not_finite(tensor: StoredTensor) -> str:
+    return (
+        f"{tensor.where} has NaN or infinite elements: a training run that diverged saves such weights. Use an "
+        "earlier checkpoint, or copy or download this one again."
+    )
+
+
+def _why_not_finite(parts: list[StoredTensor], dtype: torch.dtype) -> str:
+    broken = _first_not_finite(parts)
+    if broken is not None:
+        return _not_finite(broken)
+    largest, tensor = max(
+        ((float(value.abs().max()), tensor) for tensor, value in _values(parts)), key=lambda item: item[0]
+    )
+    return f"{tensor.where} has elements up to {largest:g}, too large for {dtype}. Load it with dtype=torch.bfloat16 or float32."
+
+
+def _first_not_finite(parts: list[StoredTensor]) -> StoredTensor | None:
+    return next((tensor for tensor, value in _values(parts) if not is_finite(value)), None)
+
+
+def _values(parts: list[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """The floating point values of `parts`, one tensor at a time, each file opened once."""
+    readable = sorted((part for part in parts if part.floating), key=lambda part: str(part.file))
+    for file, group in groupby(readable, key=lambda part: part.file):
+        if file is None:
+            yield from ((part, part.value) for part in group if part.value is not None and not part.value.is_meta)
+            continue
+        with safe_open(file, framework="pt") as opened:
+            for part in group:
+                yield part, opened.get_tensor(part.name)
+
+
+def _without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that the config alone describes, without storage: a quantizer adds and reshapes parameters."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def _auto_map(model_class: type[PreTrainedModel], known: dict[str, str] | None) -> dict[str, str]:
+    """Every Auto class that the modeling file of `model_class` serves, all of them in the saved folder itself."""
+    # an entry that was loaded from the Hub names its repository: "owner/name--modeling_hf_moe.HfMoeModel"
+    entries = {auto_class: reference.split("--")[-1] for auto_class, reference in (known or {}).items()}
+    module = sys.modules[model_class.__module__]
+    for member_class in vars(module).values():
+        if isinstance(member_class, type) and member_class.__module__ == module.__name__:
+            auto_class = getattr(member_class, "_auto_class", None)
+            if auto_class is not None:
+                entries[auto_class] = f"{module.__name__.split('.')[-1]}.{member_class.__name__}"
+    return entries
+
+
+def _put_aside(model: PreTrainedModel, folder: Path, variant: str | None) -> Path:
+    """Make the checkpoint in `folder`, if there is one, not load any more; the path of its single file."""
+    single, index = (folder / _with_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
+    superseded = single.with_name(single.name + SUPERSEDED)
+    if not single.exists() and not index.exists():
+        return superseded
+    if (
+        "disk" in getattr(model, "hf_device_map", {}).values()
+        and folder.resolve() == Path(model.name_or_path).resolve()
+    ):
+        raise CheckpointError(
+            f"{folder} holds weights that this model still reads from disk (device_map). Save into another folder."
+        )
+    # what the host refuses to write must not cost the old checkpoint
+    with tempfile.TemporaryDirectory() as trial:
+        model.config.save_pretrained(trial)
+        if model.can_generate():
+            model.generation_config.save_pretrained(trial)
+    index.unlink(missing_ok=True)
+    if single.exists():
+        single.replace(superseded)
+    return superseded
+
+
+class VerifiedCheckpointMixin(_Host):
+    """Loading that refuses a damaged checkpoint, and saving that cannot leave a mixture of two. First among the bases.
+
+    Source: the host's `PreTrainedModel.from_pretrained`, `_load_pretrained_model` and `save_pretrained`, whose
+    arguments and results stay as they are.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """As the host's, from safetensors files alone.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged or is not the one of this model; names tensor and file.
+        """
+        path = pretrained_model_name_or_path
+        if path is not None and kwargs.get("gguf_file") is None:
+            if kwargs.setdefault("use_safetensors", True) is False:
+                raise CheckpointError(
+                    "use_safetensors=False: hf_moe reads safetensors only, a pickle can run code. Leave it out."
+                )
+            kwargs["use_safetensors"] = True
+            if os.path.isdir(path):
+                check_folder(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
+        try:
+            return super().from_pretrained(path, *model_args, **kwargs)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{INDEX_FILE} of {path} is not valid JSON ({error}). Download it again.") from error
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: PreTrainedModel,
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        """The host's hook, called with the files that it resolved and the model still without weights."""
+        load = super()._load_pretrained_model
+        quantizer = load_config.hf_quantizer
+        # expected_keys: the tensors of an adapter; files and a state dict: those of a GGUF file
+        if expected_keys is not None or (state_dict is not None and checkpoint_files):
+            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+        stored = from_state_dict(state_dict) if state_dict is not None else read_headers(checkpoint_files or [])
+        weight_map = (load_config.sharded_metadata or {}).get("weight_map")
+        if weight_map is not None:
+            check_index(weight_map, stored)
+        if quantizer is not None and quantizer.pre_quantized:
+            checkpoint = Assignment({"": {tensor.name: tensor for tensor in stored}}, [])
+        else:
+            renamings = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightRenaming)]
+            targets = targets_of(model if quantizer is None else _without_quantizer(model))
+            checkpoint = assign(stored, targets, model.base_model_prefix, renamings)
+            check_layout(model, checkpoint, targets, load_config.ignore_mismatched_sizes)
+        result = load(model, state_dict, checkpoint_files, load_config, expected_keys)
+        check_finite(model, checkpoint, in_memory=quantizer is None)
+        return result
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As the host's; a save that is cut off leaves a folder that does not load.
+
+        The host writes over the old files one by one, index or single file last. Those two go first here, so that no
+        moment has an old index beside new shards or a new config; an old single file is kept as
+        `model.safetensors.superseded` until the save is done. `auto_map` names every class of the modeling file, not
+        the saved one alone.
+        """
+        save = super().save_pretrained
+        given = signature(save).bind(save_directory, *args, **kwargs).arguments
+        if self._hf_peft_config_loaded or not self.should_save_on_this_rank(given.get("is_main_process", True)):
+            return save(save_directory, *args, **kwargs)
+        if self._auto_class is not None:
+            self.config.auto_map = _auto_map(type(self), getattr(self.config, "auto_map", None))
+        superseded = _put_aside(self, Path(save_directory), given.get("variant"))
+        save(save_directory, *args, **kwargs)
+        superseded.unlink(missing_ok=True)
