@@ -70,7 +70,7 @@ PATTERNS: dict[str, int] = {
     r"index_topk": 4,
     r"vocab_size_.*": VOCAB,
 }
-# set even where the default config leaves them out: without them the family has no routed experts
+# the same in every family, also where the default config has none or fewer: without them there are no routed experts
 EXPERT_FIELDS = (
     "n_routed_experts",
     "n_shared_experts",
@@ -114,6 +114,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
     },
+    "zaya": {"num_experts_per_tok": 1},  # all that it supports
 }
 # a second decorated class of one folder lives in a model class of its own
 MODEL_CLASS = {"qwen3_omni_moe:Qwen3OmniMoeTalkerTextExperts": "Qwen3OmniMoeTalkerModel"}
@@ -173,8 +174,10 @@ def tiny_kwargs(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def _tiny_value(field: str, value: Any, default: dict[str, Any]) -> Any:
+    if field in EXPERT_FIELDS:
+        return SIZES[field]
     if value is None:
-        return SIZES[field] if field in EXPERT_FIELDS else None
+        return None
     if field.endswith(("token_id", "token_index", "_bos_id", "_pad_id", "_eos_id")):
         return 0 if field == "pad_token_id" else 1
     if isinstance(value, int) and not isinstance(value, bool):

@@ -1,0 +1,313 @@
+"""Find every Mixture-of-Experts layer of a model by the host's contracts, whatever the family and whatever wraps it.
+
+*Experts* are a module whose class went through the host's `use_experts_implementation` decorator. The decorator leaves
+its marks on every instance (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, `config`; `_apply_gate` on the
+class), and these marks survive PEFT, `torch.compile`, quantisation and parallel wrappers. No class name is known here.
+
+The *router* is a sibling of the experts in the same block. In all decorated families of transformers 5.23 a router
+module exists there and returns `(logits, weights, indices, ...)`; it is told from other siblings by, in this order:
+
+1. the model records its output 0 as `router_logits` (the host's `_can_record_outputs`);
+2. it declares an integer `top_k` (hash routers and vision routers, which no model records);
+3. it holds the one matrix with a row for each expert (blocks of custom code that choose the top k themselves: this
+   sibling yields logits only).
+
+Source: transformers 5.23, `integrations/moe.py::use_experts_implementation`, `utils/output_capturing.py`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_DECORATOR_MARKS = ("config", "has_gate", "has_bias", "is_transposed", "is_concatenated")
+# where PyTorch and PEFT wrappers keep the module they wrap
+_WRAPPED_AS = (
+    "base_layer",  # PEFT tuner layers, ParamWrapper among them
+    "original_module",  # PEFT modules_to_save
+    "modules_to_save",
+    "module",  # DistributedDataParallel
+    "_orig_mod",  # torch.compile
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
+# the names that model configs of the host use for the experts of one token
+_TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer: the block's router and experts as live modules, and the geometry of the routed experts.
+
+    Attributes:
+        name: Path of the block in the model that was searched; the experts are one of its children.
+        router: The child that the block calls to route, with whatever wraps it. None where no sibling qualifies: the
+            block then routes by itself.
+        experts: The module that carries the host's marks and the weights, without what wraps it.
+        num_experts: Experts that the router chooses among, without null and shared experts.
+        top_k: Experts per token, at most.
+        hidden_size: Width of the rows that experts read and write. Less than the model's hidden size in families
+            that project down before the experts (Muse Spark, latent Nemotron-H).
+        expert_width: Inner width of one expert (`moe_intermediate_size` in most configs).
+        router_name: Path of `router` in the model, None without a router.
+        experts_name: Path of `experts` in the model, through whatever wraps it.
+    """
+
+    name: str
+    router: nn.Module | None
+    experts: nn.Module
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_width: int
+    router_name: str | None
+    experts_name: str
+
+    @property
+    def num_expert_parameters(self) -> int:
+        """Parameters of one routed expert, biases included; from the geometry, so that packed weights count fully."""
+        projections = 2 if self.experts.has_gate else 1
+        count = (projections + 1) * self.hidden_size * self.expert_width
+        if self.experts.has_bias:
+            count += projections * self.expert_width + self.hidden_size
+        return count
+
+
+def moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """All MoE layers of `model`, in module order.
+
+    Works on any module that contains the layers: a native or hf_moe model, the same under PEFT, `torch.compile` or a
+    parallel wrapper, with quantised weights, on the meta device. No weight is read, only shapes.
+
+    Returns:
+        One record for each experts module in use; an empty list for a dense model. MoE blocks outside of the host's
+        experts interface (Switch, DBRX, Llama 4, experts as a ModuleList) are not found; `hf_moe.explain` names them.
+
+    Raises:
+        ValueError: If neither the router nor the config says how many experts a token takes, or neither the weights
+            nor the experts module tell their geometry.
+    """
+    modules = dict(model.named_modules())
+    recorded = recorded_routers(model)
+    found: dict[str, MoeLayer] = {}
+    for path, module in modules.items():
+        if is_experts(module):
+            block, child = _block_of(path)
+            siblings = _siblings(modules[block], child)
+            router = _find_router(siblings, recorded, _int(module, "num_experts"))
+            found.setdefault(_join(block, child), _layer(block, router, _active(modules, path), modules))
+    return list(found.values())
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the host's `use_experts_implementation` decorator made this module's class."""
+    # instance attributes only: wrappers that forward attribute access are not the experts
+    return all(mark in vars(module) for mark in _DECORATOR_MARKS) and hasattr(type(module), "_apply_gate")
+
+
+def recorded_routers(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Classes whose output the models inside `model` record as `router_logits`."""
+    classes: dict[Any, None] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            recorders: Any = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+            for recorder in recorders if isinstance(recorders, list) else [recorders]:
+                classes[getattr(recorder, "target_class", recorder)] = None
+    return tuple(classes)
+
+
+def check_index_range(layer: MoeLayer, top_k_index: Tensor) -> None:
+    """Verify the expert ids that a router returned.
+
+    Args:
+        top_k_index: `[T, K]` or `[..., K]`, an integer dtype. Ids lie in `[0, num_experts)`; the id `num_experts`
+            (the host's "skip this slot") is in range only where the experts declare `_is_expert_parallel`.
+
+    Raises:
+        TypeError: If the ids are not integers.
+        ValueError: If an id is out of range.
+    """
+    if top_k_index.dtype.is_floating_point or top_k_index.dtype in (torch.bool, torch.complex64):
+        raise TypeError(f"Expert ids of layer {layer.name!r} must be integers, got {top_k_index.dtype}.")
+    if top_k_index.numel() == 0:
+        return
+    may_skip = bool(getattr(layer.experts, "_is_expert_parallel", False))
+    low, high = (int(bound) for bound in top_k_index.aminmax())
+    last = layer.num_experts if may_skip else layer.num_experts - 1
+    if low < 0 or high > last:
+        skip = (
+            f"{layer.num_experts} marks a skipped slot"
+            if may_skip
+            else f"id {layer.num_experts} may mark a skipped slot only if the experts set `_is_expert_parallel = True`"
+        )
+        raise ValueError(
+            f"Expert ids of layer {layer.name!r} must lie in [0, {last}] ({layer.num_experts} experts; {skip}), "
+            f"got {low if low < 0 else high}. Correct the router ({layer.router_name}) that returned them."
+        )
+
+
+@contextmanager
+def checked_routing(model: nn.Module) -> Iterator[list[MoeLayer]]:
+    """While active, every forward of `model` verifies the ids that each MoE layer hands to its experts.
+
+    Yields:
+        The layers under watch. The check reads a minimum and a maximum per layer and forward, so it synchronises the
+        device: for tests and debugging.
+
+    Raises:
+        ValueError, TypeError: As in `check_index_range`, from inside the forward.
+    """
+    layers = moe_layers(model)
+    handles = [layer.experts.register_forward_pre_hook(_range_check_hook(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _range_check_hook(layer: MoeLayer) -> Any:
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_index_range(layer, kwargs["top_k_index"] if "top_k_index" in kwargs else args[1])
+
+    return check
+
+
+def _join(*path: str) -> str:
+    return ".".join(part for part in path if part)
+
+
+def _block_of(experts_path: str) -> tuple[str, str]:
+    """Path of the block and name of its child that holds the experts, wrappers skipped."""
+    parts = experts_path.split(".")
+    while len(parts) > 1 and (parts[-1] in _WRAPPED_AS or parts[-2] == "modules_to_save"):
+        parts.pop()
+    return ".".join(parts[:-1]), parts[-1]
+
+
+def _active(modules: dict[str, nn.Module], experts_path: str) -> str:
+    """Path of the experts in use: PEFT's `modules_to_save` keeps the original beside one copy for each adapter."""
+    head, found, tail = experts_path.partition(".original_module")
+    if not found:
+        return experts_path
+    wrapper: Any = modules[head]
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return experts_path
+    in_use = f"{head}.modules_to_save.{wrapper.active_adapters[0]}{tail}"
+    return in_use if in_use in modules else experts_path
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside PEFT, `torch.compile` and parallel wrappers."""
+    while True:
+        inner = next((module._modules[name] for name in _WRAPPED_AS if name in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def _siblings(block: nn.Module, child: str) -> dict[str, nn.Module]:
+    return {name: module for name, module in block.named_children() if name != child}
+
+
+def _find_router(
+    siblings: dict[str, nn.Module], recorded: tuple[type[nn.Module], ...], num_experts: int | None
+) -> str | None:
+    """Name of the one sibling that qualifies as router, by the first rule that exactly one sibling meets."""
+    rules = (
+        lambda module: isinstance(module, recorded),
+        lambda module: _int(module, "top_k") is not None,
+        lambda module: any(p.dim() == 2 and p.shape[0] == num_experts for p in module.parameters()),
+    )
+    for meets in rules:
+        names = [name for name, module in siblings.items() if meets(unwrapped(module))]
+        if len(names) == 1:
+            return names[0]
+    return None
+
+
+def _layer(block: str, router_child: str | None, experts_path: str, modules: dict[str, nn.Module]) -> MoeLayer:
+    experts = modules[experts_path]
+    router_name = None if router_child is None else _join(block, router_child)
+    router = None if router_name is None else modules[block].get_submodule(router_child or "")
+    inner = None if router is None else unwrapped(router)
+    num_experts, hidden_size, expert_width = _geometry(experts, experts_path)
+    return MoeLayer(
+        name=block,
+        router=router,
+        experts=experts,
+        # under expert parallelism the experts hold a part, the router chooses among all
+        num_experts=_int(inner, "num_experts") or num_experts,
+        top_k=_top_k(inner, experts, block),
+        hidden_size=hidden_size,
+        expert_width=expert_width,
+        router_name=router_name,
+        experts_name=experts_path,
+    )
+
+
+def _int(module: nn.Module | None, name: str) -> int | None:
+    value = None if module is None else vars(module).get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _top_k(router: nn.Module | None, experts: nn.Module, block: str) -> int:
+    declared = _int(router, "top_k")
+    if declared is not None:
+        return declared
+    config = experts.config
+    for field in _TOP_K_FIELDS:
+        value = getattr(config, field, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    raise ValueError(
+        f"Cannot tell how many experts a token of layer {block!r} takes: its router declares no integer `top_k`, and "
+        f"{type(config).__name__} has none of {', '.join(_TOP_K_FIELDS)}. Set `top_k` on the router module."
+    )
+
+
+def _geometry(experts: nn.Module, path: str) -> tuple[int, int, int]:
+    """`(num_experts, hidden_size, expert_width)` from the shapes of the weights, else from what the module declares.
+
+    Of each weight only dimension 1 is read: formats that pack several values into one element shorten the last.
+    """
+    up = _logical_shape(experts, "gate_up_proj" if experts.has_gate else "up_proj")
+    down = _logical_shape(experts, "down_proj")
+    num_experts = _int(experts, "num_experts")
+    if up and down and up[0] == down[0]:
+        hidden_size, expert_width = down[1], up[1] // (2 if experts.has_gate else 1)
+        if experts.is_transposed:
+            hidden_size, expert_width = up[1], down[1]
+        return up[0] if num_experts is None else num_experts, hidden_size, expert_width
+    declared_hidden = _int(experts, "hidden_dim") or _int(experts, "hidden_size")
+    declared_width = _int(experts, "intermediate_dim") or _int(experts, "intermediate_size")
+    if num_experts is None or declared_hidden is None or declared_width is None:
+        raise ValueError(
+            f"Cannot tell the size of the experts at {path!r}: their weights have no shape [experts, rows, columns] "
+            f"(found {up} and {down}), and the module lacks one of the integers num_experts, hidden_dim, "
+            f"intermediate_dim. Set them on the module that holds the quantised weights."
+        )
+    return num_experts, declared_hidden, declared_width
+
+
+def _logical_shape(experts: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Shape `[E, rows, columns]` of a weight that may be parametrised or replaced; None if it is stored otherwise."""
+    weight: Any = experts._parameters.get(name)
+    if weight is None:
+        weight = experts._buffers.get(name)
+    parametrizations: Any = experts._modules.get("parametrizations") or {}
+    if weight is None and name in parametrizations:
+        # the stored tensor: reading the attribute would run the parametrisation, which may unpack gigabytes
+        weight = getattr(parametrizations[name], "original", None)
+    if weight is None:
+        weight = vars(experts).get(name)
+    # bitsandbytes flattens what it packs and keeps the shape in its quantisation state
+    shape = getattr(getattr(weight, "quant_state", None), "shape", getattr(weight, "shape", None))
+    if shape is None or len(shape) != 3 or prod(shape) == 0:
+        return None
+    return tuple(shape)
