@@ -2,7 +2,7 @@
 
 Two rules. In bfloat16 and float16 an implementation may be at most twice as far from the exact result as plain torch
 in the same dtype (`assert_as_good_as`). In float32 the order of a sum alone can break that rule, so an a-priori
-rounding bound is used instead (`block_bounds`): it is sharp enough there to catch a single token sent to a wrong expert.
+rounding bound is used instead (`block_bounds`), sharp enough there to catch a single token sent to a wrong expert.
 
 Shape suffixes: T tokens, E experts, X candidates (experts and null experts), K slots, H hidden size, I expert width.
 """
