@@ -207,6 +207,9 @@ def tiny_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, VOCAB, (BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
+    if type(model).__name__ == "Ernie4_5_VLMoeTextModel":  # it sends text and vision tokens to experts of their own
+        vision = torch.zeros_like(ids).index_fill(1, torch.arange(2, 5), 1)
+        return {"input_ids": ids, "attention_mask": mask, "moe_mm_token_type_ids": vision}
     if type(model).__name__ == "Qwen3OmniMoeTalkerModel":
         return {"inputs_embeds": torch.randn(BATCH, LENGTH, HIDDEN, generator=generator), "attention_mask": mask}
     return {"input_ids": ids, "attention_mask": mask}

@@ -296,18 +296,20 @@ def _geometry(experts: nn.Module, path: str) -> tuple[int, int, int]:
 
 
 def _logical_shape(experts: nn.Module, name: str) -> tuple[int, ...] | None:
-    """Shape `[E, rows, columns]` of a weight that may be parametrised or replaced; None if it is stored otherwise."""
-    weight: Any = experts._parameters.get(name)
-    if weight is None:
-        weight = experts._buffers.get(name)
+    """Shape `[E, rows, columns]` of a weight that may be parametrised or replaced; None if it is stored otherwise.
+
+    The attribute itself is not read where a parametrisation stands behind it: that may unpack gigabytes.
+    """
     parametrizations: Any = experts._modules.get("parametrizations") or {}
-    if weight is None and name in parametrizations:
-        # the stored tensor: reading the attribute would run the parametrisation, which may unpack gigabytes
-        weight = getattr(parametrizations[name], "original", None)
-    if weight is None:
-        weight = vars(experts).get(name)
-    # bitsandbytes flattens what it packs and keeps the shape in its quantisation state
-    shape = getattr(getattr(weight, "quant_state", None), "shape", getattr(weight, "shape", None))
-    if shape is None or len(shape) != 3 or prod(shape) == 0:
-        return None
-    return tuple(shape)
+    if name in parametrizations:
+        stored, owners = getattr(parametrizations[name], "original", None), list(parametrizations[name])
+    else:
+        stored = experts._parameters.get(name)
+        stored = experts._buffers.get(name, vars(experts).get(name)) if stored is None else stored
+        owners = [stored]
+    # bitsandbytes flattens what it packs; its quantisation state keeps the shape
+    states = [getattr(owner, "quant_state", None) for owner in owners]
+    for shape in (getattr(item, "shape", None) for item in [*states, stored]):
+        if shape is not None and len(shape) == 3 and prod(shape) > 0:
+            return tuple(shape)
+    return None
