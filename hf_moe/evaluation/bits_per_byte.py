@@ -1,0 +1,114 @@
+"""Bits per byte: how many bits a model needs to write down a byte of unseen text. Comparable between tokenizers."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Total information of a text under a model. `bytes` are those of the UTF-8 text itself, exactly."""
+
+    bits: float
+    bytes: int
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        return self.bits / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token, so comparable only under one tokenizer."""
+        return 2 ** (self.bits / self.tokens)
+
+
+@dataclass(frozen=True)
+class _Window:
+    tokens: Sequence[int]
+    first_target: int  # index in `tokens` of the first token that no earlier window predicted
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    window: int,
+    stride: int,
+    batch_size: int = 16,
+) -> BitsPerByte:
+    """Measure every token of every document once, each document on its own, after a beginning-of-text token.
+
+    A document longer than `window` tokens is read in windows that advance by `stride`; a token is predicted from at
+    least `window - stride` tokens before it, where the document has them.
+
+    Raises:
+        ValueError: If `stride` is not in [1, window - 1], the window exceeds the model's context, the documents hold no
+            text, or the tokenizer has neither a bos nor an eos token.
+    """
+    _check(model, documents, window, stride)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("the tokenizer has no bos_token and no eos_token to begin a text with. Set one of them.")
+    encoded = tokenizer(list(documents), add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
+    windows = [part for tokens in encoded for part in _windows([start, *tokens], window, stride)]
+    was_training = model.training
+    model.eval()
+    try:
+        batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+        nats = sum(_nats(model, batch, padding=start) for batch in batches)
+    finally:
+        model.train(was_training)
+    return BitsPerByte(nats / math.log(2), sum(len(text.encode()) for text in documents), sum(map(len, encoded)))
+
+
+def _check(model: nn.Module, documents: Sequence[str], window: int, stride: int) -> None:
+    if not 1 <= stride < window:
+        raise ValueError(f"stride must be in [1, {window - 1}] (below the window of {window} tokens), got {stride}.")
+    limit = model.config.max_position_embeddings
+    if window > limit:
+        raise ValueError(f"window must be at most {limit} (the model's max_position_embeddings), got {window}.")
+    if not any(documents):
+        raise ValueError(
+            f"the {len(documents)} documents hold no text: there is no byte to measure. Give held-out text."
+        )
+
+
+def _windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[_Window]:
+    """Windows that together predict tokens[1:], each once."""
+    predicted = 1
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + window, len(tokens))
+        if end > predicted:
+            yield _Window(tokens[begin:end], predicted - begin)
+            predicted = end
+
+
+def _nats(model: nn.Module, batch: list[_Window], *, padding: int) -> float:
+    """Negative log-likelihood of the windows' new tokens: logits in float32, the sum in float64."""
+    length = max(len(part.tokens) for part in batch)
+    input_ids = torch.full((len(batch), length), padding)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, -100)
+    for row, part in enumerate(batch):
+        tokens = torch.tensor(part.tokens)
+        input_ids[row, : len(tokens)] = tokens
+        attention_mask[row, : len(tokens)] = 1
+        targets[row, part.first_target : len(tokens)] = tokens[part.first_target :]
+    device = model.device
+    logits: Tensor = model(
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+    ).logits
+    nats = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten().to(device), ignore_index=-100, reduction="none"
+    )
+    return float(nats.double().sum())

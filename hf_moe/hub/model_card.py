@@ -1,0 +1,63 @@
+"""Model cards filled from a report's figures. A figure that is not there reads "not measured"; none is made up."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NOT_MEASURED = "not measured"
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+
+
+def render_card(values: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
+    """Fill the template; the metadata becomes the YAML head, dumped and never formatted.
+
+    Args:
+        values: Every name that the template uses, as Markdown. Escape what comes from data: `cell`, `fenced`.
+        metadata: Arguments of `huggingface_hub.ModelCardData`.
+
+    Raises:
+        ValueError: If a name of the template is missing.
+        ImportError: If jinja2 is not installed.
+    """
+    from huggingface_hub import ModelCardData
+
+    try:
+        from jinja2 import Environment, StrictUndefined, UndefinedError
+    except ImportError as error:
+        raise ImportError('model cards need jinja2. Install it with: pip install "hf-moe[recipes]"') from error
+    # Markdown, not HTML: `cell` and `fenced` escape what comes from data; our own template, values are not rendered again
+    environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        return template.render(card_data=ModelCardData(**metadata).to_yaml(), **values)
+    except UndefinedError as error:
+        raise ValueError(
+            f"the model card lacks a value: {error}. Pass every name that {TEMPLATE.name} uses."
+        ) from error
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; numbers are right-aligned, None reads "not measured"."""
+    numeric = [all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(header))]
+    rule = ["---:" if right else "---" for right in numeric]
+    lines = [[*map(cell, header)], rule, *([cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A value as the text of a table cell: no markup, no line breaks."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A code block that the text cannot close."""
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -1,0 +1,1 @@
+"""Recipes: one story a file, read it top to bottom, run it as it is."""
