@@ -53,7 +53,7 @@ _SHOWN = 5
 
 
 if TYPE_CHECKING:
-    _Host = PreTrainedModel
+    from transformers.modeling_utils import PreTrainedModel as _Host
 else:
     _Host = object
 
@@ -428,7 +428,7 @@ def _why_not_finite(parts: list[StoredTensor], dtype: torch.dtype) -> str:
     largest, tensor = max(
         ((float(value.abs().max()), tensor) for tensor, value in _values(parts)), key=lambda item: item[0]
     )
-    return f"{tensor.where} has elements up to {largest:g}, too large for {dtype}. Load it with dtype=torch.bfloat16 or float32."
+    return f"{tensor.where} has elements up to {largest:g}, too large for {dtype}. Load it with dtype=torch.bfloat16."
 
 
 def _first_not_finite(parts: list[StoredTensor]) -> StoredTensor | None:
