@@ -1,5 +1,6 @@
 """The command `hf-moe`: parses, calls, prints. Heavy imports wait until a command runs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -53,6 +54,8 @@ def quickstart(
 ) -> None:
     """Train a small MoE on real text, adapt it to a new domain with its router frozen, evaluate, save, load back."""
     _require("recipes", "accelerate", "peft", "tokenizers", "matplotlib", "jinja2")
+    # read when torch is loaded: spinning threads made a step ten times slower on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hf_moe.recipes import quickstart as recipe
     from hf_moe.training.corpus import TextError
     from hf_moe.training.stages import RunRefusedError

@@ -12,9 +12,9 @@ from .routing import RoutingDecision
 
 
 def count_assignments(decision: RoutingDecision, mask_T: Tensor | None = None) -> Tensor:
-    """Assignments per expert `[X]`, float32 (exact to 2**24), of the tokens whose mask is not 0."""
+    """Assignments per expert `[X]` of the tokens whose mask is not 0, in the dtype of the scores (exact to 2**24)."""
     num_choices = decision.scores.shape[-1]
-    ones = torch.ones_like(decision.choice, dtype=torch.float32)
+    ones = torch.ones_like(decision.choice, dtype=decision.scores.dtype)
     if mask_T is not None:
         ones = ones * mask_T[:, None].to(ones.dtype)
     counts = ones.new_zeros(num_choices + 1)  # the last one gathers the unused slots
@@ -40,7 +40,7 @@ def load_balancing_loss(
 
     Source: Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6, for top-k and for any scores.
     """
-    scores_TX = decision.scores.float() if decision.scores.dtype != torch.float64 else decision.scores
+    scores_TX = decision.scores
     if counts_X is None:
         counts_X = count_assignments(decision, mask_T)
     load_X = (counts_X / counts_X.sum().clamp_min(1)).to(scores_TX.dtype)

@@ -185,7 +185,8 @@ class HfMoeExperts(nn.Module):
         """
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
+            # slot by slot, the order in which the native models add up: bit-equal gradients
+            slot, token = torch.where(top_k_index.T == expert)
             if token.numel() == 0:
                 continue
             projected = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))

@@ -4,13 +4,16 @@
 its marks on every instance (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, `config`; `_apply_gate` on the
 class), and these marks survive PEFT, `torch.compile`, quantisation and parallel wrappers. No class name is known here.
 
-The *router* is a sibling of the experts in the same block. In all decorated families of transformers 5.23 a router
-module exists there and returns `(logits, weights, indices, ...)`; it is told from other siblings by, in this order:
+The *router* is a sibling of the experts in the same block. In all decorated families of transformers 5.23 there is one,
+it returns `(logits, weights, indices, ...)`, and these very weights and indices reach the experts. Older versions have
+exceptions (5.17: Jamba's yields logits only, Granite's returns the indices first). What holds everywhere is the call
+of the experts, `(hidden_states, top_k_index, top_k_weights)`. Among the siblings the router is the one that, in this
+order:
 
-1. the model records its output 0 as `router_logits` (the host's `_can_record_outputs`);
-2. it declares an integer `top_k` (hash routers and vision routers, which no model records);
-3. it holds the one matrix with a row for each expert (blocks of custom code that choose the top k themselves: this
-   sibling yields logits only).
+1. the model records as `router_logits` (the host's `_can_record_outputs`);
+2. declares an integer `top_k` (DeepSeek-V4's hash router, the routers of Ernie-VL and of Dots3's vision tower, which
+   their models do not record);
+3. holds a matrix with a row for each expert (blocks that choose the top k themselves: this sibling yields logits).
 
 Source: transformers 5.23, `integrations/moe.py::use_experts_implementation`, `utils/output_capturing.py`.
 """

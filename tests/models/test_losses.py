@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_hf_moe import left_padded, random_ids, tiny_config
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from hf_moe.models.losses import GlobalBatchCounts, count_assignments, load_balancing_loss, router_z_loss
 from hf_moe.models.modeling_hf_moe import HfMoeModelOutputWithPast
 from hf_moe.models.routing import RoutingDecision, choose_top_k
+from tiny_hf_moe import left_padded, random_ids, tiny_config
 
 EXPERTS, TOKENS = 8, 64
 
