@@ -4,8 +4,8 @@
 its marks on every instance (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, `config`; `_apply_gate` on the
 class), and these marks survive PEFT, `torch.compile`, quantisation and parallel wrappers. No class name is known here.
 
-The *router* is a sibling of the experts in the same block. In all decorated families of transformers 5.23 there is one,
-it returns `(logits, weights, indices, ...)`, and these very weights and indices reach the experts. Older versions have
+The *router* is a sibling of the experts in the same block. Every decorated family of transformers 5.23 has one: it
+returns `(logits, weights, indices, ...)`, and these very weights and indices reach the experts. Older versions have
 exceptions (5.17: Jamba's yields logits only, Granite's returns the indices first). What holds everywhere is the call
 of the experts, `(hidden_states, top_k_index, top_k_weights)`. Among the siblings the router is the one that, in this
 order:

@@ -30,10 +30,7 @@ HOST = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # before 5.23: Jamba's router is a linear layer (logits only), Granite's returns (indices, weights, logits)
 OTHER_ROUTERS = {"granitemoe", "granitemoehybrid", "granitemoeshared", "jamba"} if HOST < (5, 23) else set()
 COVERED: dict[str, str] = {}
-NOT_HOST = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-# before 5.23: Jamba's router is a linear layer (logits only), Granite's returns (indices, weights, logits)
-OTHER_ROUTERS = {"granitemoe", "granitemoehybrid", "granitemoeshared", "jamba"} if HOST < (5, 23) else set()
-COVERED: dict[str, str] = {}
+NOT_COVERED: dict[str, str] = {}
 
 
 def geometry(layer):
