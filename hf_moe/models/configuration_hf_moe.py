@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 # Above these a configuration is a mistake or an attack: building it would exhaust any machine.
 MAX_EXPERTS = 65_536
@@ -82,6 +81,7 @@ class HfMoeConfig(PreTrainedConfig):
     """
 
     model_type = "hf_moe"
+    _auto_class = "AutoConfig"  # saved checkpoints carry this file
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss", "z_loss"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
     base_model_tp_plan = {  # noqa: RUF012
@@ -264,6 +264,9 @@ class HfMoeConfig(PreTrainedConfig):
         )
         head_dim = self._head_dim()
         _require(head_dim % 2 == 0, "head_dim", head_dim, "must be even (rotary embedding rotates pairs)")
+        # imported here: it costs as much as the rest of `import hf_moe`
+        from transformers.activations import ACT2FN
+
         _require(
             self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, "must be an activation that transformers knows"
         )

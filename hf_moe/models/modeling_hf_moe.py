@@ -186,7 +186,7 @@ class HfMoeExperts(nn.Module):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             # slot by slot, the order in which the native models add up: bit-equal gradients
-            slot, token = torch.where(top_k_index.T == expert)
+            slot, token = torch.where(top_k_index.transpose(0, 1) == expert)
             if token.numel() == 0:
                 continue
             projected = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
@@ -331,6 +331,7 @@ class HfMoePreTrainedModel(VerifiedCheckpointMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # noqa: RUF012
+    # each class below names its `_auto_class`: saved checkpoints carry this file and load without hf_moe as well
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(HfMoeRouter, index=0),
         "router_decisions": OutputRecorder(HfMoeRouter, index=3),
@@ -358,6 +359,8 @@ class HfMoePreTrainedModel(VerifiedCheckpointMixin, PreTrainedModel):
 
 class HfMoeModel(HfMoePreTrainedModel):
     """Embedding, decoder layers and final norm."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
@@ -534,6 +537,7 @@ def _flat_mask(attention_mask: Tensor | None, decision: RoutingDecision) -> Tens
 class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
     """The decoder with a language modelling head."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
@@ -605,6 +609,8 @@ def _share_of_step(
 class HfMoeForSequenceClassification(HfMoeHeadModel):
     """The decoder with a classification head on the last token that is not padding."""
 
+    _auto_class = "AutoModelForSequenceClassification"
+
     # its loss is a mean over the batch: the Trainer divides by the accumulation steps
     accepts_loss_kwargs = False
 
@@ -660,6 +666,8 @@ class HfMoeForSequenceClassification(HfMoeHeadModel):
 class HfMoeForTokenClassification(HfMoeHeadModel):
     """The decoder with a classification head on each token."""
 
+    _auto_class = "AutoModelForTokenClassification"
+
     accepts_loss_kwargs = False
 
     def __init__(self, config: HfMoeConfig):
@@ -690,6 +698,8 @@ class HfMoeForTokenClassification(HfMoeHeadModel):
 
 class HfMoeForQuestionAnswering(HfMoeHeadModel):
     """The decoder with a head for the start and the end of an answer."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
 
     accepts_loss_kwargs = False
 
