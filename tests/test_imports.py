@@ -63,6 +63,8 @@ def imports_of(module: str, source: str) -> set[str]:
                 base = ".".join([*parent, base]).rstrip(".")
             submodules = {f"{base}.{alias.name}" for alias in node.names} & MODULES.keys()
             found |= submodules or {base}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
     return found
 
 
@@ -146,8 +148,8 @@ def test_the_checks_see_a_wrong_import_and_a_cycle():
     graph = {"hf_moe.ops.reference": {"hf_moe.models.losses"}, "hf_moe.models.losses": {"hf_moe.ops.reference"}}
     assert wrong_direction(graph) == ["hf_moe.ops.reference (level 1) imports hf_moe.models.losses"]
     assert find_cycle(graph) is not None
-    source = "def f():\n    from hf_moe.cli import main\n    from . import routing"
-    assert imports_of("hf_moe.models.losses", source) == {"hf_moe.cli", "hf_moe.models.routing"}
+    source = "def f():\n    from hf_moe.cli import main\n    from . import routing\n    import_module('hf_moe.hub')"
+    assert imports_of("hf_moe.models.losses", source) == {"hf_moe.cli", "hf_moe.models.routing", "hf_moe.hub"}
 
 
 def run_python(code: str) -> str:
@@ -157,8 +159,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-# What any program that loads a model imports: transformers itself fetches these lazily, on first use.
-HOST = "import torch, transformers; from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel"
+HOST = "import torch, transformers"
 
 
 def import_seconds(statement: str) -> float:
@@ -184,9 +185,7 @@ def test_import_costs_less_than_one_and_a_half_times_the_hosts():
 def test_import_loads_no_optional_library():
     listing = "import sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = set(run_python(f"import hf_moe; {listing}").split()) - set(run_python(f"{HOST}; {listing}").split())
-    assert (
-        loaded & {"triton", "datasets", "evaluate", "lm_eval", "matplotlib", "peft", "jinja2", "accelerate"} == set()
-    )
+    assert loaded & {"triton", "datasets", "evaluate", "lm_eval", "matplotlib", "peft", "jinja2"} == set()
 
 
 def test_registration_adds_one_model_type_and_can_be_repeated():

@@ -1,0 +1,24 @@
+"""Check that the wheel in the given folder holds the tracked files of hf_moe/ and recipes/*.py, and no others."""
+
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+
+def main(folder: str) -> None:
+    (wheel,) = Path(folder).glob("hf_moe-*.whl")
+    names = set(ZipFile(wheel).namelist())
+    tracked = subprocess.run(
+        ["git", "ls-files", "hf_moe", "recipes/*.py"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    installed = {f"hf_moe/{name}" if name.startswith("recipes/") else name for name in tracked}
+    missing = sorted(installed - names)
+    unwanted = sorted(name for name in names - installed if ".dist-info/" not in name)
+    if missing or unwanted:
+        raise SystemExit(f"{wheel.name}: missing {missing}, unwanted {unwanted}")
+    print(f"{wheel.name}: {len(names)} files")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
