@@ -1,0 +1,331 @@
+"""What a Mixture-of-Experts model consists of and what runs it: `print(explain(model))`."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hf_moe.experts.backends import BACKENDS, refusals
+from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers, recorded_routers
+
+ACTIVE_RULE = (
+    "active = all parameters outside of the routed experts (embeddings and output head counted whole, tied ones once) "
+    "+ top_k / num_experts of the routed experts and of adapters on them"
+)
+_EXPERT_COUNT_FIELDS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """MoE layers of one shape: `layers` like "model.layers.0-15.mlp"; the geometry as in `MoeLayer`."""
+
+    layers: str
+    count: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_width: int
+    router: str
+    backend: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers}: {self.num_experts} experts, top-{self.top_k}, width {self.expert_width}, "
+            f"hidden {self.hidden_size}, router {self.router}"
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `str()` is a text for people, `to_dict()` the same for JSON.
+
+    Attributes:
+        model_class: Class of the model inside all wrappers.
+        model_type: Of its config.
+        dtype: Of the expert weights as stored; of the first parameter in a dense model.
+        total_parameters: Each once, packed weights with the count that they stand for.
+        active_parameters: At most so many for one token; see `ACTIVE_RULE`.
+        trainable_parameters: Those that require a gradient.
+        router: "trainable", "frozen", "partly trainable", or "none" (no layer has a router module).
+        layers: MoE layers, those of one shape together.
+        backend: The experts implementations that run, joined by ", "; "" without MoE layers.
+        refusals: Implementation -> why it cannot run this model. Empty for quantised experts: their quantiser decides.
+        warnings: What deserves attention, one sentence each.
+    """
+
+    model_class: str
+    model_type: str
+    dtype: str
+    total_parameters: int
+    active_parameters: int
+    trainable_parameters: int
+    router: str
+    layers: tuple[LayerGroup, ...]
+    backend: str
+    refusals: dict[str, str]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model_class} ({self.model_type}), {self.dtype}",
+            f"parameters: total {_count(self.total_parameters)}, active per token {_count(self.active_parameters)}, "
+            f"trainable {_count(self.trainable_parameters)}",
+            f"  {ACTIVE_RULE}",
+            f"router: {self.router}",
+            f"MoE layers: {sum(group.count for group in self.layers)}",
+            *(f"  {group}" for group in self.layers),
+        ]
+        if self.layers:
+            lines.append(f"experts backend: {self.backend}")
+        lines += [f"  refused: {name}: {reason}" for name, reason in self.refusals.items()]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Describe `model`: parameters, MoE layers, the experts backend that runs and those that refuse it.
+
+    Works on native and hf_moe models, also under PEFT, `torch.compile` or a parallel wrapper, with quantised experts,
+    and on the meta device. Reads shapes only.
+
+    Raises:
+        ValueError: As `hf_moe.moe_layers`.
+        TypeError: If `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"explain() takes a model (torch.nn.Module), got {type(model).__name__}; for a config or a checkpoint "
+            f"folder use explain_config()."
+        )
+    layers = moe_layers(model)
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    config = getattr(inner, "config", None)
+    total, active = _count_parameters(model, layers)
+    refused, warnings = _refusals(layers)
+    return Explanation(
+        model_class=type(inner).__name__,
+        model_type=getattr(config, "model_type", "unknown"),
+        dtype=_dtype_name(model, layers),
+        total_parameters=total,
+        active_parameters=active,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        router=_router_state(layers),
+        layers=tuple(_groups(layers)),
+        backend=", ".join(dict.fromkeys(_backend(layer) for layer in layers)),
+        refusals=refused,
+        warnings=(*warnings, *_undecorated(model, layers, config)),
+    )
+
+
+def explain_config(config: PreTrainedConfig | str) -> Explanation:
+    """`explain` the model that `config` describes, without its weights: it is built on the meta device.
+
+    Args:
+        config: A config, or what `AutoConfig.from_pretrained` takes: a checkpoint folder or a name on the Hub.
+
+    Raises:
+        OSError: If there is no config at `config`.
+        ValueError: If no Auto class has a model for it.
+    """
+    if isinstance(config, str):
+        config = AutoConfig.from_pretrained(config)
+    mappings = (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+        (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification),
+    )
+    auto_class = next((auto for mapping, auto in mappings if type(config) in mapping), AutoModel)
+    with torch.device("meta"):
+        return explain(auto_class.from_config(config, dtype=config.dtype or torch.float32))
+
+
+def _count_parameters(model: nn.Module, layers: list[MoeLayer]) -> tuple[int, int]:
+    share: dict[int, float] = {}
+    stored: set[int] = set()
+    total, active = 0, 0.0
+    for layer in layers:
+        fraction = layer.top_k / layer.num_experts
+        total += layer.num_experts * layer.num_expert_parameters
+        active += layer.top_k * layer.num_expert_parameters
+        stored.update(id(p) for p in _expert_weights(layer.experts))
+        wrapper = _experts_child(model, layer)
+        share.update((id(p), fraction) for p in wrapper.parameters() if wrapper is not layer.experts)
+        for copy in (module for module in wrapper.modules() if is_experts(module) and module is not layer.experts):
+            share.update((id(p), 0.0) for p in copy.parameters())
+    for parameter in model.parameters():
+        if id(parameter) not in stored:
+            count = _numel(parameter)
+            total += count
+            active += count * share.get(id(parameter), 1.0)
+    return total, round(active)
+
+
+def _expert_weights(experts: nn.Module) -> Iterable[nn.Parameter]:
+    """What the geometry counts: the projections in whatever storage, and all else with an entry for each expert."""
+    for name, parameter in experts.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        is_projection = leaf in ("gate_up_proj", "up_proj", "down_proj") or owner.startswith("parametrizations")
+        if is_projection or parameter.shape[:1] == (vars(experts).get("num_experts"),):
+            yield parameter
+
+
+def _experts_child(model: nn.Module, layer: MoeLayer) -> nn.Module:
+    """The child of the block that holds the experts: they themselves, or what wraps them."""
+    child = layer.experts_name.removeprefix(layer.name).strip(".").split(".")[0]
+    return model.get_submodule(f"{layer.name}.{child}".strip("."))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # bitsandbytes packs 4-bit values; its state knows the shape
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else shape.numel()
+
+
+def _router_state(layers: list[MoeLayer]) -> str:
+    states = {_trainable(layer) for layer in layers if layer.router is not None}
+    if not states:
+        return "none"
+    return states.pop() if len(states) == 1 else "partly trainable"
+
+
+def _trainable(layer: MoeLayer) -> str:
+    if layer.router is None:
+        return "none"
+    return "trainable" if any(p.requires_grad for p in layer.router.parameters()) else "frozen"
+
+
+def _backend(layer: MoeLayer) -> str:
+    return getattr(layer.experts.config, "_experts_implementation", None) or "eager"
+
+
+def _storage(layer: MoeLayer) -> torch.Tensor | None:
+    """A tensor that holds expert weights, as stored."""
+    for name, tensor in [*layer.experts.named_parameters(), *layer.experts.named_buffers()]:
+        if "down_proj" in name and "scale" not in name and "bias" not in name:
+            return tensor
+    return None
+
+
+def _dtype_name(model: nn.Module, layers: list[MoeLayer]) -> str:
+    stored = _storage(layers[0]) if layers else next(model.parameters(), None)
+    return "unknown dtype" if stored is None else str(stored.dtype).removeprefix("torch.")
+
+
+def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
+    """Reasons by backend, the first layer that has one speaks; and warnings about the backends in use."""
+    refused: dict[str, str] = {}
+    warnings: dict[str, list[str]] = {}
+    for layer in layers:
+        weight, backend = _storage(layer), _backend(layer)
+        if weight is None or weight.dtype not in _PLAIN_DTYPES:
+            kind = "in a form of their own" if weight is None else f"as {weight.dtype}"
+            text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
+            warnings.setdefault(text, []).append(layer.name)
+            continue
+        reasons = refusals(layer.experts, weight.dtype, weight.device)
+        refused = {**reasons, **refused}
+        if backend in reasons and weight.device.type != "meta":
+            warnings.setdefault(f"The backend in use refuses: {reasons[backend]}", []).append(layer.name)
+        if backend not in BACKENDS:
+            text = f"Backend {backend!r} is not in hf_moe's table: what it refuses is not known."
+            warnings.setdefault(text, []).append(layer.name)
+    return refused, [f"{_join_ranges(names)}: {text}" for text, names in warnings.items()]
+
+
+def _undecorated(model: nn.Module, layers: list[MoeLayer], config: Any) -> list[str]:
+    """Warnings about MoE blocks that do not use the host's experts interface."""
+    known: set[int] = set()
+    for layer in layers:
+        if layer.router is not None:
+            known.update(id(module) for module in layer.router.modules())
+    recorded = recorded_routers(model)
+    strangers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, recorded) and not any(id(inner) in known for inner in module.modules())
+    ]
+    if strangers:
+        return [
+            f"{len(strangers)} modules route outside of the host's experts interface, so hf_moe does not see their "
+            f"experts, counts them as active, and can choose no backend: {_join_ranges(strangers)}."
+        ]
+    if not layers and isinstance(config, PreTrainedConfig) and (fields := _expert_counts(config.to_dict())):
+        return [
+            f"No MoE layer found, although the config says {fields}: its experts bypass the host's experts interface, "
+            f"so hf_moe does not see them and counts them as active."
+        ]
+    return []
+
+
+def _expert_counts(fields: dict[str, Any]) -> str:
+    found = [f"{key}={value}" for key, value in fields.items() if key in _EXPERT_COUNT_FIELDS and _is_many(value)]
+    nested = [_expert_counts(value) for value in fields.values() if isinstance(value, dict)]
+    return ", ".join(dict.fromkeys(part for part in [*found, *nested] if part))
+
+
+def _is_many(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+def _groups(layers: list[MoeLayer]) -> Iterable[LayerGroup]:
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for layer in layers:
+        shape = (layer.num_experts, layer.top_k, layer.hidden_size, layer.expert_width)
+        key = (*shape, _trainable(layer), _backend(layer), _split(layer.name)[::2])
+        groups.setdefault(key, []).append(layer.name)
+    for (num_experts, top_k, hidden_size, width, router, backend, _), names in groups.items():
+        yield LayerGroup(_join_ranges(names), len(names), num_experts, top_k, hidden_size, width, router, backend)
+
+
+def _split(name: str) -> tuple[str, int, str]:
+    """Before the first number of a path, the number, after it: ("model.layers.", 3, ".mlp")."""
+    match = re.fullmatch(r"((?:.*?\.)?)(\d+)((?:\..*)?)", name)
+    return (name, -1, "") if match is None else (match[1], int(match[2]), match[3])
+
+
+def _join_ranges(names: list[str]) -> str:
+    """ "layers.0.mlp", "layers.1.mlp", "layers.3.mlp" -> "layers.0-1,3.mlp"."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        before, number, after = _split(name)
+        found.setdefault((before, after), []).append(number)
+    return ", ".join(
+        before if numbers == [-1] else f"{before}{_ranges(sorted(numbers))}{after}"
+        for (before, after), numbers in found.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)
