@@ -1,0 +1,95 @@
+"""Counts are those of the routers' choices, and the figures of balance are right at both ends."""
+
+import math
+
+import pytest
+import torch
+from tiny_moe import MODELS, hf_moe_model
+from torch import nn
+
+from hf_moe.observability.expert_load import count_expert_load, load_entropy, max_violation
+from hf_moe.observability.router_hooks import watch_choices
+
+IDS = torch.arange(48).view(4, 12)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_counts_are_the_routers_choices(family):
+    model = MODELS[family]()
+    expected = [
+        logits.topk(2).indices.flatten().bincount(minlength=8)
+        for logits in model(input_ids=IDS, output_router_logits=True).router_logits
+    ]
+    with count_expert_load(model) as load:
+        model(input_ids=IDS)
+    for counts, wanted in zip(load.counts.values(), expected, strict=True):
+        assert counts.tolist() == wanted.tolist()
+        assert counts.sum() == IDS.numel() * 2
+
+
+def test_counts_add_up_until_they_are_cleared():
+    model = hf_moe_model()
+    with count_expert_load(model) as load:
+        model(input_ids=IDS)
+        once = {name: counts.clone() for name, counts in load.counts.items()}
+        model(input_ids=IDS)
+        assert all(torch.equal(load.counts[name], 2 * counts) for name, counts in once.items())
+        load.clear()
+        model(input_ids=IDS)
+    assert all(torch.equal(load.counts[name], counts) for name, counts in once.items())
+    model(input_ids=IDS)
+    assert all(torch.equal(load.counts[name], counts) for name, counts in once.items()), "counted after the end"
+
+
+def test_slots_without_an_expert_do_not_count():
+    model = hf_moe_model(num_null_experts=8)
+    with count_expert_load(model) as load, watch_choices(model, lambda layer, router, index: slots.append(index)):
+        slots = []
+        model(input_ids=IDS)
+    for counts, index in zip(load.counts.values(), slots, strict=True):
+        assert counts.sum() == (index < 8).sum() < index.numel()
+
+
+def test_layers_of_different_sizes_count_each_on_their_own():
+    model = hf_moe_model(per_layer_config={1: {"num_experts": 4}})
+    with count_expert_load(model) as load:
+        model(input_ids=IDS)
+    assert [len(counts) for counts in load.counts.values()] == [8, 4, 8]
+
+
+def test_training_only_leaves_evaluation_out():
+    model = hf_moe_model()
+    with count_expert_load(model, training_only=True) as load:
+        model(input_ids=IDS)
+        assert load.counts == {}
+        model.train()
+        model(input_ids=IDS)
+    assert len(load.counts) == 3
+
+
+def test_balance_figures_at_both_ends():
+    even, one = torch.full((8,), 5), torch.tensor([0, 0, 40, 0, 0, 0, 0, 0])
+    assert (load_entropy(even), max_violation(even)) == pytest.approx((1, 0))
+    assert (load_entropy(one), max_violation(one)) == pytest.approx((0, 7))
+    half = torch.tensor([10, 10, 0, 0])
+    assert (load_entropy(half), max_violation(half)) == pytest.approx((math.log(2) / math.log(4), 1))
+    assert load_entropy(torch.tensor([3])) == 1
+
+
+def test_no_tokens_have_no_balance():
+    for figure in (load_entropy, max_violation):
+        with pytest.raises(ValueError, match="counts are all zero"):
+            figure(torch.zeros(4))
+
+
+def test_models_without_routers_are_refused():
+    with pytest.raises(ValueError, match="Linear has no MoE layer"), count_expert_load(nn.Linear(2, 2)):
+        pass
+
+
+def test_a_router_that_hides_its_choice_is_refused():
+    model = hf_moe_model()
+    with watch_choices(model, lambda *_: None) as layers:
+        layers[0].router.forward = lambda tokens, mask=None: tokens
+        with pytest.raises(TypeError, match=r"must return \(logits, weights, indices\), got Tensor"):
+            model(input_ids=IDS)

@@ -1,0 +1,85 @@
+"""Runs that went wrong are stopped before anything is saved."""
+
+import pytest
+import torch
+from tiny_moe import hf_moe_model, with_expert_lora
+from transformers import ProgressCallback, TrainingArguments
+
+from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router
+from hf_moe.models.moe_layers import moe_layers
+from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback, StopOnNonFinite
+from hf_moe.training.packing import PackedRows
+from hf_moe.training.trainer import MoeTrainer
+
+ROWS = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+
+
+def train(folder, model, callback, **overrides):
+    settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, **overrides}
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        logging_nan_inf_filter=False,
+        **settings,
+    )
+    MoeTrainer(model=model, args=arguments, train_dataset=PackedRows(ROWS), callbacks=[callback]).train()
+
+
+def test_nan_stops_the_run_before_a_save(tmp_path):
+    model = hf_moe_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match="at step 1: training has diverged. Lower the learning rate"):
+        train(tmp_path, model, StopOnNonFinite())
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_finite_run_is_left_alone(tmp_path):
+    train(tmp_path, hf_moe_model(), StopOnNonFinite())
+    assert (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_frozen_router_passes(tmp_path):
+    model = with_expert_lora(hf_moe_model())
+    expected = freeze_router(model)
+    callback = RouterFreezeCallback()
+    train(tmp_path, model, callback)
+    assert callback.router_hash == expected
+
+
+def test_a_trainable_router_is_refused_at_the_start(tmp_path):
+    with pytest.raises(RouterNotFrozenError, match="requires a gradient"):
+        train(tmp_path, hf_moe_model(), RouterFreezeCallback())
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+class NudgeRouter(RouterFreezeCallback):
+    """Something that changes a frozen router behind the optimizer's back."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            moe_layers(model)[1].router.weight[0, 0] += 1e-3
+
+
+def test_a_changed_router_is_found_out(tmp_path):
+    model = with_expert_lora(hf_moe_model())
+    freeze_router(model)
+    with pytest.raises(RouterNotFrozenError, match="the routers have changed"):
+        train(tmp_path, model, NudgeRouter())
+
+
+def test_progress_shows_loss_and_balance_on_a_line(tmp_path, capsys):
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, logging_steps=1, use_cpu=True, report_to="none", per_device_train_batch_size=4
+    )
+    trainer = MoeTrainer(model=hf_moe_model(), args=arguments, train_dataset=PackedRows(ROWS))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(BalanceProgress)
+    trainer.train()
+    captured = capsys.readouterr()
+    lines = [line for line in (captured.out + captured.err).replace("\r", "\n").split("\n") if "loss" in line]
+    assert len(lines) == 2
+    assert all("load entropy 0." in line and "x mean" in line for line in lines)
