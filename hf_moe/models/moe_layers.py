@@ -96,7 +96,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
             nor the experts module tell their geometry.
     """
     modules = dict(model.named_modules())
-    recorded = recorded_routers(model)
+    recorded = {id(module) for module in recorded_routers(model).values()}
     found: dict[str, MoeLayer] = {}
     for path, module in modules.items():
         if is_experts(module):
@@ -113,15 +113,30 @@ def is_experts(module: nn.Module) -> bool:
     return all(mark in vars(module) for mark in _DECORATOR_MARKS) and hasattr(type(module), "_apply_gate")
 
 
-def recorded_routers(model: nn.Module) -> tuple[type[nn.Module], ...]:
-    """Classes whose output the models inside `model` record as `router_logits`."""
-    classes: dict[Any, None] = {}
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            recorders: Any = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-            for recorder in recorders if isinstance(recorders, list) else [recorders]:
-                classes[getattr(recorder, "target_class", recorder)] = None
-    return tuple(classes)
+def recorded_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose output the models inside `model` record as `router_logits`, by path.
+
+    Source: transformers 5.23, `utils/output_capturing.py::recursively_install_hooks`.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, submodel in model.named_modules():
+        if isinstance(submodel, PreTrainedModel):
+            declared: Any = (getattr(submodel, "_can_record_outputs", None) or {}).get("router_logits", [])
+            recorders = declared if isinstance(declared, list) else [declared]
+            for name, module in submodel.named_modules():
+                if any(_records(recorder, name, module) for recorder in recorders):
+                    found[_join(path, name)] = module
+    return found
+
+
+def _records(recorder: Any, name: str, module: nn.Module) -> bool:
+    """`recorder` is a class, the end of a path, or an `OutputRecorder` of either with an optional part of the path."""
+    target = getattr(recorder, "target_class", None if isinstance(recorder, str) else recorder)
+    ending = getattr(recorder, "class_name", recorder if isinstance(recorder, str) else None)
+    part = getattr(recorder, "layer_name", None)
+    is_target = target is not None and isinstance(module, target)
+    is_named = ending is not None and name.endswith(ending)
+    return (is_target or is_named) and (part is None or f".{part.strip('.')}." in f".{name}.")
 
 
 def check_index_range(layer: MoeLayer, top_k_index: Tensor) -> None:
@@ -218,12 +233,10 @@ def _siblings(block: nn.Module, child: str) -> dict[str, nn.Module]:
     return {name: module for name, module in block.named_children() if name != child}
 
 
-def _find_router(
-    siblings: dict[str, nn.Module], recorded: tuple[type[nn.Module], ...], num_experts: int | None
-) -> str | None:
+def _find_router(siblings: dict[str, nn.Module], recorded: set[int], num_experts: int | None) -> str | None:
     """Name of the one sibling that qualifies as router, by the first rule that exactly one sibling meets."""
     rules = (
-        lambda module: isinstance(module, recorded),
+        lambda module: id(module) in recorded,
         lambda module: _int(module, "top_k") is not None,
         lambda module: any(p.dim() == 2 and p.shape[0] == num_experts for p in module.parameters()),
     )

@@ -257,11 +257,10 @@ def _undecorated(model: nn.Module, layers: list[MoeLayer], config: Any) -> list[
     for layer in layers:
         if layer.router is not None:
             known.update(id(module) for module in layer.router.modules())
-    recorded = recorded_routers(model)
     strangers = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, recorded) and not any(id(inner) in known for inner in module.modules())
+        for name, module in recorded_routers(model).items()
+        if not any(id(inner) in known for inner in module.modules())
     ]
     if strangers:
         return [

@@ -411,6 +411,16 @@ def test_block_that_routes_by_itself():
     assert moe_layers(model[0])[0].name == ""
 
 
+def test_a_router_that_declares_its_top_k_wins_over_a_matrix_of_the_same_shape():
+    block = OwnBlock(CONFIG, nn.Linear(HIDDEN, EXPERTS))
+    block.dense = nn.Linear(HIDDEN, EXPERTS)
+    assert moe_layers(block)[0].router is None  # ambiguous: nothing is guessed
+    block.scorer.top_k = 3
+    (layer,) = moe_layers(block)
+    assert layer.router is block.scorer
+    assert layer.top_k == 3
+
+
 def test_unknown_top_k():
     block = OwnBlock(SimpleNamespace(_experts_implementation="eager"), nn.Linear(HIDDEN, EXPERTS))
     with pytest.raises(ValueError, match=r"declares no integer `top_k`.*num_experts_per_tok.*Set `top_k`"):
