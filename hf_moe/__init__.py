@@ -17,8 +17,8 @@ if TYPE_CHECKING:
         HfMoeForTokenClassification,
         HfMoeModel,
     )
-    from hf_moe.models.moe_layers import MoeLayer, moe_layers
-    from hf_moe.observability.explain import explain
+    from hf_moe.models.moe_layers import MoeLayer, check_index_range, checked_routing, moe_layers
+    from hf_moe.observability.explain import explain, explain_config
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,10 @@ _HOMES = {
     "HfMoeForTokenClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeModel": "hf_moe.models.modeling_hf_moe",
     "MoeLayer": "hf_moe.models.moe_layers",
+    "check_index_range": "hf_moe.models.moe_layers",
+    "checked_routing": "hf_moe.models.moe_layers",
     "explain": "hf_moe.observability.explain",
+    "explain_config": "hf_moe.observability.explain",
     "moe_layers": "hf_moe.models.moe_layers",
 }
 
@@ -54,7 +57,10 @@ __all__ = [
     "HfMoeForTokenClassification",
     "HfMoeModel",
     "MoeLayer",
+    "check_index_range",
+    "checked_routing",
     "explain",
+    "explain_config",
     "moe_layers",
     "register",
 ]
