@@ -454,9 +454,8 @@ def _without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _auto_map(model_class: type[PreTrainedModel], known: dict[str, str] | None) -> dict[str, str]:
-    """Every Auto class that the modeling file of `model_class` serves, all of them in the saved folder itself."""
-    # an entry that was loaded from the Hub names its repository: "owner/name--modeling_hf_moe.HfMoeModel"
-    entries = {auto_class: reference.split("--")[-1] for auto_class, reference in (known or {}).items()}
+    """`known`, and every Auto class that the modeling file of `model_class` serves."""
+    entries = dict(known or {})
     module = sys.modules[model_class.__module__]
     for member_class in vars(module).values():
         if isinstance(member_class, type) and member_class.__module__ == module.__name__:
@@ -562,7 +561,7 @@ class VerifiedCheckpointMixin(_Host):
         given = signature(save).bind(save_directory, *args, **kwargs).arguments
         if self._hf_peft_config_loaded or not self.should_save_on_this_rank(given.get("is_main_process", True)):
             return save(save_directory, *args, **kwargs)
-        if self._auto_class is not None:
+        if self._auto_class is not None and type(self).__module__ != "__main__":
             self.config.auto_map = _auto_map(type(self), getattr(self.config, "auto_map", None))
         superseded = _put_aside(self, Path(save_directory), given.get("variant"))
         save(save_directory, *args, **kwargs)
