@@ -14,8 +14,9 @@ word. `VerifiedCheckpointMixin` refuses instead, with the tensor's and the file'
 - a task head may be absent, or left over, as the host allows (and warns), but not the head of the class that the
   config names as the saved one, and not an untied `lm_head`. `ignore_mismatched_sizes=True` holds for heads alone.
 
-The same holds for `state_dict=`. A checkpoint stored quantised, which has other tensors, is checked for whole files
-and finite values. Not checked: GGUF files, adapters, and distributed checkpoints (which the host loads strictly).
+The same holds for `state_dict=`. A checkpoint stored quantised, which has other tensors, is checked for whole files,
+a tensor for every module, and finite values. Not checked: GGUF files, adapters, and distributed checkpoints (which the
+host loads strictly).
 
 Cost: the headers are read once more, and every loaded parameter is read once where it lies (no copy, no mask). What is
 not in memory as floating point afterwards (offloaded to disk, quantised) is read once more from its file.
@@ -341,6 +342,28 @@ def check_layout(
     )
 
 
+def check_modules(model: PreTrainedModel, stored: list[StoredTensor], targets: dict[str, Target]) -> None:
+    """Raise unless every module that has parameters has some tensor: all that holds for every quantised format."""
+    prefix = f"{model.base_model_prefix}."
+    modules = set()
+    for tensor in stored:
+        path = tensor.name.removeprefix(prefix).split(".")
+        modules |= {".".join(path[:depth]) for depth in range(1, len(path))}
+    absent = []
+    for target in targets.values():
+        needed = dict.fromkeys(name.rpartition(".")[0] for name in target.parts)
+        found = [module for module in needed if module.removeprefix(prefix) in modules]
+        fused = target.name.rpartition(".")[0]
+        if (not found and fused.removeprefix(prefix) in modules) or not _must_be_there(model, target.name):
+            continue
+        absent += [module for module in needed if module not in found]
+    files = sorted({tensor.origin for tensor in stored})
+    _refuse(
+        [f"{module} has no tensor in {', '.join(files)}" for module in absent],
+        "Nothing is initialised anew in their place. Copy, download or quantise the checkpoint again.",
+    )
+
+
 def _mismatches(target: Target, found: dict[str, StoredTensor]) -> list[str]:
     problems = []
     if target.name not in found:
@@ -538,11 +561,12 @@ class VerifiedCheckpointMixin(_Host):
         weight_map = (load_config.sharded_metadata or {}).get("weight_map")
         if weight_map is not None:
             check_index(weight_map, stored)
+        targets = targets_of(model if quantizer is None else _without_quantizer(model))
         if quantizer is not None and quantizer.pre_quantized:
             checkpoint = Assignment({"": {tensor.name: tensor for tensor in stored}}, [])
+            check_modules(model, stored, targets)
         else:
             renamings = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightRenaming)]
-            targets = targets_of(model if quantizer is None else _without_quantizer(model))
             checkpoint = assign(stored, targets, model.base_model_prefix, renamings)
             check_layout(model, checkpoint, targets, load_config.ignore_mismatched_sizes)
         result = load(model, state_dict, checkpoint_files, load_config, expected_keys)

@@ -3,7 +3,9 @@
 The host loads the same damaged files without complaint: `test_the_host_alone_accepts` is the control.
 """
 
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,13 @@ from spoilt_checkpoints import (
     set_element,
     stored,
 )
+from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_moe.models.checkpoint_layout import (
     INDEX_FILE,
@@ -300,6 +307,74 @@ def test_adapter_folder_loads_its_base(single: Path, tmp_path: Path) -> None:
     drop(NORM)(single)
     with pytest.raises(CheckpointError, match=rf"{NORM} is missing"):
         HfMoeForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+class Quantizer(HfQuantizer):
+    """Stores the query projections as int8 with one scale each: like real ones it adds tensors and changes dtypes."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if name.endswith("q_proj"):
+                module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+                module.register_buffer("weight_scale", torch.empty((), device="meta"))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name.endswith("q_proj.weight")
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return ToInt8()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def is_trainable(self) -> bool:
+        return False
+
+
+class ToInt8(ConversionOps):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        ((name, value),) = input_dict.items()
+        value = value[0] if isinstance(value, list) else value
+        scale = value.abs().max() / 127
+        return {name: (value / scale).round().char(), f"{name}_scale": scale}
+
+
+@pytest.fixture
+def quantization() -> Iterator[QuantizationConfigMixin]:
+    class Int8Queries(QuantizationConfigMixin):
+        def __init__(self, **kwargs: Any):
+            super().__init__(quant_method="int8_queries")
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING["int8_queries"] = Int8Queries
+    AUTO_QUANTIZER_MAPPING["int8_queries"] = Quantizer
+    yield Int8Queries()
+    del AUTO_QUANTIZATION_CONFIG_MAPPING["int8_queries"], AUTO_QUANTIZER_MAPPING["int8_queries"]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["stored_quantised", "quantised_while_loading"])
+def test_quantised_models(before: bool, quantization: QuantizationConfigMixin, single: Path, tmp_path: Path) -> None:
+    folder, options = single, {"quantization_config": quantization}
+    model = HfMoeForCausalLM.from_pretrained(folder, **options)
+    if before:
+        folder, options = tmp_path / "quantised", {}
+        model.save_pretrained(folder)
+    loaded = HfMoeForCausalLM.from_pretrained(folder, **options)
+    assert loaded.get_parameter(QUERY).dtype == torch.int8
+    assert_same_tensors(loaded, model)
+    spoilt = Path(shutil.copytree(folder, tmp_path / "nan"))
+    change(DOWN, set_element(float("nan")))(spoilt)
+    with pytest.raises(CheckpointError, match=rf"{DOWN} in .*nan/model\.safetensors has NaN"):
+        HfMoeForCausalLM.from_pretrained(spoilt, **options)
+    for name in (NORM, DOWN, QUERY):
+        spoilt = Path(shutil.copytree(folder, tmp_path / name))
+        drop(name)(spoilt)
+        if name == QUERY and before:
+            drop(f"{QUERY}_scale")(spoilt)
+        module = re.escape(name.removesuffix(".weight"))
+        with pytest.raises(CheckpointError, match=rf"{module}.* in .*model\.safetensors"):
+            HfMoeForCausalLM.from_pretrained(spoilt, **options)
 
 
 def test_loading_info_is_the_hosts(single: Path) -> None:

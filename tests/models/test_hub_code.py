@@ -1,4 +1,4 @@
-"""A saved folder carries its code: it loads without hf_moe through `trust_remote_code`; with hf_moe it needs no trust."""
+"""A saved folder carries its code: it loads without hf_moe through `trust_remote_code`, with hf_moe without trust."""
 
 import ast
 import json
