@@ -1,6 +1,5 @@
 """The command `hf-moe`: parses, calls, prints. Heavy imports wait until a command runs."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -54,8 +53,6 @@ def quickstart(
 ) -> None:
     """Train a small MoE on real text, adapt it to a new domain with its router frozen, evaluate, save, load back."""
     _require("recipes", "accelerate", "peft", "tokenizers", "matplotlib", "jinja2")
-    # read when torch is loaded: spinning threads made a step ten times slower on a busy machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hf_moe.recipes import quickstart as recipe
     from hf_moe.training.corpus import TextError
     from hf_moe.training.stages import RunRefusedError
@@ -74,12 +71,19 @@ def info(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub (only its config is read).")],
 ) -> None:
     """Print a model's size, its MoE layers, and how its experts run. Reads the config, not the weights."""
-    from hf_moe.model_info import ModelInfoError, describe_model
+    from hf_moe.observability.explain import explain_config
 
+    if (folder := Path(model)).is_dir() and not (folder / "config.json").exists():
+        _fail(f"folder {model!r} has no config.json. Name the folder of a model{_models_below(folder)}.")
     try:
-        typer.echo(str(describe_model(model)))
-    except ModelInfoError as error:
+        typer.echo(str(explain_config(model)))
+    except (OSError, ValueError) as error:
         _fail(str(error))
+
+
+def _models_below(folder: Path) -> str:
+    names = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+    return f", such as {', '.join(names)}" if names else ""
 
 
 def _require(extra: str, *modules: str) -> None:

@@ -4,8 +4,8 @@
     hf-moe quickstart --data notes.txt --minutes 10          # your own text becomes the new domain
 
 Hardware: 2 CPU cores, 2 GB of memory, no GPU, no download. Time: EXPECTED_TIME
-The text is what every Python installation carries, so figures differ a little between machines; on one machine the same
-arguments give the same figures.
+The text is what every Python installation carries, so figures differ a little between machines; on one machine the
+same arguments give the same figures.
 
 Expected:
 EXPECTED_FIGURES
@@ -14,9 +14,7 @@ EXPECTED_FIGURES
 import platform
 import shutil
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -28,17 +26,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ProgressCallback,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging
 
 from hf_moe.adapters.frozen_router import (
     freeze_router,
@@ -49,8 +47,8 @@ from hf_moe.adapters.frozen_router import (
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
 from hf_moe.hub.run_card import run_card
 from hf_moe.models.configuration_hf_moe import HfMoeConfig
-from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.expert_load import count_expert_load, load_entropy, max_violation
+from hf_moe.observability.explain import explain
 from hf_moe.observability.plots import plot_bits_per_byte, plot_expert_load, plot_loss
 from hf_moe.observability.routing_agreement import record_choices, routing_agreement
 from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback, StopOnNonFinite
@@ -58,6 +56,7 @@ from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed, whole_fo
 from hf_moe.training.corpus import EMBEDDED, Domain, embedded_corpus
 from hf_moe.training.packing import PackedRows, mix, pack
 from hf_moe.training.stages import ResumableRun, RunRefusedError
+from hf_moe.training.surroundings import one_thread, quiet
 from hf_moe.training.text_files import read_domains
 from hf_moe.training.tokenizer import encode_documents, train_tokenizer
 from hf_moe.training.trainer import MoeTrainer
@@ -89,11 +88,11 @@ class Quickstart:
     rows_per_step: int = 10
     learning_rate: float = 4e-3
     adapter_rank: int = 8
-    adapter_learning_rate: float = 3e-3
+    adapter_learning_rate: float = 1e-2
     replay: float = 0.5  # share of the old domains' rows while the adapter learns the new domain
     # steps follow from the minutes by these rates, never from the clock: same arguments, same figures
-    base_tokens_per_minute: int = 260_000
-    adapter_tokens_per_minute: int = 70_000
+    base_tokens_per_minute: int = 200_000
+    adapter_tokens_per_minute: int = 50_000
 
     def steps(self, tokens_per_minute: int) -> int:
         return max(4, round(self.minutes * tokens_per_minute / (self.rows_per_step * self.row_length)))
@@ -108,7 +107,7 @@ def main(recipe: Quickstart) -> dict[str, Any]:
     check(recipe)
     own = read_domains(recipe.data, train_bytes=recipe.train_bytes, held_out_bytes=recipe.held_out_bytes)
     new_domain = choose_new_domain(recipe, own)
-    with ResumableRun(recipe.output, "quickstart", identity(recipe, new_domain)) as run, quiet():
+    with ResumableRun(recipe.output, "quickstart", identity(recipe, new_domain)) as run, one_thread(), quiet():
         # 1. real text, a tokenizer, and a base model from scratch: neither ever sees the new domain
         domains = load_text(recipe, own, run)
         say(
@@ -140,7 +139,7 @@ def main(recipe: Quickstart) -> dict[str, Any]:
 def check(recipe: Quickstart) -> None:
     if not 0.05 <= recipe.minutes <= 1440:  # also false for NaN
         raise RunRefusedError(
-            f"--minutes must be from 0.05 to 1440 (a day), got {recipe.minutes}. The default is {Quickstart.minutes:g}."
+            f"--minutes must be from 0.05 to 1440 (a day), got {recipe.minutes}; {Quickstart.minutes:g} is usual."
         )
     if not 0 <= recipe.seed < 2**32:
         raise RunRefusedError(
@@ -152,7 +151,7 @@ def choose_new_domain(recipe: Quickstart, own: Mapping[str, Domain]) -> str:
     """The domain that the base model does not see."""
     if both := sorted(set(own) & set(EMBEDDED)):
         raise RunRefusedError(
-            f"the domain {both[0]!r} in --data is also the name of an embedded one. Rename the file or the field 'domain'."
+            f"the domain {both[0]!r} in --data is also an embedded one. Rename the file or the field 'domain'."
         )
     known = [*own, *EMBEDDED]
     new = recipe.domain if recipe.domain is not None else next(iter(own), recipe.default_domain)
@@ -164,7 +163,7 @@ def choose_new_domain(recipe: Quickstart, own: Mapping[str, Domain]) -> str:
 
 
 def identity(recipe: Quickstart, new_domain: str) -> dict[str, Any]:
-    """What two calls must share for the second to go on with the first. File names only: no path goes into a result."""
+    """What two calls must share for the second to go on with the first; file names, as no path goes into a result."""
     choices = asdict(recipe) | {"data": [path.name for path in recipe.data], "domain": new_domain}
     del choices["output"]
     return choices | {"versions": {name: version(name) for name in LIBRARIES}}
@@ -208,10 +207,11 @@ def train_base(recipe: Quickstart, domains: Mapping[str, Domain], new_domain: st
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     keep_logits(recipe, "base", model, probe_rows(recipe, tokenizer, domains))
+    size = explain(model)
     return {
         "steps": steps,
         "tokens": mixture.numel(),
-        "parameters": count_parameters(model),
+        "parameters": {"total": size.total_parameters, "active": size.active_parameters},
         "router_sha256": router_hash(model),
         "log": log,
     }
@@ -240,7 +240,7 @@ def model_config(recipe: Quickstart, tokenizer: PreTrainedTokenizerFast) -> HfMo
 def train(
     recipe: Quickstart,
     name: str,
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     rows: Tensor,
     *,
     learning_rate: float,
@@ -308,7 +308,7 @@ def train_adapter(recipe: Quickstart, domains: Mapping[str, Domain], new_domain:
     hash_after = verify_router_frozen(tuned, hash_before)
     tuned.peft_config["default"].base_model_name_or_path = "../model"  # no path of this machine
     with whole_folder(recipe.output / "adapter") as folder:
-        tuned.save_pretrained(folder)
+        tuned.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink()  # PEFT's empty card; ours is one level up
         verify_adapter_without_router(folder, tuned)
     keep_logits(recipe, "adapter", tuned, probe_rows(recipe, tokenizer, domains))
@@ -363,7 +363,10 @@ def evaluate(recipe: Quickstart, domains: Mapping[str, Domain]) -> dict[str, Any
 
 
 def measure(
-    recipe: Quickstart, model: nn.Module, tokenizer: PreTrainedTokenizerFast, domains: Mapping[str, Domain]
+    recipe: Quickstart,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    domains: Mapping[str, Domain],
 ) -> dict[str, float]:
     """Bits per byte of the held-out text of each domain."""
     window, stride = recipe.row_length, recipe.row_length // 2
@@ -373,7 +376,7 @@ def measure(
     }
 
 
-def watch_routing(model: nn.Module, probes: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def watch_routing(model: PreTrainedModel | PeftModel, probes: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """For each domain the experts chosen for its probe tokens, and how many tokens each expert got in each layer."""
     routing = {}
     for name, rows in probes.items():
@@ -402,7 +405,9 @@ def load_back(recipe: Quickstart, domains: Mapping[str, Domain], new_domain: str
     compare_logits(recipe, "base", model, rows)
     tuned = PeftModel.from_pretrained(model, recipe.output / "adapter")
     compare_logits(recipe, "adapter", tuned, rows)
-    prompt = domains[new_domain].held_out[0][:80]
+    prompt = tokenizer.decode(
+        encode_documents(tokenizer, domains[new_domain].held_out[:1])[0][: recipe.row_length // 8]
+    )
     with tuned.disable_adapter():
         base_sample = sample(recipe, tuned, tokenizer, prompt)
     return {
@@ -412,7 +417,7 @@ def load_back(recipe: Quickstart, domains: Mapping[str, Domain], new_domain: str
     }
 
 
-def compare_logits(recipe: Quickstart, name: str, model: nn.Module, rows: Tensor) -> None:
+def compare_logits(recipe: Quickstart, name: str, model: PreTrainedModel | PeftModel, rows: Tensor) -> None:
     trained = load_file(recipe.output / "work" / f"{name}_logits.safetensors")["logits"]
     loaded = logits_of(model, rows)
     if not torch.equal(loaded, trained):
@@ -420,7 +425,9 @@ def compare_logits(recipe: Quickstart, name: str, model: nn.Module, rows: Tensor
         raise RuntimeError(f"the {name} model loaded from disk differs from the trained one by up to {difference}.")
 
 
-def sample(recipe: Quickstart, model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+def sample(
+    recipe: Quickstart, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> str:
     set_seed(recipe.seed)
     inputs = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt")
     room = recipe.row_length - inputs["input_ids"].shape[1]
@@ -443,7 +450,7 @@ def describe(recipe: Quickstart, new_domain: str) -> dict[str, Any]:
     command = f"hf-moe quickstart --domain {new_domain} --minutes {recipe.minutes:g} --seed {recipe.seed}"
     for name in choices["data"]:
         command += f" --data {name}"
-    machine = {"architecture": platform.machine(), "torch_threads": torch.get_num_threads(), "device": "cpu"}
+    machine = {"architecture": platform.machine(), "torch_threads": 1, "device": "cpu"}
     return {
         "recipe": "quickstart",
         "command": command,
@@ -512,23 +519,11 @@ def say(text: str) -> None:
     Console().print(text, style="bold", highlight=False)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out what a reader cannot use: the bars of reading and writing files, and a warning meant for PEFT."""
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            yield
-    finally:
-        logging.enable_progress_bar()
-
-
 def load_tokenizer(recipe: Quickstart) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(recipe.output / "tokenizer")
 
 
-def load_model(recipe: Quickstart) -> nn.Module:
+def load_model(recipe: Quickstart) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(recipe.output / "model", experts_implementation="grouped_mm")
 
 
@@ -568,20 +563,14 @@ def probe_rows(recipe: Quickstart, tokenizer: PreTrainedTokenizerFast, domains: 
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, rows: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel | PeftModel, rows: Tensor) -> Tensor:
     model.eval()
     return model(input_ids=rows.long(), use_cache=False).logits
 
 
-def keep_logits(recipe: Quickstart, name: str, model: nn.Module, rows: Tensor) -> None:
+def keep_logits(recipe: Quickstart, name: str, model: PreTrainedModel | PeftModel, rows: Tensor) -> None:
     """Keep what the trained model says, to compare with what is loaded back."""
     save_file({"logits": logits_of(model, rows).contiguous()}, recipe.output / "work" / f"{name}_logits.safetensors")
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = sum((layer.num_experts - layer.top_k) * layer.num_expert_parameters for layer in moe_layers(model))
-    return {"total": total, "active": total - idle, "embedding": model.get_input_embeddings().weight.numel()}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Window:
 
 @torch.no_grad()
 def bits_per_byte(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     *,
@@ -50,8 +50,8 @@ def bits_per_byte(
     least `window - stride` tokens before it, where the document has them.
 
     Raises:
-        ValueError: If `stride` is not in [1, window - 1], the window exceeds the model's context, the documents hold no
-            text, or the tokenizer has neither a bos nor an eos token.
+        ValueError: If `stride` is not in [1, window - 1], the window exceeds the model's context, the documents hold
+            no text, or the tokenizer has neither a bos nor an eos token.
     """
     _check(model, documents, window, stride)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -71,7 +71,7 @@ def bits_per_byte(
     return BitsPerByte(nats / math.log(2), sum(len(text.encode()) for text in documents), sum(map(len, encoded)))
 
 
-def _check(model: nn.Module, documents: Sequence[str], window: int, stride: int) -> None:
+def _check(model: PreTrainedModel, documents: Sequence[str], window: int, stride: int) -> None:
     if not 1 <= stride < window:
         raise ValueError(f"stride must be in [1, {window - 1}] (below the window of {window} tokens), got {stride}.")
     limit = model.config.max_position_embeddings
@@ -93,7 +93,7 @@ def _windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[_Windo
             predicted = end
 
 
-def _nats(model: nn.Module, batch: list[_Window], *, padding: int) -> float:
+def _nats(model: PreTrainedModel, batch: list[_Window], *, padding: int) -> float:
     """Negative log-likelihood of the windows' new tokens: logits in float32, the sum in float64."""
     length = max(len(part.tokens) for part in batch)
     input_ids = torch.full((len(batch), length), padding)

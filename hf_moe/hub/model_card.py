@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_MEASURED = "not measured"
+_NUMBER = re.compile(rf"[-+]?[\d,.]+|{NOT_MEASURED}")
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
@@ -26,7 +27,7 @@ def render_card(values: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
         from jinja2 import Environment, StrictUndefined, UndefinedError
     except ImportError as error:
         raise ImportError('model cards need jinja2. Install it with: pip install "hf-moe[recipes]"') from error
-    # Markdown, not HTML: `cell` and `fenced` escape what comes from data; our own template, values are not rendered again
+    # Markdown, not HTML: `cell` and `fenced` escape what comes from data; values are not rendered again
     environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     try:
@@ -38,10 +39,10 @@ def render_card(values: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; numbers are right-aligned, None reads "not measured"."""
-    numeric = [all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(header))]
-    rule = ["---:" if right else "---" for right in numeric]
-    lines = [[*map(cell, header)], rule, *([cell(value) for value in row] for row in rows)]
+    """A Markdown table; columns of numbers are right-aligned, None reads "not measured"."""
+    cells = [[cell(value) for value in row] for row in rows]
+    numeric = (all(_NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(header)))
+    lines = [[*map(cell, header)], ["---:" if right else "---" for right in numeric], *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -53,7 +54,9 @@ def cell(value: Any) -> str:
         return f"{value:.3f}"
     if isinstance(value, int):
         return f"{value:,}"
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
+    text = re.sub(r"([\\`*{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
+    # inside a word an underscore is no markup
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", text)
 
 
 def fenced(text: str, language: str = "text") -> str:

@@ -66,9 +66,9 @@ _ROUTING_NOTE = (
 )
 
 _LIMITS = (
-    "A demonstration: a few million parameters, minutes of training. It produces text-like noise and knows nothing. The "
-    "training text carries the licences of its sources (Python's standard library and the packages installed beside "
-    "it); clear them before you publish weights trained on it."
+    "A demonstration: a few million parameters, minutes of training. It writes text-like noise and knows nothing. "
+    "The training text carries the licences of its sources (Python's standard library and the packages installed "
+    "beside it); clear them before you publish weights trained on it."
 )
 
 
@@ -94,7 +94,7 @@ def _facts(report: Report) -> str:
         ["fact", "value"],
         [
             ("architecture", "hf_moe (decoder)"),
-            ("parameters: total / active / embedding", _slashes(parameters, "total", "active", "embedding")),
+            ("parameters: total / active per token", f"{parameters['total']:,} / {parameters['active']:,}"),
             ("parameters trained by the adapter", f"{adapter['trainable_parameters']:,}"),
             ("layers, hidden size", f"{choices['layers']}, {choices['hidden_size']}"),
             (
@@ -119,7 +119,7 @@ def _evaluation(report: Report) -> str:
             text[name]["held_out_bytes"],
             values["before"][name],
             values["after"][name],
-            values["after"][name] - values["before"][name],
+            f"{values['after'][name] - values['before'][name]:+.3f}",
             values["adapter off"][name],
         )
         for name in values["before"]
@@ -164,10 +164,10 @@ def _training(report: Report) -> str:
     machine = report["machine"]
     runs = table(["run", "steps", "tokens", "peak learning rate", "seconds", "last loss"], rows)
     return (
-        f"{runs}\n\nAdamW (fused), cosine schedule, {choices['rows_per_step']} rows of {choices['row_length']} tokens a "
-        f"step, seed {choices['seed']}; LoRA rank {choices['adapter_rank']} on `gate_up_proj` and `down_proj` of all "
-        f"experts; {choices['replay']:.0%} of the adapter's rows replay the old domains. All stages took "
-        f"{sum(seconds.values()):.0f} s on {machine['torch_threads']} CPU threads ({machine['architecture']}). Energy: "
+        f"{runs}\n\nAdamW (fused), cosine schedule, {choices['rows_per_step']} rows of {choices['row_length']} tokens "
+        f"a step, seed {choices['seed']}; LoRA rank {choices['adapter_rank']} on `gate_up_proj` and `down_proj` of "
+        f"all experts; {choices['replay']:.0%} of the adapter's rows replay the old domains. All stages took "
+        f"{sum(seconds.values()):.0f} s on {machine['torch_threads']} CPU thread ({machine['architecture']}). Energy: "
         f"{NOT_MEASURED}."
     )
 
@@ -190,7 +190,3 @@ def _seconds(report: Report, part: str) -> str:
     if part in report["interrupted"]:
         return f"{NOT_MEASURED} (interrupted)"
     return f"{report['seconds'][part]:.0f}"
-
-
-def _slashes(values: Mapping[str, int], *names: str) -> str:
-    return " / ".join(f"{values[name]:,}" for name in names)

@@ -50,7 +50,9 @@ def plot_bits_per_byte(path: Path, values: Mapping[str, Mapping[str, float]], *,
         axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     labels = [f"{name}\n(new)" if name == new_domain else name for name in domains]
     axis.set_xticks(range(len(domains)), labels)
-    axis.set(ylabel="bits per byte of held-out text", title="Lower is better")
+    axis.set(
+        ylabel="bits per byte of held-out text", title="Held-out text before and after adaptation (lower is better)"
+    )
     axis.margins(y=0.22)
     axis.legend(ncols=len(variants), frameon=False, loc="upper center")
     _save(figure, path)
@@ -72,11 +74,12 @@ def plot_expert_load(path: Path, loads: Mapping[str, Sequence[Tensor]]) -> None:
     ]
     relative = [[[value * len(row) for value in row] for row in layer] for layer in shares]
     top = max(value for layer in relative for row in layer for value in row)
+    experts = max(len(row) for layer in relative for row in layer)
     image = None
     for layer, axis in enumerate(axes[:layers]):
         image = axis.imshow(relative[layer], aspect="auto", cmap="viridis", vmin=0, vmax=top)
         axis.set_yticks(range(len(domains)), domains)
-        axis.set(title=f"MoE layer {layer}", xlabel="expert")
+        axis.set(title=f"MoE layer {layer}", xlabel="expert", xticks=range(0, experts, 1 + experts // 33))
         axis.spines[:].set_visible(False)
     for axis in axes[layers:]:
         axis.set_visible(False)

@@ -40,7 +40,7 @@ def watch_choices(model: nn.Module, on_choice: OnChoice) -> Iterator[list[MoeLay
 def _hand_over(layer: MoeLayer, on_choice: OnChoice, router: nn.Module, inputs: Any, output: Any) -> None:
     if not isinstance(output, tuple) or len(output) < 3:
         raise TypeError(
-            f"router {layer.router_name!r} must return (logits, weights, indices), got {type(output).__name__}: its block "
-            "chooses the experts itself, and the choice cannot be watched."
+            f"router {layer.router_name!r} must return (logits, weights, indices), got {type(output).__name__}: its "
+            "block chooses the experts itself, and the choice cannot be watched."
         )
     on_choice(layer, router, output[2].detach())

@@ -19,8 +19,8 @@ class StopOnNonFinite(TrainerCallback):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{name} is {value} at step {state.global_step}: training has diverged. Lower the learning rate, or "
-                    "look at the data of the last steps; the last saved checkpoint is from before."
+                    f"{name} is {value} at step {state.global_step}: training has diverged. Lower the learning rate, "
+                    "or look at the data of the last steps; the last saved checkpoint is from before."
                 )
 
 

@@ -1,7 +1,7 @@
 """Checkpoints and results that an interruption cannot corrupt.
 
-The Trainer writes a checkpoint file by file into its final folder and resumes from the highest number unchecked. Here a
-checkpoint counts only once a manifest of its files' sizes and hashes, written last, says that it is complete.
+The Trainer writes a checkpoint file by file into its final folder and resumes from the highest number unchecked. Here
+a checkpoint counts only once a manifest of its files' sizes and hashes, written last, says that it is complete.
 """
 
 import hashlib

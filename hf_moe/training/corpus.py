@@ -1,8 +1,8 @@
 """Real text without a download: what every Python installation carries, by domain, split into train and held-out.
 
-Domains: `code` (standard-library source), `docs` (its documentation and docstrings), `legal` (licence texts), `readme`
-(descriptions of the installed packages) and `arithmetic` (generated). What is found depends on the Python build and the
-installed packages, so figures are comparable on one machine, not between machines.
+Domains: `code` (standard-library source), `docs` (its documentation and docstrings), `legal` (licence texts),
+`readme` (descriptions of the installed packages) and `arithmetic` (generated). What is found depends on the Python
+build and the installed packages, so figures are comparable on one machine, not between machines.
 """
 
 import ast
@@ -64,9 +64,9 @@ def byte_count(text: str) -> int:
 def split_domain(name: str, documents: Iterable[str], *, train_bytes: int, held_out_bytes: int) -> Domain:
     """Split documents into train and held-out, each at most about the given number of UTF-8 bytes.
 
-    The order is that of the documents' SHA-256: arbitrary, but the same on every run and for every seed. Held-out takes
-    at most a fifth of the text and no document larger than a third of its share (if there are smaller ones), so that
-    it never hangs on one or two files. Repeated documents are kept once.
+    The order is that of the documents' SHA-256: arbitrary, but the same on every run and for every seed. Held-out
+    takes at most a fifth of the text and no document larger than a third of its share (if there are smaller ones), so
+    that it never hangs on one or two files. Repeated documents are kept once.
 
     Raises:
         TextError: If the domain has fewer than two documents or less than `MIN_DOMAIN_BYTES` of text.
@@ -75,8 +75,9 @@ def split_domain(name: str, documents: Iterable[str], *, train_bytes: int, held_
     total = sum(map(byte_count, ordered))
     if len(ordered) < 2 or total < MIN_DOMAIN_BYTES:
         raise TextError(
-            f"domain {name!r} has {total} bytes in {len(ordered)} different documents; at least {MIN_DOMAIN_BYTES} "
-            "bytes in 2 documents are needed to train on one part and test on another. Add text, or leave the domain out."
+            f"domain {name!r} has {total} bytes in {len(ordered)} different documents; at least "
+            f"{MIN_DOMAIN_BYTES} bytes in 2 documents are needed to train on one part and test on another. Add text, "
+            "or leave the domain out."
         )
     share = min(held_out_bytes, total // 5)
     small = [text for text in ordered if byte_count(text) <= share // 3]
@@ -114,7 +115,8 @@ def embedded_corpus(*, train_bytes: int, held_out_bytes: int, without: Iterable[
 
 def _take(documents: list[str], limit: int) -> list[str]:
     """The first documents up to `limit` bytes, at least one."""
-    taken, size = [], 0
+    taken: list[str] = []
+    size = 0
     for text in documents:
         if taken and size + byte_count(text) > limit:
             break
@@ -155,8 +157,9 @@ def _legal() -> list[str]:
 
 
 def _readme() -> list[str]:
-    texts = [distribution.metadata.get_payload() for distribution in _distributions()]
-    return _without_repeats([text for text in texts if isinstance(text, str)])
+    # read_text: the description is the body of the METADATA file, after its headers
+    files = [distribution.read_text("METADATA") or "" for distribution in _distributions()]
+    return _without_repeats([text.partition("\n\n")[2] for text in files])
 
 
 def _arithmetic() -> list[str]:

@@ -83,8 +83,8 @@ class ResumableRun:
         for path in leaves:
             if not (self.folder / path).exists():
                 raise RunRefusedError(
-                    f"{path!r} is missing in {str(self.folder)!r} though the stage {name!r} had written it. Delete the "
-                    "folder to start again, or choose another --output."
+                    f"{path!r} is missing in {str(self.folder)!r} though the stage {name!r} had written it. Delete "
+                    "the folder to start again, or choose another --output."
                 )
         return self._state["stages"][name]["result"]
 
@@ -98,8 +98,8 @@ class ResumableRun:
         ours = {self._lock_file.name, f".{self._state_file.name}.tmp"}
         if found := sorted(path.name for path in self.folder.iterdir() if path.name not in ours):
             raise RunRefusedError(
-                f"output {str(self.folder)!r} is not empty (it holds {found[0]!r}) and was not begun by {self.program}. "
-                "Choose an empty or new folder with --output."
+                f"output {str(self.folder)!r} is not empty (it holds {found[0]!r}) and was not begun by "
+                f"{self.program}. Choose an empty or new folder with --output."
             )
 
     def _take_lock(self) -> Any:
@@ -136,6 +136,6 @@ class ResumableRun:
         if names:
             changes = "; ".join(f"{name} was {earlier.get(name)!r}, is {self.identity.get(name)!r}" for name in names)
             raise RunRefusedError(
-                f"output {os.fspath(self.folder)!r} was begun with other arguments: {changes}. Repeat the earlier ones to "
-                "continue it, or choose another --output."
+                f"output {os.fspath(self.folder)!r} was begun with other arguments: {changes}. Repeat the earlier "
+                "ones to continue it, or choose another --output."
             )

@@ -13,8 +13,8 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 def read_domains(paths: Iterable[Path], *, train_bytes: int, held_out_bytes: int) -> dict[str, Domain]:
     """Read files (or all such files in folders) and split every domain into train and held-out documents.
 
-    A .txt or .md file is one domain named after the file, cut into passages that count as documents. A line of a .jsonl
-    file is one document; its domain is the field `domain`, or else the file's name.
+    A .txt or .md file is one domain named after the file, cut into passages that count as documents. A line of a
+    .jsonl file is one document; its domain is the field `domain`, or else the file's name.
 
     Raises:
         TextError: If a file is missing, empty, not UTF-8 text, of another kind, or has a bad line (its number is
@@ -56,8 +56,8 @@ def _read(path: Path) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextError(
-            f"data file {str(path)!r} is not UTF-8 text (byte {error.start} is {data[error.start]:#04x}). Convert it, for "
-            "example with `iconv -f LATIN1 -t UTF-8`."
+            f"data file {str(path)!r} is not UTF-8 text (byte {error.start} is {data[error.start]:#04x}). Convert it, "
+            "for example with `iconv -f LATIN1 -t UTF-8`."
         ) from error
     if "\0" in text:
         raise TextError(f"data file {str(path)!r} holds NUL bytes: it is binary, not text. Extract its text first.")

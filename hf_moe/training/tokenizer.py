@@ -11,8 +11,8 @@ PADDING = "<|pad|>"
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: every text can be written with it, and decodes to exactly the same bytes.
 
-    `END_OF_TEXT` separates documents and stands before the first token (bos = eos). Text that spells out a special token
-    is text: pass `split_special_tokens=True` when you encode (as `encode_documents` does).
+    `END_OF_TEXT` separates documents and stands before the first token (bos = eos). Text that spells out a special
+    token is text: pass `split_special_tokens=True` when you encode (as `encode_documents` does).
 
     Raises:
         ValueError: If `vocab_size` is below 258 (256 bytes and 2 special tokens).

@@ -42,8 +42,8 @@ class MoeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the weights of a checkpoint through `from_pretrained`.
 
-        The host reads the file as it lies there, with `strict=False`: checkpoints hold every expert singly, memory holds
-        them fused, so training would go on with newly initialised experts and only a warning (transformers 5.23).
+        The host reads the file as it lies there, with `strict=False`: checkpoints hold every expert singly, memory
+        holds them fused, so training would go on with newly initialised experts and a warning (transformers 5.23).
         """
         target = self.model if model is None else model
         if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -51,8 +51,8 @@ class MoeTrainer(Trainer):
             return
         if not Path(resume_from_checkpoint, "config.json").exists():
             raise ValueError(
-                f"checkpoint {str(resume_from_checkpoint)!r} has no config.json: it is incomplete or no model checkpoint. "
-                "Resume from an earlier one."
+                f"checkpoint {str(resume_from_checkpoint)!r} has no config.json: it is incomplete or no model "
+                "checkpoint. Resume from an earlier one."
             )
         loaded = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(loaded.state_dict())

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import PeftModel
-from tiny_moe import EXPERT_PARAMETERS, MODELS, hf_moe_model, with_expert_lora
 from torch import nn
 
 from hf_moe.adapters.frozen_router import (
@@ -14,6 +13,7 @@ from hf_moe.adapters.frozen_router import (
     verify_router_frozen,
 )
 from hf_moe.models.moe_layers import moe_layers
+from tiny_moe import EXPERT_PARAMETERS, MODELS, hf_moe_model, with_expert_lora
 
 
 @pytest.fixture(params=MODELS)
@@ -101,7 +101,9 @@ def test_an_adapter_on_the_router_is_refused(model, case):
     tuned = with_expert_lora(model, **ADAPTED[case])
     for parameter in tuned.parameters():
         parameter.requires_grad_(False)  # so that only the structure can give it away
-    with pytest.raises(RouterNotFrozenError, match=r"trains the router of .*mlp\. Take the router out of target_modules"):
+    with pytest.raises(
+        RouterNotFrozenError, match=r"trains the router of .*mlp\. Take the router out of target_modules"
+    ):
         verify_router_frozen(tuned)
     with pytest.raises(RouterNotFrozenError):
         freeze_router(tuned)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny_moe import hf_moe_model, tiny_tokenizer, words
 
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
+from tiny_moe import hf_moe_model, tiny_tokenizer, words
 
 DOCUMENTS = ["short", words(60, 1), "a", words(25, 2) + "naïve 🙂", words(9, 3)]
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny_moe import MODELS, hf_moe_model
 from torch import nn
 
 from hf_moe.observability.expert_load import count_expert_load, load_entropy, max_violation
 from hf_moe.observability.router_hooks import watch_choices
+from tiny_moe import MODELS, hf_moe_model
 
 IDS = torch.arange(48).view(4, 12)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_moe import MODELS, hf_moe_model, with_expert_lora
 
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.routing_agreement import RoutingChoices, record_choices, routing_agreement
+from tiny_moe import MODELS, hf_moe_model, with_expert_lora
 
 ROWS = torch.arange(60, dtype=torch.int32).view(5, 12)
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_moe import hf_moe_model, with_expert_lora
 from transformers import ProgressCallback, TrainingArguments
 
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router
@@ -10,6 +9,7 @@ from hf_moe.models.moe_layers import moe_layers
 from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback, StopOnNonFinite
 from hf_moe.training.packing import PackedRows
 from hf_moe.training.trainer import MoeTrainer
+from tiny_moe import hf_moe_model, with_expert_lora
 
 ROWS = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
@@ -32,7 +32,7 @@ def test_nan_stops_the_run_before_a_save(tmp_path):
     model = hf_moe_model()
     with torch.no_grad():
         model.lm_head.weight[3, 3] = float("nan")
-    with pytest.raises(FloatingPointError, match="at step 1: training has diverged. Lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"at step 1: training has diverged. Lower the learning rate"):
         train(tmp_path, model, StopOnNonFinite())
     assert not list(tmp_path.glob("checkpoint-*"))
 

@@ -90,7 +90,9 @@ def test_hash_tells_texts_and_splits_apart():
     assert len(hashes) == 4
 
 
-@pytest.mark.parametrize("text", ["", "short", "line\n" * 5_000, "one line " * 9_000, "para\n\n" * 4_000, "é" * 20_000])
+@pytest.mark.parametrize(
+    "text", ["", "short", "line\n" * 5_000, "one line " * 9_000, "para\n\n" * 4_000, "é" * 20_000]
+)
 def test_passages_lose_nothing(text):
     pieces = passages(text)
     assert "".join(pieces) == text

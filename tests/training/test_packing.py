@@ -50,7 +50,7 @@ def test_mix_depends_on_the_seed_only():
 
 
 def test_mix_refuses_bad_shares():
-    with pytest.raises(ValueError, match="sum to 1, got 0.7"):
+    with pytest.raises(ValueError, match=r"sum to 1, got 0.7"):
         mix(ROWS, {"a": 0.5, "b": 0.2}, count=4, seed=0)
     with pytest.raises(ValueError, match=r"\['z'\], which have no rows"):
         mix(ROWS, {"a": 0.5, "z": 0.5}, count=4, seed=0)

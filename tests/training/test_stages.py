@@ -37,9 +37,10 @@ def test_a_stage_that_failed_runs_again_and_is_named(tmp_path):
     def fail():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), run(tmp_path) as first:
+    with run(tmp_path) as first:
         first.stage("a", lambda: 1)
-        first.stage("b", fail)
+        with pytest.raises(KeyboardInterrupt):
+            first.stage("b", fail)
     with run(tmp_path) as second:
         assert second.finished("a")
         assert not second.finished("b")
@@ -73,7 +74,7 @@ def test_leftovers_of_a_very_early_kill_are_no_obstacle(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": {}}', '"x"'])
 def test_a_damaged_state_is_refused(content, tmp_path):
     (tmp_path / "demo.json").write_text(content)
-    with pytest.raises(RunRefusedError, match="is damaged .* Delete the folder"):
+    with pytest.raises(RunRefusedError, match=r"is damaged .* Delete the folder"):
         run(tmp_path).__enter__()
 
 
@@ -81,7 +82,7 @@ def test_missing_results_of_a_finished_stage_are_refused(tmp_path):
     with run(tmp_path) as first:
         first.stage("a", lambda: (tmp_path / "model").mkdir(), leaves=("model",))
     (tmp_path / "model").rmdir()
-    with pytest.raises(RunRefusedError, match="'model' is missing .* the stage 'a'"), run(tmp_path) as second:
+    with pytest.raises(RunRefusedError, match=r"'model' is missing .* the stage 'a'"), run(tmp_path) as second:
         second.stage("a", lambda: 1, leaves=("model",))
 
 

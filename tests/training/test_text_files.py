@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tiny_moe import words
 
 from hf_moe.training.corpus import TextError
 from hf_moe.training.text_files import read_domains
+from tiny_moe import words
 
 
 def read(*paths):

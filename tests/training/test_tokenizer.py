@@ -1,10 +1,10 @@
 """The tokenizer writes any text, byte for byte, and never mistakes text for a special token."""
 
 import pytest
-from tiny_moe import tiny_tokenizer, words
 from transformers import AutoTokenizer
 
 from hf_moe.training.tokenizer import END_OF_TEXT, encode_documents, train_tokenizer
+from tiny_moe import tiny_tokenizer, words
 
 TEXTS = ["plain words", "  spaces  and\ttabs\n\n", "naïve 日本語 🙂 \x00\x7f", f"a {END_OF_TEXT} b", words(50), ""]
 
@@ -45,5 +45,5 @@ def test_no_documents_give_no_ids(tokenizer):
 
 
 def test_too_small_a_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="at least 258 .* got 257"):
+    with pytest.raises(ValueError, match=r"at least 258 .* got 257"):
         train_tokenizer(["text"], vocab_size=257, max_length=8)

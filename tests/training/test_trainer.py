@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_moe import MODELS, hf_moe_model, with_expert_lora
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_moe.adapters.frozen_router import freeze_router
@@ -10,6 +9,7 @@ from hf_moe.observability.expert_load import load_entropy, max_violation
 from hf_moe.observability.routing_agreement import record_choices
 from hf_moe.training.packing import PackedRows
 from hf_moe.training.trainer import MoeTrainer
+from tiny_moe import MODELS, hf_moe_model, with_expert_lora
 
 ROWS = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
@@ -92,7 +92,7 @@ def test_the_best_model_is_loaded_with_its_experts(tmp_path):
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     train(tmp_path, hf_moe_model())
     (tmp_path / "checkpoint-4" / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config.json: it is incomplete"):
+    with pytest.raises(ValueError, match=r"no config.json: it is incomplete"):
         train(tmp_path, hf_moe_model(), resume=str(tmp_path / "checkpoint-4"))
 
 

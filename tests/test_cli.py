@@ -1,0 +1,122 @@
+"""The command parses, refuses and prints; the work is tested in test_quickstart.py."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+import pytest
+from hf_moe.recipes import quickstart
+from typer.testing import CliRunner
+
+from hf_moe import cli
+from tiny_moe import hf_moe_model
+
+runner = CliRunner()
+
+
+def run(*arguments):
+    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"hf-moe {importlib.metadata.version('hf-moe')}\n"
+
+
+def test_help_names_every_option():
+    result = run("quickstart", "--help")
+    assert result.exit_code == 0
+    for option in ("--output", "--data", "--domain", "--minutes", "--seed"):
+        assert option in result.output
+
+
+def test_options_reach_the_recipe(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(quickstart, "main", seen.append)
+    arguments = (
+        "--output",
+        tmp_path,
+        "--data",
+        "a.txt",
+        "--data",
+        "b.md",
+        "--domain",
+        "a",
+        "--minutes",
+        0.5,
+        "--seed",
+        7,
+    )
+    assert run("quickstart", *arguments).exit_code == 0
+    (recipe,) = seen
+    assert (recipe.output, recipe.domain, recipe.minutes, recipe.seed) == (tmp_path, "a", 0.5, 7)
+    assert [path.name for path in recipe.data] == ["a.txt", "b.md"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--minutes", "-1"), "--minutes must be from 0.05 to 1440"),
+        (("--minutes", "nan"), "got nan"),
+        (("--minutes", "soon"), "'soon' is not a valid float"),
+        (("--seed", "1.5"), "'1.5' is not a valid int"),
+        (("--domain", "lgal"), "Did you mean 'legal'?"),
+        (("--data", "absent.txt"), "'absent.txt' does not exist. Check the path."),
+        (("--depth", "3"), "No such option"),
+        (("extra",), "unexpected extra argument"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(arguments, message, tmp_path):
+    result = run("quickstart", "--output", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch):
+    def interrupt(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "main", interrupt)
+    result = run("quickstart")
+    assert result.exit_code == 130
+    assert "Give the same command again to continue" in result.output
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else name)
+    result = run("quickstart")
+    assert result.exit_code == 2
+    assert 'needs matplotlib. Install it with: pip install "hf-moe[recipes]"' in result.output
+
+
+def test_info_describes_a_saved_model(tmp_path):
+    hf_moe_model(num_shared_experts=1).save_pretrained(tmp_path / "model")
+    result = run("info", tmp_path / "model")
+    assert result.exit_code == 0
+    assert "8 experts, top-2" in result.output
+    assert "grouped_mm" in result.output
+
+
+def test_info_refuses_with_a_way_out(tmp_path):
+    hf_moe_model().save_pretrained(tmp_path / "run" / "model")
+    result = run("info", tmp_path / "run")
+    assert result.exit_code == 2
+    assert f"such as {tmp_path / 'run' / 'model'}" in result.output.replace("\n", "")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text('{"model_type": "no_such_model"}')
+    result = run("info", tmp_path / "bad")
+    assert result.exit_code == 2
+    assert "no_such_model" in result.output
+
+
+def test_the_recipe_runs_as_a_file():
+    program = quickstart.__file__
+    result = subprocess.run(
+        [sys.executable, program, "--minutes", "0"], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert result.returncode == 2
+    assert "--minutes must be from 0.05 to 1440" in result.stderr
