@@ -91,8 +91,8 @@ class Quickstart:
     adapter_learning_rate: float = 1e-2
     replay: float = 0.5  # share of the old domains' rows while the adapter learns the new domain
     # steps follow from the minutes by these rates, never from the clock: same arguments, same figures
-    base_tokens_per_minute: int = 200_000
-    adapter_tokens_per_minute: int = 50_000
+    base_tokens_per_minute: int = 180_000
+    adapter_tokens_per_minute: int = 80_000
 
     def steps(self, tokens_per_minute: int) -> int:
         return max(4, round(self.minutes * tokens_per_minute / (self.rows_per_step * self.row_length)))
@@ -262,6 +262,7 @@ def train(
         logging_nan_inf_filter=False,
         save_steps=2 * log_every,  # a multiple: the balance is counted between logs
         save_total_limit=2,
+        train_sampling_strategy="sequential",  # `mix` has put the rows in order
         use_cpu=True,
         dataloader_pin_memory=False,
         seed=recipe.seed,

@@ -41,7 +41,9 @@ def pack(documents: Sequence[Sequence[int]], *, row_length: int, end_of_text: in
 
 
 def mix(rows: Mapping[str, Tensor], shares: Mapping[str, float], *, count: int, seed: int) -> Tensor:
-    """Draw `count` rows, in random order, with each domain's share; a domain that runs out starts again, reshuffled.
+    """Draw `count` rows with each domain's share, spread evenly: every stretch of them has about these shares.
+
+    A domain that runs out starts again, reshuffled. Train on the rows in their order.
 
     Raises:
         ValueError: If the shares do not sum to 1 or name an unknown domain.
@@ -51,11 +53,12 @@ def mix(rows: Mapping[str, Tensor], shares: Mapping[str, float], *, count: int, 
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(f"shares must sum to 1, got {sum(shares.values())} from {dict(shares)}.")
     rng = random.Random(seed)
-    drawn = [
-        rows[name][i] for name, quota in _quotas(shares, count).items() for i in _draw(len(rows[name]), quota, rng)
-    ]
-    rng.shuffle(drawn)
-    return torch.stack(drawn)
+    placed = []
+    for name, quota in _quotas(shares, count).items():
+        drawn = _draw(len(rows[name]), quota, rng)
+        # the i-th of n rows lies at random in the i-th of n equal parts
+        placed += [((place + rng.random()) / quota, name, index) for place, index in enumerate(drawn)]
+    return torch.stack([rows[name][index] for _, name, index in sorted(placed)])
 
 
 def _quotas(shares: Mapping[str, float], count: int) -> dict[str, int]:

@@ -35,6 +35,15 @@ def test_mix_gives_each_domain_its_share():
     assert abs(counts[1] - 10.25) < 1
 
 
+def test_every_stretch_has_the_shares():
+    mixed = mix(ROWS, {"a": 0.5, "b": 0.25, "c": 0.25}, count=400, seed=0)[:, 0]
+    for batch in mixed.split(20):
+        counts = Counter(batch.tolist())
+        # a row is at most one part away from its place: two more or less
+        assert abs(counts[0] - 10) <= 2
+        assert abs(counts[1] - 5) <= 2
+
+
 def test_mix_repeats_a_domain_evenly():
     rows = {"a": torch.arange(3)[:, None]}
     counts = Counter(mix(rows, {"a": 1.0}, count=10, seed=0)[:, 0].tolist())
