@@ -30,6 +30,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
@@ -254,7 +255,7 @@ class Target:
     shape: tuple[int, ...]
     floating: bool
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every per-expert tensor of fused expert weights; of other tensors the tensor itself."""
         fused = _FUSED.fullmatch(self.name)
@@ -268,7 +269,7 @@ class Target:
             for projection in projections
         }
 
-    @property
+    @cached_property
     def known(self) -> dict[str, tuple[int, ...]]:
         """Every stored name that this target accepts: per expert, or fused."""
         return self.parts | {self.name: self.shape}
