@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_at", ["base:9", "adapter:10"])
+@pytest.mark.parametrize("kill_at", ["base:9", "base:0", "adapter:10"])
 def test_killed_and_continued_gives_the_figures_of_an_uninterrupted_run(kill_at, finished, tmp_path):
     output = tmp_path / "out"
     killed = start(output, kill_at)

@@ -1,6 +1,6 @@
 """The quickstart at smoke size. As a program it runs it, for the tests that kill it:
 
-python tiny_quickstart.py OUTPUT [STAGE:STEP]    kills itself with SIGKILL at that step, for example base:7
+python tiny_quickstart.py OUTPUT [STAGE:STEP]    kills itself with SIGKILL at that step; step 0: after training
 """
 
 import os
@@ -51,7 +51,10 @@ def kill_in(stage: str, step: int) -> None:
 
     def train_and_die(recipe, name, *args, callbacks=(), **kwargs):
         extra = (KillAt(step),) if name == stage else ()
-        return train(recipe, name, *args, callbacks=(*callbacks, *extra), **kwargs)
+        log = train(recipe, name, *args, callbacks=(*callbacks, *extra), **kwargs)
+        if name == stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return log
 
     quickstart.train = train_and_die
 
