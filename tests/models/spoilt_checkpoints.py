@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_moe.models.checkpoint_layout import INDEX_FILE, SINGLE_FILE
+from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from hf_moe.models.configuration_hf_moe import HfMoeConfig
 from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM
 

@@ -40,13 +40,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_moe.models.checkpoint_layout import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    CheckpointError,
-    is_finite,
-    register_conversion_mapping,
-)
+from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError
+from hf_moe.models.checkpoint_layout import is_finite, register_conversion_mapping
 from hf_moe.models.modeling_hf_moe import (
     HfMoeForCausalLM,
     HfMoeForQuestionAnswering,

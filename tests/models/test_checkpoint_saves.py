@@ -12,7 +12,7 @@ import pytest
 from spoilt_checkpoints import UP, assert_same_tensors, build, stored
 from transformers import modeling_utils
 
-from hf_moe.models.checkpoint_layout import CheckpointError
+from hf_moe.models.checkpoint_files import CheckpointError
 from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM
 
 FINISHED = 7
