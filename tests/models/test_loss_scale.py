@@ -5,14 +5,13 @@ of the whole step, so it counts once for each micro-batch and process (the contr
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from one_step import one_step
+
+from torchrun import torchrun
 
 WORKER = Path(__file__).with_name("one_step.py")
 # coefficients that make the balancing losses as large as the cross entropy
@@ -69,41 +68,30 @@ def test_micro_batches_count_with_their_items(tmp_path):
     )
 
 
+def two_processes(folder: Path, **options) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    torchrun(WORKER, str(folder), json.dumps(options))
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["layer", "global_batch"])
 def test_two_processes_are_one_large_batch(tmp_path, scope):
     options = {"kind": "same", "balance_scope": scope, **LOUD}
     expected = one_step(str(tmp_path), batch_size=8, accumulation=1, **options)
-    arguments = json.dumps({**options, "batch_size": 2, "accumulation": 2})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    subprocess.run(
-        [*command, str(tmp_path), arguments],
-        check=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-    assert_same_step(torch.load(tmp_path / "weights.pt", weights_only=True), expected)
+    assert_same_step(two_processes(tmp_path / "two", batch_size=2, accumulation=2, **options), expected)
 
 
 @pytest.mark.slow
 def test_global_batch_counts_span_processes(tmp_path):
     """Different rows on each process: the load is that of both, so it differs from balancing each process alone."""
-    weights = {}
-    for scope in ("layer", "global_batch"):
-        folder = tmp_path / scope
-        folder.mkdir()
-        options = {"kind": "different", "balance_scope": scope, "router_aux_loss_coef": 1.0}
-        arguments = json.dumps({**options, "batch_size": 4, "accumulation": 1})
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-        subprocess.run(
-            [*command, str(folder), arguments],
-            check=True,
-            timeout=240,
-            env={**os.environ, "PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"},
-        )
-        weights[scope] = torch.load(folder / "weights.pt", weights_only=True)
+    options = {"kind": "different", "router_aux_loss_coef": 1.0}
     # one process over all 8 rows: the same counts; the mean of the scores is linear, so the gradient is the same
-    expected = one_step(str(tmp_path), batch_size=8, accumulation=1, kind="different", router_aux_loss_coef=1.0)
-    assert_same_step(weights["global_batch"], expected)
-    with pytest.raises(AssertionError):
-        assert_same_step(weights["layer"], expected)
+    expected = one_step(str(tmp_path), batch_size=8, accumulation=1, **options)
+    scopes = {
+        scope: two_processes(tmp_path / scope, batch_size=4, accumulation=1, balance_scope=scope, **options)
+        for scope in ("layer", "global_batch")
+    }
+    assert_same_step(scopes["global_batch"], expected)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_step(scopes["layer"], expected)

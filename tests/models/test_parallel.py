@@ -1,9 +1,6 @@
 """The tensor- and expert-parallel plans give what one process gives, for modes with and without unused slots."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_moe  # noqa: F401
 from tiny_hf_moe import DECODERS, random_ids, tiny_config
+from torchrun import torchrun
 
 WORKER = Path(__file__).with_name("parallel_step.py")
 NAMES = ["shared_and_dense", "sigmoid_groups_bias", "null_experts", "top_p"]
@@ -33,9 +31,7 @@ def single_process(name: str, folder: Path) -> dict:
 def test_two_processes_give_what_one_gives(tmp_path):
     expected = {name: single_process(name, tmp_path / name) for name in NAMES}
     runs = [(name, layout) for name in NAMES for layout in LAYOUTS]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path), json.dumps(runs)], check=True, timeout=280, env=environment)
+    torchrun(WORKER, str(tmp_path), json.dumps(runs))
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for (name, layout), actual in zip(runs, results, strict=True):
         # sums in another order: a few float32 ulp of the largest value
