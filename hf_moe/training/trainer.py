@@ -43,7 +43,7 @@ class MoeTrainer(Trainer):
         """Load the weights of a checkpoint through `from_pretrained`.
 
         The host reads the file as it lies there, with `strict=False`: checkpoints hold every expert singly, memory
-        holds them fused, so training would go on with newly initialised experts and a warning (transformers 5.23).
+        holds them fused. Native families would go on with new experts and a mere warning (transformers 5.23).
         """
         target = self.model if model is None else model
         if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:

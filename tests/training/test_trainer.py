@@ -9,7 +9,7 @@ from hf_moe.observability.expert_load import load_entropy, max_violation
 from hf_moe.observability.routing_agreement import record_choices
 from hf_moe.training.packing import PackedRows
 from hf_moe.training.trainer import MoeTrainer
-from tiny_moe import MODELS, hf_moe_model, with_expert_lora
+from tiny_moe import MODELS, hf_moe_model, qwen_model, with_expert_lora
 
 ROWS = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
@@ -47,9 +47,9 @@ def test_resumed_training_equals_uninterrupted_training(family, tmp_path):
 
 
 def test_the_host_trainer_loses_the_experts_on_resume(tmp_path):
-    """Why MoeTrainer loads checkpoints itself. If this fails, the host has been repaired: take the override out."""
-    whole = train(tmp_path, hf_moe_model(), Trainer)
-    resumed = train(tmp_path, hf_moe_model(), Trainer, resume=str(tmp_path / "checkpoint-4"))
+    """Why MoeTrainer loads checkpoints itself: native families. If this fails, the host is repaired: simplify."""
+    whole = train(tmp_path, qwen_model(), Trainer)
+    resumed = train(tmp_path, qwen_model(), Trainer, resume=str(tmp_path / "checkpoint-4"))
     experts = [trainer.model.model.layers[0].mlp.experts.down_proj for trainer in (whole, resumed)]
     assert not torch.equal(*experts)
 
