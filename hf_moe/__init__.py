@@ -10,6 +10,8 @@ from hf_moe.models.configuration_hf_moe import HfMoeConfig
 from hf_moe.registration import register
 
 if TYPE_CHECKING:
+    from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router, router_hash, verify_router_frozen
+    from hf_moe.evaluation.bits_per_byte import bits_per_byte
     from hf_moe.models.modeling_hf_moe import (
         HfMoeForCausalLM,
         HfMoeForQuestionAnswering,
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
         HfMoeModel,
     )
     from hf_moe.models.moe_layers import MoeLayer, check_index_range, checked_routing, moe_layers
+    from hf_moe.observability.expert_load import count_expert_load
     from hf_moe.observability.explain import explain, explain_config
+    from hf_moe.observability.routing_agreement import record_choices, routing_agreement
+    from hf_moe.training.callbacks import RouterFreezeCallback
+    from hf_moe.training.trainer import MoeTrainer
 
 __version__ = "0.1.0"
 
@@ -29,11 +35,21 @@ _HOMES = {
     "HfMoeForTokenClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeModel": "hf_moe.models.modeling_hf_moe",
     "MoeLayer": "hf_moe.models.moe_layers",
+    "MoeTrainer": "hf_moe.training.trainer",
+    "RouterFreezeCallback": "hf_moe.training.callbacks",
+    "RouterNotFrozenError": "hf_moe.adapters.frozen_router",
+    "bits_per_byte": "hf_moe.evaluation.bits_per_byte",
     "check_index_range": "hf_moe.models.moe_layers",
     "checked_routing": "hf_moe.models.moe_layers",
+    "count_expert_load": "hf_moe.observability.expert_load",
     "explain": "hf_moe.observability.explain",
     "explain_config": "hf_moe.observability.explain",
+    "freeze_router": "hf_moe.adapters.frozen_router",
     "moe_layers": "hf_moe.models.moe_layers",
+    "record_choices": "hf_moe.observability.routing_agreement",
+    "router_hash": "hf_moe.adapters.frozen_router",
+    "routing_agreement": "hf_moe.observability.routing_agreement",
+    "verify_router_frozen": "hf_moe.adapters.frozen_router",
 }
 
 
@@ -57,10 +73,20 @@ __all__ = [
     "HfMoeForTokenClassification",
     "HfMoeModel",
     "MoeLayer",
+    "MoeTrainer",
+    "RouterFreezeCallback",
+    "RouterNotFrozenError",
+    "bits_per_byte",
     "check_index_range",
     "checked_routing",
+    "count_expert_load",
     "explain",
     "explain_config",
+    "freeze_router",
     "moe_layers",
+    "record_choices",
     "register",
+    "router_hash",
+    "routing_agreement",
+    "verify_router_frozen",
 ]

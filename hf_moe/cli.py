@@ -57,7 +57,7 @@ def quickstart(
     from hf_moe.training.corpus import TextError
     from hf_moe.training.stages import RunRefusedError
 
-    chosen = recipe.Quickstart(output=output, data=tuple(data or ()), domain=domain, minutes=minutes, seed=seed)
+    chosen = recipe.Quickstart(output=output, data=data or [], domain=domain, minutes=minutes, seed=seed)
     try:
         recipe.main(chosen)
     except (RunRefusedError, TextError) as error:

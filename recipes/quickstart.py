@@ -20,7 +20,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProgressCallback,
@@ -58,7 +59,7 @@ from hf_moe.observability.plots import plot_bits_per_byte, plot_expert_load, plo
 from hf_moe.observability.routing_agreement import record_choices, routing_agreement
 from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback, StopOnNonFinite
 from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed, whole_folder, write_json, write_text
-from hf_moe.training.corpus import EMBEDDED, Domain, embedded_corpus
+from hf_moe.training.corpus import EMBEDDED, Domain, TextError, embedded_corpus
 from hf_moe.training.packing import PackedRows, mix, pack
 from hf_moe.training.stages import ResumableRun, RunRefusedError
 from hf_moe.training.surroundings import one_thread, quiet
@@ -74,7 +75,7 @@ class Quickstart:
     """All choices of the recipe. The first five are the command's options."""
 
     output: Path = Path("quickstart-output")
-    data: tuple[Path, ...] = ()
+    data: list[Path] = field(default_factory=list)
     domain: str | None = None  # the new domain; None: the first of `data`, or else `default_domain`
     minutes: float = 5.0
     seed: int = 0
@@ -580,6 +581,9 @@ def keep_logits(recipe: Quickstart, name: str, model: PreTrainedModel | PeftMode
 
 
 if __name__ == "__main__":
-    from hf_moe.cli import main as cli
-
-    cli(["quickstart", *sys.argv[1:]])
+    # every field of Quickstart is an option here: python recipes/quickstart.py --experts 32 --seed 1
+    (chosen,) = HfArgumentParser(Quickstart).parse_args_into_dataclasses()
+    try:
+        main(chosen)
+    except (RunRefusedError, TextError) as error:
+        sys.exit(f"error: {error}")

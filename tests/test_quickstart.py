@@ -165,7 +165,7 @@ def test_killed_and_continued_gives_the_figures_of_an_uninterrupted_run(kill_at,
 @pytest.mark.slow
 def test_a_file_as_new_domain(tmp_path):
     (tmp_path / "notes.txt").write_text(words(4_000), encoding="utf-8")
-    report = quickstart.main(smoke(tmp_path / "out", data=(tmp_path / "notes.txt",)))
+    report = quickstart.main(smoke(tmp_path / "out", data=[tmp_path / "notes.txt"]))
     assert report["new_domain"] == "notes"
     bits = report["evaluation"]["bits_per_byte"]
     assert bits["after"]["notes"] < bits["before"]["notes"] - 0.1
@@ -180,7 +180,7 @@ def test_text_that_changed_since_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "make_tokenizer", stop)
     notes = tmp_path / "notes.txt"
     notes.write_text(words(3_000, 1), encoding="utf-8")
-    recipe = smoke(tmp_path / "out", data=(notes,))
+    recipe = smoke(tmp_path / "out", data=[notes])
     with pytest.raises(KeyboardInterrupt):
         quickstart.main(recipe)
     notes.write_text(words(3_000, 2), encoding="utf-8")
