@@ -12,7 +12,7 @@ def run_card(report: Report) -> str:
     """The card as Markdown with a YAML head.
 
     Args:
-        report: The JSON value that the quickstart recipe writes. Sections that are missing read "not measured".
+        report: The JSON value that the quickstart recipe writes.
 
     Raises:
         ImportError: If jinja2 is not installed.
@@ -32,6 +32,7 @@ def run_card(report: Report) -> str:
         "sample": _sample(report),
         "limits": _LIMITS,
         "command": report["command"],
+        "date": report["date"],
         "versions": table(["library", "version"], list(report["versions"].items())),
     }
     return render_card(values, metadata=_METADATA)

@@ -40,6 +40,7 @@ REPORT = {
         "learning_rate": 0.004,
         "adapter_learning_rate": 0.003,
     },
+    "date": "2026-11-21",
     "versions": {"torch": "2.13.0+cpu"},
     "machine": {"architecture": "x86_64", "torch_threads": 1},
     "text": {"code": COUNTS, "legal": COUNTS},
@@ -155,6 +156,7 @@ def test_metadata_is_dumped_not_formatted():
             "limits",
             "command",
             "versions",
+            "date",
         ],
         "",
     )
