@@ -45,6 +45,7 @@ def main() -> None:
         medians = {side: round(statistics.median(r[side][unit] for r in rounds), 3) for side in SIDES}
         ratio = statistics.median(r["hf_moe"][unit] / r["transformers_torch"][unit] for r in rounds)
         result[unit] = {**medians, "ratio": round(ratio, 3)}
+    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
