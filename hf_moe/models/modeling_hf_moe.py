@@ -217,22 +217,23 @@ class HfMoeSparseMoeBlock(nn.Module):
         tokens = hidden_states.flatten(0, 1)
         mask = None if token_mask is None else token_mask.flatten()
         _, top_k_weights, top_k_index, _ = self.gate(tokens, mask)
-        output = self._run_experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        run = self._run_packed if self.packs_assignments else self._run_experts
+        output = run(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
         return output
 
     def _run_experts(self, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if not self.packs_assignments:
-            if self.experts.num_experts != self.num_experts:
-                # expert parallelism exchanges real ids only; an unused slot has weight 0
-                top_k_index = top_k_index.clamp(max=self.num_experts - 1)
-            return self.experts(tokens, top_k_index, top_k_weights)
-        # experts choose a fixed number of tokens: run those rows, not a row for each token and expert
+        if self.experts.num_experts != self.num_experts:
+            # expert parallelism exchanges real ids only; an unused slot has weight 0
+            top_k_index = top_k_index.clamp(max=self.num_experts - 1)
+        return self.experts(tokens, top_k_index, top_k_weights)
+
+    def _run_packed(self, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Experts that choose tokens take a fixed number: run those rows, not one for each token and expert."""
         num_rows = self.num_experts * min(tokens.shape[0], self.gate.capacity(tokens.shape[0]))
         token, weight, index = pack_assignments(top_k_weights, top_k_index, num_rows)
-        rows = self.experts(tokens[token], index, weight)
-        return torch.zeros_like(tokens).index_add(0, token, rows)
+        return torch.zeros_like(tokens).index_add(0, token, self._run_experts(tokens[token], index, weight))
 
 
 class HfMoeDecoderLayer(GradientCheckpointingLayer):
