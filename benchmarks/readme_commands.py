@@ -1,0 +1,55 @@
+"""How long the two commands of the README take a stranger: a fresh clone and a fresh environment for each.
+
+    python benchmarks/readme_commands.py
+
+Measures the committed state. The package index must be reachable; everything else is offline.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "readme_commands.json"
+
+
+def commands() -> list[str]:
+    """The README's code lines that install the project from its clone and go on."""
+    return re.findall(r"^python -m pip install .* && .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def seconds(command: str) -> float:
+    """Wall seconds of `command` in a new clone with a new environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder, "hf_moe")
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        subprocess.run([sys.executable, "-m", "venv", str(clone / ".venv")], check=True)
+        environment = {**os.environ, "PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}"}
+        environment.pop("PYTHONPATH", None)
+        start = time.perf_counter()
+        subprocess.run(command, shell=True, check=True, cwd=clone, env=environment)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    result = {
+        "date": date.today().isoformat(),
+        "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": "constraints.txt",
+        "wall_s": {command: round(seconds(command), 1) for command in commands()},
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
