@@ -1,8 +1,8 @@
 """The `hf_moe` architecture. A forward pass reads top to bottom: router, experts, block, decoder layer, model, heads.
 
-Attention, norms and rotary embedding are Qwen3-MoE's, so that the host's fixes arrive here; what is ours is the MoE. All
-classes are in one file, as in the host: it looks for the experts' decorator in the file of the model class, and saved
-checkpoints carry the file.
+Attention, norms and rotary embedding are Qwen3-MoE's, so that the host's fixes arrive here; what is ours is the MoE.
+All classes are in one file, as in the host: it looks for the experts' decorator in the file of the model class, and
+saved checkpoints carry the file.
 """
 
 from collections.abc import Callable
