@@ -4,7 +4,6 @@ python one_step.py OUTPUT JSON
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -56,5 +55,8 @@ def one_step(output_dir: str, kind: str, batch_size: int, accumulation: int, **c
 
 if __name__ == "__main__":
     weights = one_step(sys.argv[1], **json.loads(sys.argv[2]))
-    if os.environ.get("RANK", "0") == "0":
+    if torch.distributed.get_rank() == 0:
         torch.save(weights, Path(sys.argv[1]) / "weights.pt")
+    # a process that ends while gloo's threads still run aborts now and then
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -34,4 +34,5 @@ if __name__ == "__main__":
     results = [step(folder / name, **layout) for name, layout in json.loads(sys.argv[2])]
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
