@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_moe.training.tokenizer import encode_documents
+
 
 @dataclass(frozen=True)
 class BitsPerByte:
@@ -57,9 +59,7 @@ def bits_per_byte(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError("the tokenizer has no bos_token and no eos_token to begin a text with. Set one of them.")
-    encoded = tokenizer(list(documents), add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
+    encoded = encode_documents(tokenizer, documents)
     windows = [part for tokens in encoded for part in _windows([start, *tokens], window, stride)]
     was_training = model.training
     model.eval()

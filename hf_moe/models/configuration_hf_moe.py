@@ -189,13 +189,6 @@ class HfMoeConfig(PreTrainedConfig):
         if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype must name a torch dtype such as 'bfloat16', got {dtype!r}.")
 
-    @property
-    def layer_configs(self) -> list["HfMoeConfig"]:
-        """The configuration of each layer: this one, or what `per_layer_config` makes of it."""
-        if not self.is_heterogeneous:
-            return [self] * self.num_hidden_layers
-        return list(self.per_layer_config)
-
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether the feed-forward of layer `layer_idx` is a MoE layer; the others are dense."""
         return layer_idx >= self.first_k_dense_replace and layer_idx not in (self.mlp_only_layers or ())
@@ -222,15 +215,9 @@ class HfMoeConfig(PreTrainedConfig):
                 _require(getattr(config, name) >= 1, name, getattr(config, name), "must be at least 1")
             for name in _NOT_NEGATIVE:
                 _require(getattr(config, name) >= 0, name, getattr(config, name), "must not be negative")
-            _require(
-                config.num_experts <= MAX_EXPERTS, "num_experts", config.num_experts, f"must be at most {MAX_EXPERTS}"
-            )
-            _require(
-                config.num_null_experts <= MAX_EXPERTS,
-                "num_null_experts",
-                config.num_null_experts,
-                f"must be at most {MAX_EXPERTS}",
-            )
+            for name in ("num_experts", "num_null_experts"):
+                value = getattr(config, name)
+                _require(value <= MAX_EXPERTS, name, value, f"must be at most {MAX_EXPERTS}")
         for name in ("head_dim", "sliding_window"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1 or None")

@@ -243,7 +243,7 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HfMoeConfig, layer_idx: int):
         super().__init__()
-        layer_config = config.layer_configs[layer_idx]
+        layer_config = config.per_layer_config[layer_idx]
         self.self_attn = HfMoeAttention(config, layer_idx)
         if config.is_moe_layer(layer_idx):
             self.mlp = HfMoeSparseMoeBlock(layer_config, config)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -
     )
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> list[list[int]]:
+def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> list[list[int]]:
     """Token ids of each document, without special tokens."""
     texts = list(documents)
     if not texts:

@@ -1,6 +1,6 @@
-"""One SGD step of a tiny model with the plain Trainer; the weights it leaves are the gradient. Also run by torchrun.
+"""One SGD step of a tiny model with the plain Trainer; the weights it leaves are the gradient. Also run by torchrun:
 
-python one_step.py OUTPUT JSON
+one_step.py FOLDER JSON     (JSON: the arguments of `one_step`)
 """
 
 import json

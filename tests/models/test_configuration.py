@@ -135,5 +135,5 @@ def test_host_aliases_and_unrelated_keys_pass():
 
 def test_per_layer_values_reach_the_layers():
     config = tiny_config(per_layer_config={1: {"num_experts": 4}, 2: {"num_experts_per_tok": 1}})
-    assert [layer.num_experts for layer in config.layer_configs] == [8, 4, 8]
-    assert [layer.num_experts_per_tok for layer in config.layer_configs] == [2, 2, 1]
+    assert [layer.num_experts for layer in config.per_layer_config] == [8, 4, 8]
+    assert [layer.num_experts_per_tok for layer in config.per_layer_config] == [2, 2, 1]
