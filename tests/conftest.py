@@ -21,6 +21,9 @@ _isolate()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import triton_interpreter  # noqa: E402
+
+triton_interpreter.switch_on_without_gpu()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 torch.use_deterministic_algorithms(True, warn_only=True)
 # torch.empty is full of NaN: a value that is read before it is written cannot pass
