@@ -1,0 +1,228 @@
+"""Gradients of the expert weights and biases: per expert, sums over the rows that were routed to it.
+
+One program owns one tile of one expert's gradient and walks that expert's rows in order, so the result has no atomics
+and the same bits from run to run. Experts without rows write zeros; sentinel rows lie past the last expert's end and
+are never read.
+
+Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, A and B the widths of the two factors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .routing import RowOrder
+from .tiles import Tile, tile_for
+
+MIN_DOT = 16  # tl.dot needs at least 16 in every dimension; narrower factors (LoRA ranks) are masked
+
+
+@triton.jit
+def expert_rows(expert_end, expert):
+    """First and one-past-last row of an expert."""
+    start = tl.load(expert_end + expert - 1, mask=expert > 0, other=0)
+    return start, tl.load(expert_end + expert)
+
+
+@triton.jit
+def source_rows(order, rows, row_ok, TOP_K: tl.constexpr, GATHER: tl.constexpr):
+    """Where rows in expert order lie in a tensor by token (GATHER) or by row, int64."""
+    if GATHER:
+        return (tl.load(order + rows, mask=row_ok, other=0) // TOP_K).to(tl.int64)
+    else:
+        return rows.to(tl.int64)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    left,
+    right,
+    out,
+    order,
+    expert_end,
+    A,
+    B,
+    stride_left,
+    stride_right,
+    scale,
+    TOP_K: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,
+    GATHER_RIGHT: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[e] = scale * sum over the rows r of e of left[r]^T right[r]; grid (E * tiles of A * tiles of B,)."""
+    pid = tl.program_id(0)
+    blocks_b = tl.cdiv(B, BLOCK_B)
+    tiles = tl.cdiv(A, BLOCK_A) * blocks_b
+    expert = pid // tiles  # expert-major: the tiles of one expert are neighbours and share its rows in L2
+    tile = pid % tiles
+    cols_a = (tile // blocks_b) * BLOCK_A + tl.arange(0, BLOCK_A)
+    cols_b = (tile % blocks_b) * BLOCK_B + tl.arange(0, BLOCK_B)
+    a_ok = cols_a < A
+    b_ok = cols_b < B
+    start, end = expert_rows(expert_end, expert)
+    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for first in range(start, end, BLOCK_K):
+        rows = first + tl.arange(0, BLOCK_K)
+        row_ok = rows < end
+        left_rows = source_rows(order, rows, row_ok, TOP_K, GATHER_LEFT)
+        right_rows = source_rows(order, rows, row_ok, TOP_K, GATHER_RIGHT)
+        left_at = left + left_rows[:, None] * stride_left + cols_a[None, :]
+        right_at = right + right_rows[:, None] * stride_right + cols_b[None, :]
+        left_KA = tl.load(left_at, mask=row_ok[:, None] & a_ok[None, :], other=0.0)
+        right_KB = tl.load(right_at, mask=row_ok[:, None] & b_ok[None, :], other=0.0)
+        acc = tl.dot(tl.trans(left_KA), right_KB, acc, input_precision="ieee")
+    acc *= scale
+    at = out + expert.to(tl.int64) * A * B + cols_a.to(tl.int64)[:, None] * B + cols_b[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=a_ok[:, None] & b_ok[None, :])
+
+
+@triton.jit
+def bias_gradient_kernel(
+    rows_NB,
+    row_weights,
+    out,
+    order,
+    expert_end,
+    B,
+    stride_rows,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[e] = sum over the rows r of e of row_weights[order[r]] * rows[r]; grid (E * tiles of B,)."""
+    pid = tl.program_id(0)
+    blocks_b = tl.cdiv(B, BLOCK_B)
+    expert = pid // blocks_b
+    cols = (pid % blocks_b) * BLOCK_B + tl.arange(0, BLOCK_B)
+    col_ok = cols < B
+    start, end = expert_rows(expert_end, expert)
+    acc = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+    for first in range(start, end, BLOCK_K):
+        rows = first + tl.arange(0, BLOCK_K)
+        row_ok = rows < end
+        source = source_rows(order, rows, row_ok, TOP_K, GATHER)
+        at = rows_NB + source[:, None] * stride_rows + cols[None, :]
+        values = tl.load(at, mask=row_ok[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            slots = tl.load(order + rows, mask=row_ok, other=0)
+            values *= tl.load(row_weights + slots, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+        acc += values
+    total = tl.sum(acc, axis=0)
+    tl.store(out + expert.to(tl.int64) * B + cols, total.to(out.dtype.element_ty), mask=col_ok)
+
+
+def unit_stride_rows(rows: Tensor) -> Tensor:
+    """Rows whose elements are neighbours in memory; autograd may hand over expanded or transposed gradients."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def block_of(size: int, largest: int) -> int:
+    """A block width that a tile table asks for, not wider than the masked size needs."""
+    return min(largest, max(MIN_DOT, triton.next_power_of_2(size)))
+
+
+def launch_weight_gradient(
+    left: Tensor,
+    right: Tensor,
+    order: RowOrder,
+    num_experts: int,
+    *,
+    top_k: int,
+    gather_left: bool,
+    gather_right: bool,
+    out_dtype: torch.dtype,
+    scale: float = 1.0,
+) -> Tensor:
+    """Per expert, `scale` times the sum over its rows of `left_row^T right_row`, accumulated in float32.
+
+    Args:
+        left: [N, A] in expert order, or [T, A] with `gather_left`: row r reads `left[order.order_N[r] // top_k]`.
+        right: [N, B] or [T, B], likewise. The dtype of `left`.
+        out_dtype: dtype of the result.
+
+    Returns:
+        [E, A, B], zeros for experts without rows.
+    """
+    if left.dtype != right.dtype:
+        raise ValueError(f"left and right must have one dtype, got {left.dtype} and {right.dtype}; cast one.")
+    (A, B), num_rows = (left.shape[1], right.shape[1]), order.order_N.numel()
+    out = torch.empty(num_experts, A, B, dtype=out_dtype, device=left.device)
+    if not num_rows:
+        return out.zero_()
+    left, right = unit_stride_rows(left), unit_stride_rows(right)
+
+    def run(tile: Tile) -> None:
+        block_a, block_b = block_of(A, tile.block_m), block_of(B, tile.block_n)
+        weight_gradient_kernel[(num_experts * triton.cdiv(A, block_a) * triton.cdiv(B, block_b),)](
+            left,
+            right,
+            out,
+            order.order_N,
+            order.expert_end_E,
+            A,
+            B,
+            left.stride(0),
+            right.stride(0),
+            scale,
+            TOP_K=top_k,
+            GATHER_LEFT=gather_left,
+            GATHER_RIGHT=gather_right,
+            BLOCK_A=block_a,
+            BLOCK_B=block_b,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    run(tile_for("weight_gradient", num_rows // num_experts, B, A, left.dtype, left.device, launch=run))
+    return out
+
+
+def launch_bias_gradient(
+    rows: Tensor,
+    order: RowOrder,
+    num_experts: int,
+    *,
+    top_k: int,
+    gather: bool,
+    out_dtype: torch.dtype,
+    row_weights_N: Tensor | None = None,
+) -> Tensor:
+    """Per expert, the sum of its rows, accumulated in float32.
+
+    Args:
+        rows: [N, B] in expert order, or [T, B] with `gather`: row r reads `rows[order.order_N[r] // top_k]`.
+        out_dtype: dtype of the result.
+        row_weights_N: A factor per slot (not per row in expert order), such as the routing weights; contiguous.
+
+    Returns:
+        [E, B], zeros for experts without rows.
+    """
+    B, num_rows = rows.shape[1], order.order_N.numel()
+    out = torch.empty(num_experts, B, dtype=out_dtype, device=rows.device)
+    if not num_rows:
+        return out.zero_()
+    rows = unit_stride_rows(rows)
+    block_b = min(128, max(MIN_DOT, triton.next_power_of_2(B)))
+    bias_gradient_kernel[(num_experts * triton.cdiv(B, block_b),)](
+        rows,
+        rows if row_weights_N is None else row_weights_N,  # not read without weights
+        out,
+        order.order_N,
+        order.expert_end_E,
+        B,
+        rows.stride(0),
+        TOP_K=top_k,
+        GATHER=gather,
+        HAS_WEIGHTS=row_weights_N is not None,
+        BLOCK_B=block_b,
+        BLOCK_K=16,
+        num_warps=4,
+    )
+    return out

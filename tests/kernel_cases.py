@@ -1,0 +1,209 @@
+"""One layer of experts for the tests of kernels: every layout and activation, plain torch, and float32 bounds.
+
+Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H hidden, I expert width, P pre-activation
+width (2I gated, I ungated).
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from numerics import ROUTINGS, assert_as_good_as, assert_within
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TENSORS = ("hidden", "weights", "up_weight", "up_bias", "down_weight", "down_bias")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How the pre-activation becomes the activation, and how the weights lie in memory."""
+
+    activation: str = "silu"
+    alpha: float = 1.0
+    limit: float = math.inf
+    offset: float = 0.0
+    gated: bool = True
+    transposed: bool = False
+    interleaved: bool = False
+
+    def options(self, *names: str) -> dict:
+        return {name: getattr(self, name) for name in names or [field.name for field in fields(self)]}
+
+
+# every activation, layout and bias, pairwise
+GATES = {
+    "silu": Gate(),
+    "gpt_oss": Gate("silu", 1.702, 0.9, 1.0, transposed=True, interleaved=True),
+    "gelu_transposed": Gate("gelu", transposed=True),
+    "gelu_tanh_interleaved": Gate("gelu_tanh", interleaved=True),
+    "relu_limit": Gate("relu", limit=0.7, interleaved=True),
+    "relu2_ungated": Gate("relu2", gated=False),
+    "silu_ungated_transposed": Gate("silu", gated=False, transposed=True),
+    "gelu_ungated": Gate("gelu", gated=False),
+}
+BIASED = ("gpt_oss", "gelu_transposed", "relu2_ungated", "silu_ungated_transposed")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Arguments of `experts`: weights in the layout that `gate` names."""
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    up_weight: Tensor
+    up_bias: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor | None
+    gate: Gate
+
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Layer":
+        cast = {name: value.to(device, dtype) for name, value in self.tensors().items()}
+        return replace(self, **cast, index=self.index.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+
+    def differentiable(self) -> "Layer":
+        return replace(self, **{name: value.detach().requires_grad_() for name, value in self.tensors().items()})
+
+    @property
+    def num_experts(self) -> int:
+        return self.up_weight.shape[0]
+
+    def arguments(self) -> tuple:
+        """Positional arguments of the `experts` ops, sentinels allowed."""
+        operands = (self.hidden, self.index, self.weights, self.up_weight, self.up_bias, self.down_weight)
+        gate = self.gate.options("activation", "alpha", "limit", "offset", "gated", "transposed", "interleaved")
+        return (*operands, self.down_bias, self.num_experts + 1, *gate.values())
+
+
+def layer(routing: str = "balanced", gate: str = "silu", bias: bool | None = None) -> Layer:
+    """The layer of a named routing (tests/numerics.py) with the weights as the named gate lays them out.
+
+    Values are exact in bfloat16 and float16.
+    """
+    case, spec = ROUTINGS[routing](), GATES[gate]
+    up, down = case.gate_up, case.down
+    if not spec.gated:
+        up = up[:, : up.shape[1] // 2]
+    up, down = (weight.transpose(1, 2).contiguous() if spec.transposed else weight for weight in (up, down))
+    generator = torch.Generator().manual_seed(1)
+
+    def random_bias(width: int) -> Tensor | None:
+        if not (gate in BIASED if bias is None else bias):
+            return None
+        return torch.randn(len(up), width, generator=generator).bfloat16().float()
+
+    inner = 1 if spec.transposed else 2
+    up_bias, down_bias = random_bias(up.shape[3 - inner]), random_bias(case.hidden.shape[1])
+    return Layer(case.hidden, case.index, case.weights, up, up_bias, down, down_bias, spec)
+
+
+def activate(pre_NP: Tensor, gate: Gate, absolute: bool = False) -> Tensor:
+    function = _absolute_activation if absolute else _activation
+    if not gate.gated:
+        return function(pre_NP, gate)
+    if gate.interleaved:
+        gate_NI, up_NI = pre_NP[:, ::2], pre_NP[:, 1::2]
+    else:
+        gate_NI, up_NI = pre_NP.chunk(2, dim=1)
+    if not absolute:  # an absolute value that a clamp cuts off would no longer bound
+        gate_NI, up_NI = gate_NI.clamp(max=gate.limit), up_NI.clamp(-gate.limit, gate.limit)
+    return (up_NI + gate.offset) * function(gate_NI, gate)
+
+
+def _activation(x: Tensor, gate: Gate) -> Tensor:
+    match gate.activation:
+        case "silu":
+            return x * torch.sigmoid(gate.alpha * x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
+        case _:
+            return F.relu(x).square()
+
+
+def _absolute_activation(x: Tensor, gate: Gate) -> Tensor:
+    """Not below any activation, nor its slope below theirs, at a non-negative x."""
+    return x.square() if gate.activation == "relu2" else 1.13 * x
+
+
+def plain_pre(layer: Layer, expert: int, rows_NH: Tensor) -> Tensor:
+    weight = layer.up_weight[expert]
+    pre_NP = rows_NH @ (weight if layer.gate.transposed else weight.T)
+    return pre_NP if layer.up_bias is None else pre_NP + layer.up_bias[expert]
+
+
+def plain_down(layer: Layer, expert: int, act_NI: Tensor) -> Tensor:
+    weight = layer.down_weight[expert]
+    y_NH = act_NI @ (weight if layer.gate.transposed else weight.T)
+    return y_NH if layer.down_bias is None else y_NH + layer.down_bias[expert]
+
+
+def plain_layer(layer: Layer, absolute: bool = False) -> Tensor:
+    """Plain torch in the layer's dtype, one expert after the other; differentiable."""
+    out_TH = torch.zeros_like(layer.hidden)
+    for expert in range(layer.num_experts):
+        token_N, slot_N = torch.where(layer.index == expert)
+        act_NI = activate(plain_pre(layer, expert, layer.hidden[token_N]), layer.gate, absolute)
+        out_NH = plain_down(layer, expert, act_NI) * layer.weights[token_N, slot_N, None]
+        out_TH = out_TH.index_add(0, token_N, out_NH.to(out_TH.dtype))
+    return out_TH
+
+
+def absolute_layer(layer: Layer) -> Layer:
+    """Every value made positive, in float64: what rounding errors are relative to."""
+    absolute = {name: value.detach().double().abs() for name, value in layer.tensors().items()}
+    gate = replace(layer.gate, offset=abs(layer.gate.offset))
+    return replace(layer, **absolute, gate=gate).differentiable()
+
+
+def rounding(layer: Layer) -> float:
+    """Relative float32 error of the layer's results and gradients, to their absolute sizes.
+
+    The longest chain of additions, and once more the pre-activation's error through an activation's curvature.
+    """
+    (tokens, hidden_size), slots = layer.hidden.shape, layer.index.shape[1]
+    width = layer.down_weight.shape[1 if layer.gate.transposed else 2]
+    largest = 0.0
+    for expert in range(layer.num_experts):
+        pre = plain_pre(absolute_layer(layer), expert, layer.hidden.double().abs().nan_to_num(0.0))
+        largest = max(largest, pre.max().item() if tokens else 0.0)
+    chain = 2 * hidden_size + 2 * width + tokens * slots + 40
+    return chain * torch.finfo(torch.float32).eps / 2 * (1 + 2 * max(layer.gate.alpha, 1.0) * largest)
+
+
+def assert_right(
+    actual: Tensor, baseline: Tensor, exact: Tensor, size: Tensor, factor: float, what: str = "result"
+) -> None:
+    """numerics.py's rule for the dtype: 16 bits at most twice as far as `baseline`, float32 within `factor * size`."""
+    if actual.dtype == torch.float32:
+        bound = factor * size.nan_to_num(0.0) + torch.finfo(torch.float32).smallest_normal
+        assert_within(actual, exact, bound, what)
+    else:
+        assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+        assert_as_good_as(actual, baseline, exact)
+
+
+def layer_results(layer: Layer, cotangent_TH: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of every tensor, by plain torch in the layer's dtype."""
+    leaves = layer.differentiable()
+    return _with_gradients(plain_layer(leaves), leaves, cotangent_TH)
+
+
+def layer_sizes(layer: Layer, cotangent_TH: Tensor) -> dict[str, Tensor]:
+    """What float32 rounding errors of `layer_results` are relative to."""
+    leaves = absolute_layer(layer)
+    return _with_gradients(plain_layer(leaves, absolute=True), leaves, cotangent_TH.double().abs())
+
+
+def _with_gradients(out_TH: Tensor, leaves: Layer, cotangent_TH: Tensor) -> dict[str, Tensor]:
+    tensors = leaves.tensors()
+    gradients = torch.autograd.grad(out_TH, list(tensors.values()), cotangent_TH.to(out_TH.dtype))
+    return {"out": out_TH.detach(), **dict(zip(tensors, gradients, strict=True))}
