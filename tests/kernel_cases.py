@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from numerics import ROUTINGS, assert_as_good_as, assert_within
 from torch import Tensor
+
+from numerics import ROUTINGS, assert_as_good_as, assert_within
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("hidden", "weights", "up_weight", "up_bias", "down_weight", "down_bias")

@@ -5,12 +5,12 @@ Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, A a
 
 import pytest
 import torch
-from kernel_cases import DTYPES, assert_right
-from numerics import ROUTINGS
 from torch import Tensor
 
 from hf_moe.kernels.routing import sort_rows
 from hf_moe.kernels.weight_gradient import launch_bias_gradient, launch_weight_gradient
+from kernel_cases import DTYPES, assert_right
+from numerics import ROUTINGS
 
 NUM_LEFT = 20  # width of the left factor: no multiple of a tile
 NAN = float("nan")
@@ -148,7 +148,7 @@ def test_bias_gradient_matches_float64(routing, weighted, dtype, device):
     problem = Problem(routing, dtype, device)
     index_TK, num_experts = problem.index_TK, problem.num_experts
     weights_N = ROUTINGS[routing]().weights.to(device, dtype).reshape(-1) if weighted else None
-    options = dict(top_k=problem.top_k, gather=True, out_dtype=dtype, row_weights_N=weights_N)
+    options = {"top_k": problem.top_k, "gather": True, "out_dtype": dtype, "row_weights_N": weights_N}
     actual = launch_bias_gradient(problem.right, problem.order, num_experts, **options)
 
     def plain(to: torch.dtype, absolute: bool = False) -> Tensor:
@@ -163,7 +163,7 @@ def test_bias_gradient_matches_float64(routing, weighted, dtype, device):
 def test_bias_gradient_of_rows_in_expert_order(device):
     problem = Problem("sentinels", torch.float32, device)
     rows_NA = in_expert_order(problem.left, problem.order)
-    options = dict(top_k=problem.top_k, gather=False, out_dtype=torch.float32)
+    options = {"top_k": problem.top_k, "gather": False, "out_dtype": torch.float32}
     actual = launch_bias_gradient(rows_NA, problem.order, problem.num_experts, **options)
     exact = bias_sums(problem.left.double(), None, problem.index_TK, problem.num_experts)
     size = bias_sums(problem.left.double().abs(), None, problem.index_TK, problem.num_experts)
@@ -179,7 +179,7 @@ def test_real_size(dtype, device):
     order = sort_rows(index_TK, 128, 128)
     left = torch.randn(4096 * 8, 1536, generator=generator, device=device).to(dtype)
     right = torch.randn(4096, 2048, generator=generator, device=device).to(dtype)
-    options = dict(top_k=8, gather_left=False, gather_right=True, out_dtype=dtype)
+    options = {"top_k": 8, "gather_left": False, "gather_right": True, "out_dtype": dtype}
     actual = launch_weight_gradient(left, right, order, 128, **options)
     assert torch.equal(actual, launch_weight_gradient(left, right, order, 128, **options))
     end = [0, *order.expert_end_E.tolist()]
