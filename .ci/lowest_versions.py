@@ -13,7 +13,8 @@ KEPT_AT_TESTED_VERSION = "torch"
 
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for requirement in project["dependencies"] + project["optional-dependencies"]["recipes"]:
+    extras = project["optional-dependencies"]
+    for requirement in project["dependencies"] + extras["recipes"] + extras["triton"]:
         match = re.fullmatch(r"([\w.-]+)>=([\w.]+)(,.*)?", requirement)
         if match is None:
             raise SystemExit(
