@@ -1,0 +1,260 @@
+"""One linear map per expert over rows sorted by expert; rows may be gathered from tokens and scattered to slots.
+
+The same kernel serves the down projection, the gradient of the rows, and the low-rank factors of an adapter.
+
+Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, A input and B output width, R rank of the
+low-rank addend, M row tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .routing import RowOrder, require_gpu, tile_map
+from .tiles import Tile, tile_for
+from .weight_gradient import block_of, unit_stride_rows
+
+# Row tiles that sweep the columns together: a weight tile that one of them reads is in L2 for the others.
+ROW_TILES_PER_GROUP = 8
+# columns of the low-rank factors that one dot takes
+LARGEST_RANK_BLOCK = 64
+
+
+@triton.jit
+def tile_of_program(num_tiles, col_blocks, GROUP: tl.constexpr):
+    """(row tile, column tile) of this program: groups of row tiles, expert-major, the column tiles of a group inner."""
+    pid = tl.program_id(0)
+    group = pid // (GROUP * col_blocks)
+    first = group * GROUP
+    size = tl.minimum(num_tiles - first, GROUP)
+    within = pid - first * col_blocks
+    return first + within % size, within // size
+
+
+@triton.jit
+def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.constexpr):
+    """(expert, rows, whether a row is the tile's). Expert -1: rows that no expert computes, or none at all."""
+    expert = tl.load(expert_M + tile)
+    first = tl.load(row_M + tile)
+    end = tl.load(expert_end_E + expert, mask=expert >= 0, other=0)
+    end = tl.where(expert >= 0, end, tl.where(first >= 0, num_rows, 0))
+    rows = first + tl.arange(0, BLOCK_M)
+    return expert, rows, (rows >= 0) & (rows < end)
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    low_NR,
+    low_weight,
+    rows,
+    row_ok,
+    cols,
+    col_ok,
+    expert,
+    R,
+    stride_e,
+    stride_b,
+    stride_r,
+    BLOCK_R: tl.constexpr,
+):
+    """acc + low @ low_weight[expert]^T."""
+    for rank in tl.range(0, R, BLOCK_R, num_stages=1):  # one step as a rule: nothing to prefetch
+        ranks = rank + tl.arange(0, BLOCK_R)
+        rank_ok = ranks < R
+        low_at = low_NR + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        weight_at = low_weight + expert.to(tl.int64) * stride_e + cols.to(tl.int64)[None, :] * stride_b
+        weight_at += ranks.to(tl.int64)[:, None] * stride_r
+        low = tl.load(low_at, mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
+        weight = tl.load(weight_at, mask=rank_ok[:, None] & col_ok[None, :], other=0.0)
+        acc = tl.dot(low, weight, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def grouped_linear_kernel(
+    rows_in,
+    weight,
+    bias_EB,
+    row_weights_N,
+    low_NR,
+    low_weight,
+    out_NB,
+    order_N,
+    expert_end_E,
+    expert_M,
+    row_M,
+    num_rows,
+    num_tiles,
+    A,
+    B,
+    R,
+    stride_rows,
+    stride_weight_e,
+    stride_weight_b,
+    stride_weight_a,
+    stride_low_e,
+    stride_low_b,
+    stride_low_r,
+    scale,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROW_WEIGHTS: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out = row_weight * (scale * row @ weight[e]^T + low @ low_weight[e]^T + bias[e]); grid (M * column tiles,)."""
+    tile, col_block = tile_of_program(num_tiles, tl.cdiv(B, BLOCK_N), GROUP)
+    expert, rows, row_ok = rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
+    if tl.load(row_M + tile) < 0:
+        return
+    cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_ok = cols < B
+    slots = rows
+    if GATHER or SCATTER or HAS_ROW_WEIGHTS:
+        slots = tl.load(order_N + rows, mask=row_ok, other=0)
+    target = slots if SCATTER else rows
+    out_at = out_NB + target.to(tl.int64)[:, None] * B + cols[None, :]
+    out_ok = row_ok[:, None] & col_ok[None, :]
+    if expert < 0:
+        tl.store(out_at, tl.zeros((BLOCK_M, BLOCK_N), out_NB.dtype.element_ty), mask=out_ok)
+        return
+
+    source = slots // TOP_K if GATHER else rows
+    ks = tl.arange(0, BLOCK_K)
+    rows_at = rows_in + source.to(tl.int64)[:, None] * stride_rows + ks[None, :]
+    weight_at = weight + expert.to(tl.int64) * stride_weight_e + cols.to(tl.int64)[None, :] * stride_weight_b
+    weight_at += ks.to(tl.int64)[:, None] * stride_weight_a
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, A, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(rows_at, mask=row_ok[:, None], other=0.0)
+            w = tl.load(weight_at, mask=col_ok[None, :], other=0.0)
+        else:
+            k_ok = ks < A - k
+            x = tl.load(rows_at, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+            w = tl.load(weight_at, mask=k_ok[:, None] & col_ok[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        rows_at += BLOCK_K
+        weight_at += BLOCK_K * stride_weight_a
+
+    acc *= scale
+    if HAS_LOW:
+        acc = add_low_rank(
+            acc,
+            low_NR,
+            low_weight,
+            rows,
+            row_ok,
+            cols,
+            col_ok,
+            expert,
+            R,
+            stride_low_e,
+            stride_low_b,
+            stride_low_r,
+            BLOCK_R,
+        )
+    if HAS_BIAS:
+        bias_at = bias_EB + expert.to(tl.int64) * B + cols
+        acc += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    if HAS_ROW_WEIGHTS:
+        acc *= tl.load(row_weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_at, acc.to(out_NB.dtype.element_ty), mask=out_ok)
+
+
+def launch_grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    order: RowOrder,
+    *,
+    top_k: int,
+    transposed: bool,
+    bias: Tensor | None = None,
+    gather: bool = False,
+    scatter: bool = False,
+    row_weights_N: Tensor | None = None,
+    low: Tensor | None = None,
+    low_weight: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """`row_weight * (scale * row @ weight[e]^T + low @ low_weight[e]^T + bias[e])` for every row of every expert e.
+
+    Args:
+        rows: [N, A] in expert order, or [T, A] with `gather`: row r reads `rows[order.order_N[r] // top_k]`.
+        weight: [E, B, A], or [E, A, B] if `transposed`; any strides, the dtype of `rows`.
+        order: Its `order_N` is read only with `gather`, `scatter` or `row_weights_N`.
+        bias: [E, B].
+        scatter: Whether row r is written to place `order.order_N[r]` instead of r.
+        row_weights_N: A factor per slot, such as the routing weights.
+        low: [N, R] in expert order, already scaled.
+        low_weight: [E, B, R], any strides.
+
+    Returns:
+        [N, B] in the dtype of `rows`, accumulated in float32 and rounded once; zeros for the rows of no expert.
+    """
+    require_gpu(rows)
+    rows = unit_stride_rows(rows)
+    num_rows = order.order_N.numel() if gather else rows.shape[0]
+    dims = (0, 2, 1) if transposed else (0, 1, 2)
+    weight_EBA = weight.permute(dims)
+    num_experts, B, A = weight_EBA.shape
+    out_NB = rows.new_empty(num_rows, B)
+    if not out_NB.numel():
+        return out_NB
+    low, low_weight = (weight, weight_EBA) if low is None or low_weight is None else (low.contiguous(), low_weight)
+    has_low = low is not weight
+    rank = low.shape[1] if has_low else 0
+
+    def run(tile: Tile) -> None:
+        block_n, block_k = block_of(B, tile.block_n), block_of(A, tile.block_k)
+        tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
+        num_tiles = tiles.expert_M.numel()
+        grouped_linear_kernel[(num_tiles * triton.cdiv(B, block_n),)](
+            rows,
+            weight,
+            # an absent operand's pointer is never read
+            weight if bias is None else bias.contiguous(),
+            weight if row_weights_N is None else row_weights_N.contiguous(),
+            low,
+            low_weight,
+            out_NB,
+            order.order_N,
+            order.expert_end_E,
+            tiles.expert_M,
+            tiles.row_M,
+            num_rows,
+            num_tiles,
+            A,
+            B,
+            rank,
+            rows.stride(0),
+            *weight_EBA.stride(),
+            *low_weight.stride(),
+            scale,
+            TOP_K=top_k,
+            GATHER=gather,
+            SCATTER=scatter,
+            HAS_BIAS=bias is not None,
+            HAS_ROW_WEIGHTS=row_weights_N is not None,
+            HAS_LOW=has_low,
+            EVEN_K=A % block_k == 0,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            BLOCK_R=block_of(rank, LARGEST_RANK_BLOCK),
+            GROUP=ROW_TILES_PER_GROUP,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    run(tile_for("grouped_linear", num_rows // num_experts, B, A, rows.dtype, rows.device, launch=run))
+    return out_NB
