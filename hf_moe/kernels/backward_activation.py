@@ -1,0 +1,272 @@
+"""Backward through the down projection and the activation, fused.
+
+One program multiplies a tile of gathered output gradients with the down projection, recomputes the activation from
+the saved pre-activation in its epilogue, and leaves what the rest of the backward needs: the gradient of the
+pre-activation, the weighted activation (a factor of the down projection's gradient), and partial sums of the routing
+weights' gradient. Those are added in a fixed order by a second kernel: no atomics, the same bits from run to run.
+
+Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H hidden, I expert width, P pre-activation
+width (2I gated, I ungated), R LoRA rank, C column tiles, M row tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate_backward, activation_kind, glu_backward
+from .routing import RowOrder, TileMap, tile_map
+from .tiles import Tile, tile_for
+from .weight_gradient import block_of, unit_stride_rows
+
+SUM_STEP = 64  # hidden columns of one step through the bias's part of the routing weights' gradient
+
+
+@triton.jit
+def pre_columns(cols, width, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where the gate and the up part of activation columns lie in a row of the pre-activation."""
+    if not GATED:
+        return cols, cols
+    elif INTERLEAVED:
+        return 2 * cols, 2 * cols + 1
+    else:
+        return cols, cols + width
+
+
+@triton.jit
+def activation_gradient(
+    pre, grad_pre, rows, cols, ok, grad_act, weight, width,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Recompute a tile's activation and store `weight` times the pre-activation's gradient; returns the activation."""
+    gate_cols, up_cols = pre_columns(cols, width, GATED, INTERLEAVED)
+    P = 2 * width if GATED else width
+    gate_at = rows.to(tl.int64)[:, None] * P + gate_cols[None, :]
+    gate = tl.load(pre + gate_at, mask=ok, other=0.0).to(tl.float32)
+    if GATED:
+        up_at = rows.to(tl.int64)[:, None] * P + up_cols[None, :]
+        up = tl.load(pre + up_at, mask=ok, other=0.0).to(tl.float32)
+        act, d_gate, d_up = glu_backward(gate, up, grad_act, KIND, ALPHA, LIMIT, OFFSET)
+        tl.store(grad_pre + up_at, (weight[:, None] * d_up).to(grad_pre.dtype.element_ty), mask=ok)
+    else:
+        act, d_gate = activate_backward(gate, grad_act, KIND, ALPHA)
+    tl.store(grad_pre + gate_at, (weight[:, None] * d_gate).to(grad_pre.dtype.element_ty), mask=ok)
+    return act
+
+
+@triton.jit
+def store_zero_gradients(
+    grad_pre,
+    weighted_act,
+    rows,
+    cols,
+    ok,
+    width,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    STORE_ACT: tl.constexpr,
+):
+    """The results of rows that no expert computes."""
+    zeros = tl.zeros(ok.shape, tl.float32)
+    gate_cols, up_cols = pre_columns(cols, width, GATED, INTERLEAVED)
+    P = 2 * width if GATED else width
+    at = grad_pre + rows.to(tl.int64)[:, None] * P
+    tl.store(at + gate_cols[None, :], zeros.to(grad_pre.dtype.element_ty), mask=ok)
+    if GATED:
+        tl.store(at + up_cols[None, :], zeros.to(grad_pre.dtype.element_ty), mask=ok)
+    if STORE_ACT:
+        act_at = weighted_act + rows.to(tl.int64)[:, None] * width + cols[None, :]
+        tl.store(act_at, zeros.to(weighted_act.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def backward_activation_kernel(
+    grad_out, down_weight, pre, weights, low, low_weight,
+    grad_pre, weighted_act, partial,
+    order, expert_end, tile_expert, tile_row,
+    num_rows, H, width, R, stride_out, stride_e, stride_h, stride_i,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LOW_BLOCK: tl.constexpr,
+    STORE_ACT: tl.constexpr, STORE_PARTIAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows and activation columns; grid (M * C,), the column tiles of a row tile are neighbours."""
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    tile = tl.program_id(0) // column_tiles
+    column_tile = tl.program_id(0) % column_tiles
+    first_row = tl.load(tile_row + tile)
+    if first_row < 0:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    cols = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_ok = cols < width
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        ok = (rows < num_rows)[:, None] & col_ok[None, :]
+        store_zero_gradients(grad_pre, weighted_act, rows, cols, ok, width, GATED, INTERLEAVED, STORE_ACT)
+        return
+    row_ok = rows < tl.load(expert_end + expert)
+    ok = row_ok[:, None] & col_ok[None, :]
+    slots = tl.load(order + rows, mask=row_ok, other=0)
+    ks = tl.arange(0, BLOCK_K)
+    out_at = grad_out + (slots // TOP_K).to(tl.int64)[:, None] * stride_out + ks[None, :]
+    weight_at = down_weight + expert.to(tl.int64) * stride_e + ks[:, None] * stride_h + cols[None, :] * stride_i
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, H, BLOCK_K):
+        k_ok = ks < H - k
+        g = tl.load(out_at + k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        w = tl.load(weight_at + k * stride_h, mask=k_ok[:, None] & col_ok[None, :], other=0.0)
+        acc = tl.dot(g, w, acc, input_precision="ieee")
+    if LOW_BLOCK > 0:
+        rs = tl.arange(0, LOW_BLOCK)
+        low_at = low + rows.to(tl.int64)[:, None] * R + rs[None, :]
+        factor_at = low_weight + (expert.to(tl.int64) * R + rs)[:, None] * width + cols[None, :]
+        low_rows = tl.load(low_at, mask=row_ok[:, None] & (rs < R)[None, :], other=0.0)
+        factor = tl.load(factor_at, mask=(rs < R)[:, None] & col_ok[None, :], other=0.0)
+        acc = tl.dot(low_rows.to(factor.dtype), factor, acc, input_precision="ieee")
+    weight = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
+    act = activation_gradient(
+        pre, grad_pre, rows, cols, ok, acc, weight, width, KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED
+    )
+    if STORE_PARTIAL:
+        tl.store(partial + rows.to(tl.int64) * column_tiles + column_tile, tl.sum(acc * act, axis=1), mask=row_ok)
+    if STORE_ACT:
+        act_at = weighted_act + rows.to(tl.int64)[:, None] * width + cols[None, :]
+        tl.store(act_at, (weight[:, None] * act).to(weighted_act.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def grad_weights_kernel(
+    partial, grad_out, down_bias, grad_weights,
+    order, expert_end, tile_expert, tile_row,
+    num_rows, H, C, stride_out,
+    TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add up a row's partial sums, and its product with the down bias, and write them by slot. Grid (M,)."""
+    first_row = tl.load(tile_row + tl.program_id(0))
+    if first_row < 0:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    expert = tl.load(tile_expert + tl.program_id(0))
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_ok = rows < num_rows
+    if expert >= 0:
+        row_ok = rows < tl.load(expert_end + expert)
+        cs = tl.arange(0, BLOCK_C)
+        partial_at = partial + rows.to(tl.int64)[:, None] * C + cs[None, :]
+        total = tl.sum(tl.load(partial_at, mask=row_ok[:, None] & (cs < C)[None, :], other=0.0), axis=1)
+    slots = tl.load(order + rows, mask=row_ok, other=0)
+    if HAS_BIAS and expert >= 0:
+        ks = tl.arange(0, BLOCK_K)
+        out_at = grad_out + (slots // TOP_K).to(tl.int64)[:, None] * stride_out + ks[None, :]
+        for k in range(0, H, BLOCK_K):
+            k_ok = ks < H - k
+            g = tl.load(out_at + k, mask=row_ok[:, None] & k_ok[None, :], other=0.0).to(tl.float32)
+            bias = tl.load(down_bias + expert.to(tl.int64) * H + k + ks, mask=k_ok, other=0.0).to(tl.float32)
+            total += tl.sum(g * bias[None, :], axis=1)
+    tl.store(grad_weights + slots, total, mask=row_ok)
+
+
+def launch_grad_weights(
+    partial_NC: Tensor,
+    grad_out_TH: Tensor,
+    order: RowOrder,
+    tiles: TileMap,
+    block_m: int,
+    *,
+    top_k: int,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the routing weights, float32 [T, K], from partial sums of rows in expert order.
+
+    Args:
+        partial_NC: float32; rows past the last expert's end are not read.
+        grad_out_TH: Read with `down_bias` only.
+        tiles: `tile_map(order.expert_end_E, N, block_m)`.
+        down_bias: [E, H].
+    """
+    (num_rows, C), (T, H) = partial_NC.shape, grad_out_TH.shape
+    grad_weights_TK = torch.empty(T, top_k, dtype=torch.float32, device=partial_NC.device)
+    grad_out_TH = unit_stride_rows(grad_out_TH)
+    grad_weights_kernel[(tiles.row_M.numel(),)](
+        partial_NC, grad_out_TH, partial_NC if down_bias is None else down_bias.contiguous(), grad_weights_TK,
+        *order, *tiles, num_rows, H, C, grad_out_TH.stride(0),
+        TOP_K=top_k, HAS_BIAS=down_bias is not None, BLOCK_C=triton.next_power_of_2(C), BLOCK_M=block_m,
+        BLOCK_K=SUM_STEP,
+    )  # fmt: skip
+    return grad_weights_TK
+
+
+def launch_backward_activation(
+    grad_out_TH: Tensor,
+    down_weight: Tensor,
+    pre_NP: Tensor,
+    order: RowOrder,
+    weights_TK: Tensor,
+    *,
+    top_k: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    gated: bool,
+    transposed: bool,
+    interleaved: bool,
+    down_bias: Tensor | None = None,
+    low: Tensor | None = None,
+    low_weight: Tensor | None = None,
+    need_act: bool = True,
+    need_grad_weights: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of the pre-activation, and what the gradients of the down projection and of the routing weights need.
+
+    Args:
+        grad_out_TH: In the dtype of the weights.
+        down_weight: [E, H, I], or [E, I, H] if `transposed`; any strides.
+        pre_NP: Saved by the forward pass, in expert order, contiguous.
+        weights_TK: Routing weights of any float dtype.
+        down_bias: [E, H], part of the routing weights' gradient only.
+        low: [N, R] in expert order, added as `low @ low_weight[e]` to `grad_out @ down_weight` (LoRA's part).
+        low_weight: [E, R, I].
+
+    Returns:
+        grad_pre_NP: In expert order, in the dtype of `pre_NP`; zeros for sentinel rows.
+        weighted_act_NI: Routing weight times activation, likewise; None without `need_act`.
+        grad_weights_TK: float32, zeros for sentinels; None without `need_grad_weights`.
+    """
+    (num_rows, P), H = pre_NP.shape, grad_out_TH.shape[1]
+    width = P // 2 if gated else P
+    grad_pre_NP = torch.empty_like(pre_NP)
+    weighted_act_NI = pre_NP.new_empty(num_rows, width) if need_act else None
+    if not num_rows:
+        return grad_pre_NP, weighted_act_NI, weights_TK.float() if need_grad_weights else None
+    grad_out_TH = unit_stride_rows(grad_out_TH)
+    stride_h, stride_i = down_weight.stride()[1:] if not transposed else down_weight.stride()[:0:-1]
+    R = 0 if low is None else low.shape[1]
+    low, low_weight = (pre_NP if x is None else x.contiguous() for x in (low, low_weight))  # not read without LoRA
+
+    def run(tile: Tile) -> Tensor | None:
+        block_n = block_of(width, tile.block_n)
+        column_tiles = triton.cdiv(width, block_n)
+        tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
+        partial_NC = torch.empty(num_rows, column_tiles, dtype=torch.float32, device=pre_NP.device)
+        backward_activation_kernel[(tiles.row_M.numel() * column_tiles,)](
+            grad_out_TH, down_weight, pre_NP, weights_TK.contiguous(), low, low_weight,
+            grad_pre_NP, grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *order, *tiles,
+            num_rows, H, width, R, grad_out_TH.stride(0), down_weight.stride(0), stride_h, stride_i,
+            TOP_K=top_k, KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset,
+            GATED=gated, INTERLEAVED=interleaved, LOW_BLOCK=block_of(R, 2 * R) if R else 0,
+            STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights,
+            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if not need_grad_weights:
+            return None
+        return launch_grad_weights(
+            partial_NC, grad_out_TH, order, tiles, tile.block_m, top_k=top_k, down_bias=down_bias
+        )
+
+    rows_per_expert = num_rows // down_weight.shape[0]
+    tile = tile_for("backward_activation", rows_per_expert, width, H, pre_NP.dtype, pre_NP.device, launch=run)
+    return grad_pre_NP, weighted_act_NI, run(tile)
