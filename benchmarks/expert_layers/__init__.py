@@ -1,0 +1,1 @@
+"""What `benchmarks/experts.py` is made of: cases, contestants, correctness, timing, results, report."""

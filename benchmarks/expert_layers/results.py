@@ -1,0 +1,108 @@
+"""One JSON file of results, written after every case: an interrupted run loses nothing and goes on."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("hf-moe", "torch", "transformers", "triton", "peft", "liger-kernel", "scattermoe", "kernels")
+SOURCES = ("hf_moe/experts", "hf_moe/kernels")
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """What times of two runs must have in common to stand in one file."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    facts = {"device": _device_name(device), "threads": threads, "versions": versions}
+    if device == "cuda":
+        facts["cuda"] = torch.version.cuda or torch.version.hip
+    else:
+        facts["capability"] = torch.backends.cpu.get_cpu_capability()
+    return facts
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = dict(line.partition(":")[::2] for line in lines)
+    values = {name.strip(): value.strip() for name, value in fields.items()}
+    model = " ".join(values.get(name, "?") for name in ("vendor_id", "model name"))
+    units = " ".join(
+        flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in values.get("flags", "")
+    )
+    number = " ".join(f"{name} {values.get(name, '?')}" for name in ("cpu family", "model"))
+    return f"cpu, {platform.machine()}, {model} ({number}; {units}), {os.cpu_count()} cores"
+
+
+def source_hash() -> str:
+    """Of the code whose speed is measured: a case counts as measured only for the code that is there now."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".json"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The checkout's commit; '+' if the measured code differs from it."""
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", *SOURCES], cwd=ROOT, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+class ResultsError(RuntimeError):
+    """The file holds results that must not be mixed with this run's."""
+
+
+class Results:
+    """The file, and what it holds: `header`, and `cases` by key."""
+
+    def __init__(self, path: Path, facts: dict[str, Any], header: dict[str, Any], *, fresh: bool):
+        self.path, self.source = path, source_hash()
+        found = json.loads(path.read_text()) if path.exists() and not fresh else {}
+        other = [
+            f"{name}: {found[name]} there, {facts[name]} here"
+            for name in facts
+            if found and found.get(name) != facts[name]
+        ]
+        if other:
+            raise ResultsError(
+                f"{path} was measured elsewhere ({'; '.join(other)}): give another --output, or --fresh to start anew."
+            )
+        self.data = {"date": date.today().isoformat()} | facts | header | {"cases": found.get("cases", {})}
+
+    def has(self, key: str, names: list[str]) -> bool:
+        """Whether `key` was measured for all `names` with the code that is there now."""
+        case = self.data["cases"].get(key)
+        return case is not None and case["source"] == self.source and set(names) <= set(case["results"])
+
+    def add(self, key: str, case: dict[str, Any]) -> None:
+        self.data["cases"][key] = {"source": self.source, "commit": commit(), **case}
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n")
+        partial.replace(self.path)

@@ -1,0 +1,146 @@
+"""Times of several contestants in one run: round by round in a random order, medians of each round's ratios."""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+SLOW = 5.0  # times the fastest contestant's warm-up
+METHOD = (
+    "every contestant once a round, in a random order; median of the rounds' times, and of the ratios within a round; "
+    f"at least {MIN_ROUNDS} rounds, then until the budget is spent; who takes more than {SLOW:g} times as long as the "
+    f"fastest native is timed in {MIN_ROUNDS} rounds only; gradients are set to None before each call"
+)
+
+
+class Clock(Protocol):
+    def seconds(self, run: Callable[[], object]) -> float: ...
+
+
+class CpuClock:
+    """Wall time."""
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """Time on the device between two events, with the L2 cache overwritten before.
+
+    Writing the cache takes longer than launching a layer, so launches that the host queues meanwhile are not counted.
+    """
+
+    def __init__(self) -> None:
+        size = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+        self._scratch = torch.empty(max(size, 256 << 20), dtype=torch.int8, device="cuda")
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self._scratch.zero_()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`run` is timed; `prepare` puts everything in the state of before, untimed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], None] = lambda: None
+
+
+def time_rounds(
+    contestants: Mapping[str, Contestant], clock: Clock, budget: float, natives: Sequence[str]
+) -> dict[str, list[float]]:
+    """Seconds of every contestant by round; lists of slow contestants are shorter."""
+    shuffle = random.Random(0).shuffle
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    warm = {name: _once(contestant, clock) for name, contestant in contestants.items()}
+    fastest = min((warm[name] for name in natives if name in warm), default=float("inf"))
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(MAX_ROUNDS):
+            if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
+                break
+            order = [name for name in contestants if done < MIN_ROUNDS or warm[name] <= SLOW * fastest]
+            shuffle(order)
+            for name in order:
+                times[name].append(_once(contestants[name], clock))
+    finally:
+        gc.enable()
+    return times
+
+
+def _once(contestant: Contestant, clock: Clock) -> float:
+    contestant.prepare()
+    return clock.seconds(contestant.run)
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the rounds' ratios, over the rounds in which both ran."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=False))
+
+
+def saved_bytes(forward: Callable[[], Tensor], excluded: nn.Module) -> int:
+    """Bytes of the distinct storages that `forward` saves for backward, without the parameters of `excluded`."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in excluded.parameters()}
+    kept: list[Tensor] = []  # alive until all are counted, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    del out
+    return sum(size for address, size in storages.items() if address not in parameters)
+
+
+def peak_bytes(run: Callable[[], Tensor], device: str) -> tuple[Tensor, int | None]:
+    """The result of `run`, and on a GPU the memory that it needed beyond what was there."""
+    if device != "cuda":
+        return run(), None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def captured(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A replay of the CUDA graph of `forward`; its result stays in one place.
+
+    Raises:
+        RuntimeError: If `forward` waits for the device, which a graph cannot hold.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and tunes
+            forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = forward()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
