@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-Refusal = Callable[[nn.Module, torch.dtype, torch.device], str | None]
+from hf_moe.experts.contract import expert_shape, has_custom_gate, has_post_expert_norm
+from hf_moe.experts.engines import REFUSALS, Refusal, accepts, forward_of
+from hf_moe.experts.reference import reference_forward
 
-
-def _accepts(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    return None
+ExpertsForward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,13 @@ class ExpertBackend:
         name: Its name for `experts_implementation=` and `set_experts_implementation`.
         refuses: Called with the experts module, the dtype of its weights and their device; returns why this backend
             cannot run them, as a sentence that ends with a way out, or None. Slowness and memory are no refusal.
+        forward: `(experts, hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]`; None for those
+            that the host brings.
     """
 
     name: str
-    refuses: Refusal = _accepts
+    refuses: Refusal = accepts
+    forward: ExpertsForward | None = None
 
 
 def _grouped_mm_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -55,7 +58,7 @@ def _sonicmoe_refuses(experts: Any, dtype: torch.dtype, device: torch.device) ->
     """Source: transformers 5.23, `integrations/sonicmoe.py`."""
     if not experts.has_gate:
         return "sonicmoe runs gated experts only: use 'grouped_mm'."
-    if getattr(experts, "has_post_expert_norm", False):
+    if has_post_expert_norm(experts):
         return "sonicmoe has no norm after the experts: use 'grouped_mm'."
     if has_custom_gate(experts):
         # the host does not check this and returns wrong values
@@ -70,7 +73,7 @@ def _deepgemm_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.devi
     """Source: transformers 5.23, `integrations/deepgemm.py`."""
     if dtype is not torch.bfloat16:
         return f"deepgemm runs bfloat16 only, not {dtype}: load the model in bfloat16, or use 'grouped_mm'."
-    if getattr(experts, "has_post_expert_norm", False):
+    if has_post_expert_norm(experts):
         return "deepgemm has no norm after the experts: use 'grouped_mm'."
     return _needs_kernel("deepgemm", device, "a GPU with SM90 or SM100", lambda major: major in (9, 10))
 
@@ -86,17 +89,24 @@ def _needs_kernel(name: str, device: torch.device, gpu: str, runs_on: Callable[[
     return None
 
 
-# what stands in the host's registry, and `eager`: the forward of the experts class itself
-BACKENDS: dict[str, ExpertBackend] = {
-    backend.name: backend
-    for backend in (
-        ExpertBackend("eager"),
-        ExpertBackend("batched_mm"),
-        ExpertBackend("grouped_mm", _grouped_mm_refuses),
-        ExpertBackend("sonicmoe", _sonicmoe_refuses),
-        ExpertBackend("deepgemm", _deepgemm_refuses),
-    )
-}
+_OF_THE_HOST = (
+    ExpertBackend("eager"),  # the forward of the experts class itself
+    ExpertBackend("batched_mm"),
+    ExpertBackend("grouped_mm", _grouped_mm_refuses),
+    ExpertBackend("sonicmoe", _sonicmoe_refuses),
+    ExpertBackend("deepgemm", _deepgemm_refuses),
+)
+OURS = (
+    *(ExpertBackend(name, refuses, forward_of(name)) for name, refuses in REFUSALS.items()),
+    ExpertBackend("hf_moe_reference", forward=reference_forward),
+)
+BACKENDS: dict[str, ExpertBackend] = {backend.name: backend for backend in (*_OF_THE_HOST, *OURS)}
+
+
+def register_backends() -> None:
+    """Put ours into the host's registry; may be repeated."""
+    for backend in OURS:
+        ExpertsInterface.register(backend.name, backend.forward)
 
 
 def available_backends() -> list[str]:
@@ -116,14 +126,3 @@ def refusals(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> di
         name: BACKENDS[name].refuses(experts, dtype, device) for name in available_backends() if name in BACKENDS
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def has_custom_gate(experts: nn.Module) -> bool:
-    """Whether the class brings an `_apply_gate` of its own, instead of `act_fn(gate) * up` from the decorator."""
-    return type(experts)._apply_gate.__module__ != ExpertsInterface.__module__  # type: ignore[attr-defined]
-
-
-def expert_shape(experts: nn.Module) -> tuple[int, ...]:
-    """`(rows, columns)` of one expert's down projection: its two widths in either layout; () if not stored densely."""
-    weight = experts._parameters.get("down_proj")
-    return tuple(weight.shape[1:]) if weight is not None and weight.dim() == 3 else ()

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_moe.experts.backends import BACKENDS, refusals
+from hf_moe.experts.engines import choose
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers, recorded_routers
 
 ACTIVE_RULE = (
@@ -65,6 +66,7 @@ class Explanation:
         router: "trainable", "frozen", "partly trainable", or "none" (no layer has a router module).
         layers: MoE layers, those of one shape together.
         backend: The experts implementations that run, joined by ", "; "" without MoE layers.
+        choices: What `hf_moe` runs where it is the backend, and why; one sentence for each kind of layer.
         refusals: Implementation -> why it cannot run this model. Empty for quantised experts: their quantiser decides.
         warnings: What deserves attention, one sentence each.
     """
@@ -78,6 +80,7 @@ class Explanation:
     router: str
     layers: tuple[LayerGroup, ...]
     backend: str
+    choices: tuple[str, ...]
     refusals: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -96,6 +99,7 @@ class Explanation:
         ]
         if self.layers:
             lines.append(f"experts backend: {self.backend}")
+        lines += [f"  {choice}" for choice in self.choices]
         lines += [f"  refused: {name}: {reason}" for name, reason in self.refusals.items()]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
@@ -131,6 +135,7 @@ def explain(model: nn.Module) -> Explanation:
         router=_router_state(layers),
         layers=tuple(_groups(layers)),
         backend=", ".join(dict.fromkeys(_backend(layer) for layer in layers)),
+        choices=tuple(dict.fromkeys(choice for layer in layers for choice in _choices(layer))),
         refusals=refused,
         warnings=(*warnings, *_undecorated(model, layers, config)),
     )
@@ -249,6 +254,12 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
             text = f"Backend {backend!r} is not in hf_moe's table: what it refuses is not known."
             warnings.setdefault(text, []).append(layer.name)
     return refused, [f"{_join_ranges(names)}: {text}" for text, names in warnings.items()]
+
+
+def _choices(layer: MoeLayer) -> Iterable[str]:
+    weight = _storage(layer)
+    if _backend(layer) == "hf_moe" and weight is not None and weight.device.type != "meta":
+        yield str(choose(layer.experts, weight.dtype, weight.device))
 
 
 def _undecorated(model: nn.Module, layers: list[MoeLayer], config: Any) -> list[str]:

@@ -1,0 +1,162 @@
+"""Our experts implementations: what each refuses, the engine behind it, and which one `hf_moe` chooses.
+
+Engines are imported when they first run: the compiled ones need a C++ compiler or Triton, which nothing else here
+does.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_moe.experts.contract import ExpertWeights, expert_shape
+from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
+from hf_moe.experts.pipeline import Engine, run_experts
+
+logger = logging.getLogger(__name__)
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where the products are this large, torch's grouped product (CUTLASS, TMA) beats plain Triton on SM90 and SM100.
+# An estimate from published figures (Mixtral-like rows), not measured by us.
+MANY_ROWS_PER_EXPERT = 1024
+
+
+Refusal = Callable[[nn.Module, torch.dtype, torch.device], str | None]
+
+
+def accepts(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses nothing."""
+
+
+def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"hf_moe_cpu runs on the CPU, the experts are on {device.type}: use 'hf_moe'."
+    reason = _cpu_build().why_not()
+    return None if reason is None else f"hf_moe_cpu cannot be built: {reason}"
+
+
+def _cpu_build() -> Any:
+    return importlib.import_module("hf_moe.kernels.cpu.build")
+
+
+def triton_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cuda" and not _is_interpreting():
+        return f"hf_moe_triton needs a GPU, the experts are on {device.type}: use 'hf_moe'."
+    if dtype not in TRITON_DTYPES:
+        return f"hf_moe_triton multiplies float32, bfloat16 and float16, not {dtype}: use 'hf_moe_grouped'."
+    if importlib.util.find_spec("triton") is None:
+        return "hf_moe_triton needs Triton: pip install \"hf-moe[triton]\", or use 'hf_moe_grouped'."
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"hf_moe_triton needs SM80 or newer, this GPU is SM{major}{minor}: use 'hf_moe_grouped'."
+    return None
+
+
+def _is_interpreting() -> bool:
+    """Triton's own switch to run kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+REFUSALS: dict[str, Refusal] = {
+    "hf_moe": accepts,
+    "hf_moe_cpu": cpu_refuses,
+    "hf_moe_triton": triton_refuses,
+    "hf_moe_grouped": accepts,
+}
+
+
+class Choice(NamedTuple):
+    """What `hf_moe` runs: an implementation's name, why, and whether a better one had to be passed over."""
+
+    name: str
+    reason: str
+    is_second_best: bool = False
+
+    def __str__(self) -> str:
+        return f"hf_moe runs {self.name}: {self.reason.rstrip('.')}."
+
+
+def choose(experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool = False) -> Choice:
+    """What `hf_moe` runs.
+
+    Args:
+        dtype: Of the experts' weights.
+        device: Of the experts' weights.
+        many_rows: Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average.
+    """
+    if device.type == "cpu":
+        if (reason := cpu_refuses(experts, dtype, device)) is None:
+            return Choice("hf_moe_cpu", "compiled kernels read the weights of each expert once")
+        return Choice("hf_moe_grouped", reason, is_second_best=True)
+    if (reason := triton_refuses(experts, dtype, device)) is not None:
+        return Choice("hf_moe_grouped", reason, is_second_best=True)
+    if many_rows and _multiplies_fast(device) and has_grouped_mm(expert_shape(experts), dtype, device):
+        return Choice("hf_moe_grouped", f"torch's grouped product leads from {MANY_ROWS_PER_EXPERT} rows an expert")
+    return Choice("hf_moe_triton", "fused kernels need no permuted copies")
+
+
+def _multiplies_fast(device: torch.device) -> bool:
+    """Whether torch's grouped product is one kernel here (SM90, SM100) rather than a loop."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
+    """The experts forward of the host's contract behind one of our names."""
+
+    def choose_engine(experts: nn.Module, weights: ExpertWeights, num_rows: int) -> Engine:
+        many_rows = num_rows >= MANY_ROWS_PER_EXPERT * len(weights.down)
+        return _ENGINES[_resolve(name, experts, weights.down.dtype, weights.down.device, many_rows)]
+
+    def forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return run_experts(choose_engine, experts, hidden_states, top_k_index, top_k_weights)
+
+    forward.__name__ = f"{name}_forward"
+    return forward
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes the answer; it cannot trace the question
+def _resolve(name: str, experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool) -> str:
+    """The key in `_ENGINES` of what runs `name`; what `hf_moe` chooses is said once for each kind of experts.
+
+    Raises:
+        ValueError: If `name` was asked for and cannot run `experts`.
+    """
+    if name == "hf_moe":
+        choice = choose(experts, dtype, device, many_rows)
+        _say(type(experts).__name__, str(dtype).removeprefix("torch."), device.type, choice)
+        name = choice.name
+    elif (reason := REFUSALS[name](experts, dtype, device)) is not None:
+        raise ValueError(f"experts_implementation={name!r} cannot run {type(experts).__name__}: {reason}")
+    if name == "hf_moe_grouped" and has_grouped_mm(expert_shape(experts), dtype, device):
+        name = name if triton_refuses(experts, dtype, device) else "hybrid"
+    if name not in _ENGINES:
+        _load(name)
+    return name
+
+
+@functools.cache  # says it once
+def _say(experts_class: str, dtype: str, device: str, choice: Choice) -> None:
+    level = logging.WARNING if choice.is_second_best else logging.INFO
+    logger.log(level, "%s (%s, %s): %s", experts_class, dtype, device, choice)
+
+
+_ENGINES: dict[str, Engine] = {"hf_moe_grouped": Engine(grouped_linear)}
+
+
+def _load(name: str) -> None:
+    """Import the engine. `hybrid` is `hf_moe_grouped` where Triton runs: its kernels between torch's products."""
+    if name == "hybrid":
+        glue = importlib.import_module("hf_moe.kernels.glue")
+        _ENGINES[name] = Engine(grouped_linear, glue.triton_hybrid_experts)
+    elif name == "hf_moe_cpu":
+        ops = importlib.import_module("hf_moe.kernels.cpu.ops")
+        _ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts)
+    elif name == "hf_moe_triton":
+        ops = importlib.import_module("hf_moe.kernels.ops")
+        _ENGINES[name] = Engine(ops.triton_grouped_linear, ops.triton_experts)
