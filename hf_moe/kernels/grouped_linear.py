@@ -6,7 +6,6 @@ Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, A i
 low-rank addend, M row tiles.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +22,7 @@ LARGEST_RANK_BLOCK = 64
 
 @triton.jit
 def tile_of_program(num_tiles, col_blocks, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: groups of row tiles, expert-major, the column tiles of a group inner."""
+    """(row tile, column tile) of this program: groups of row tiles, expert-major, one group's column tiles inner."""
     pid = tl.program_id(0)
     group = pid // (GROUP * col_blocks)
     first = group * GROUP
@@ -45,20 +44,9 @@ def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.cons
 
 @triton.jit
 def add_low_rank(
-    acc,
-    low_NR,
-    low_weight,
-    rows,
-    row_ok,
-    cols,
-    col_ok,
-    expert,
-    R,
-    stride_e,
-    stride_b,
-    stride_r,
+    acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_e, stride_b, stride_r,
     BLOCK_R: tl.constexpr,
-):
+):  # fmt: skip
     """acc + low @ low_weight[expert]^T."""
     for rank in tl.range(0, R, BLOCK_R, num_stages=1):  # one step as a rule: nothing to prefetch
         ranks = rank + tl.arange(0, BLOCK_R)
@@ -74,43 +62,13 @@ def add_low_rank(
 
 @triton.jit
 def grouped_linear_kernel(
-    rows_in,
-    weight,
-    bias_EB,
-    row_weights_N,
-    low_NR,
-    low_weight,
-    out_NB,
-    order_N,
-    expert_end_E,
-    expert_M,
-    row_M,
-    num_rows,
-    num_tiles,
-    A,
-    B,
-    R,
-    stride_rows,
-    stride_weight_e,
-    stride_weight_b,
-    stride_weight_a,
-    stride_low_e,
-    stride_low_b,
-    stride_low_r,
-    scale,
-    TOP_K: tl.constexpr,
-    GATHER: tl.constexpr,
-    SCATTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ROW_WEIGHTS: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    rows_in, weight, bias_EB, row_weights_N, low_NR, low_weight, out_NB, order_N, expert_end_E, expert_M, row_M,
+    num_rows, num_tiles, A, B, R,
+    stride_rows, stride_weight_e, stride_weight_b, stride_weight_a, stride_low_e, stride_low_b, stride_low_r, scale,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROW_WEIGHTS: tl.constexpr, HAS_LOW: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """out = row_weight * (scale * row @ weight[e]^T + low @ low_weight[e]^T + bias[e]); grid (M * column tiles,)."""
     tile, col_block = tile_of_program(num_tiles, tl.cdiv(B, BLOCK_N), GROUP)
     expert, rows, row_ok = rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
@@ -149,20 +107,9 @@ def grouped_linear_kernel(
     acc *= scale
     if HAS_LOW:
         acc = add_low_rank(
-            acc,
-            low_NR,
-            low_weight,
-            rows,
-            row_ok,
-            cols,
-            col_ok,
-            expert,
-            R,
-            stride_low_e,
-            stride_low_b,
-            stride_low_r,
+            acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_low_e, stride_low_b, stride_low_r,
             BLOCK_R,
-        )
+        )  # fmt: skip
     if HAS_BIAS:
         bias_at = bias_EB + expert.to(tl.int64) * B + cols
         acc += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)[None, :]
@@ -219,42 +166,17 @@ def launch_grouped_linear(
         tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
         num_tiles = tiles.expert_M.numel()
         grouped_linear_kernel[(num_tiles * triton.cdiv(B, block_n),)](
-            rows,
-            weight,
+            rows, weight,
             # an absent operand's pointer is never read
             weight if bias is None else bias.contiguous(),
-            weight if row_weights_N is None else row_weights_N.contiguous(),
-            low,
-            low_weight,
-            out_NB,
-            order.order_N,
-            order.expert_end_E,
-            tiles.expert_M,
-            tiles.row_M,
-            num_rows,
-            num_tiles,
-            A,
-            B,
-            rank,
-            rows.stride(0),
-            *weight_EBA.stride(),
-            *low_weight.stride(),
-            scale,
-            TOP_K=top_k,
-            GATHER=gather,
-            SCATTER=scatter,
-            HAS_BIAS=bias is not None,
-            HAS_ROW_WEIGHTS=row_weights_N is not None,
-            HAS_LOW=has_low,
-            EVEN_K=A % block_k == 0,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_R=block_of(rank, LARGEST_RANK_BLOCK),
-            GROUP=ROW_TILES_PER_GROUP,
-            num_warps=tile.num_warps,
+            weight if row_weights_N is None else row_weights_N.contiguous(), low, low_weight, out_NB, order.order_N,
+            order.expert_end_E, tiles.expert_M, tiles.row_M, num_rows, num_tiles, A, B, rank, rows.stride(0),
+            *weight_EBA.stride(), *low_weight.stride(), scale, TOP_K=top_k, GATHER=gather, SCATTER=scatter,
+            HAS_BIAS=bias is not None, HAS_ROW_WEIGHTS=row_weights_N is not None, HAS_LOW=has_low,
+            EVEN_K=A % block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            BLOCK_R=block_of(rank, LARGEST_RANK_BLOCK), GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-        )
+        )  # fmt: skip
 
     run(tile_for("grouped_linear", num_rows // num_experts, B, A, rows.dtype, rows.device, launch=run))
     return out_NB

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SLOTS_PER_PROGRAM = 128
+# the places compare every pair of slots of a program: 128 spill on gfx942
+SLOTS_PER_PROGRAM = 64
 # a warp of gfx942 has 64 lanes, and a histogram has at least one bin a lane
 FEWEST_BINS = 64
 TILES_PER_STEP = 64
@@ -114,7 +115,7 @@ def sort_rows(index_TK: Tensor, num_experts: int, num_ids: int) -> RowOrder:
     end_SB = count_SB.view(-1).cumsum(0, dtype=torch.int32).view_as(count_SB)
     _require_ids(index_N, num_ids, end_SB[num_ids - 1, -1] == index_N.numel())
     place_kernel[(num_blocks,)](
-        index_N, end_SB, order_N, expert_end_E, *sizes, num_experts, BINS=bins, BLOCK=SLOTS_PER_PROGRAM, num_warps=8
+        index_N, end_SB, order_N, expert_end_E, *sizes, num_experts, BINS=bins, BLOCK=SLOTS_PER_PROGRAM
     )
     return RowOrder(order_N, expert_end_E)
 

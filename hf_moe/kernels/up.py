@@ -9,7 +9,6 @@ width (2I gated, I ungated), R rank of the low-rank addend, M row tiles.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,29 +28,14 @@ from .weight_gradient import block_of, unit_stride_rows
 
 @triton.jit
 def _addends(
-    acc,
-    bias_EP,
-    low_NR,
-    low_weight,
-    rows,
-    row_ok,
-    cols,
-    col_ok,
-    expert,
-    P,
-    R,
-    stride_e,
-    stride_p,
-    stride_r,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    acc, bias_EP, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, P, R, stride_e, stride_p, stride_r,
+    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """acc with bias and low-rank addend of the columns `cols` of P."""
     if HAS_LOW:
         acc = add_low_rank(
             acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_e, stride_p, stride_r, BLOCK_R
-        )
+        )  # fmt: skip
     if HAS_BIAS:
         bias_at = bias_EP + expert.to(tl.int64) * P + cols
         acc += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)[None, :]
@@ -60,60 +44,28 @@ def _addends(
 
 @triton.jit
 def up_kernel(
-    hidden_TH,
-    weight,
-    bias_EP,
-    low_NR,
-    low_weight,
-    act_NI,
-    pre_NP,
-    order_N,
-    expert_end_E,
-    expert_M,
-    row_M,
-    num_rows,
-    num_tiles,
-    H,
-    I,  # noqa: E741
-    R,
-    stride_hidden,
-    stride_weight_e,
-    stride_weight_p,
-    stride_weight_h,
-    stride_low_e,
-    stride_low_p,
-    stride_low_r,
-    TOP_K: tl.constexpr,
-    KIND: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    STORE_PRE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    hidden_TH, weight, bias_EP, low_NR, low_weight, act_NI, pre_NP, order_N, expert_end_E, expert_M, row_M,
+    num_rows, num_tiles, H, width, R,
+    stride_hidden, stride_weight_e, stride_weight_p, stride_weight_h, stride_low_e, stride_low_p, stride_low_r,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_PRE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """act and, if stored, pre of one tile of rows and BLOCK_N columns of I; grid (M * column tiles,)."""
     # columns of the weight in the first accumulator; concatenated gate and up have a second one, I columns further
     TWO: tl.constexpr = GATED and not INTERLEAVED
     WIDE: tl.constexpr = 2 if GATED and INTERLEAVED else 1
-    P = 2 * I if GATED else I
-    tile, col_block = tile_of_program(num_tiles, tl.cdiv(I, BLOCK_N), GROUP)
+    P = 2 * width if GATED else width
+    tile, col_block = tile_of_program(num_tiles, tl.cdiv(width, BLOCK_N), GROUP)
     expert, rows, row_ok = rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
     if tl.load(row_M + tile) < 0:
         return
     act_cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = col_block * (WIDE * BLOCK_N) + tl.arange(0, WIDE * BLOCK_N)
-    col_ok = cols < WIDE * I
-    act_at = act_NI + rows.to(tl.int64)[:, None] * I + act_cols[None, :]
-    act_ok = row_ok[:, None] & (act_cols < I)[None, :]
+    col_ok = cols < WIDE * width
+    act_at = act_NI + rows.to(tl.int64)[:, None] * width + act_cols[None, :]
+    act_ok = row_ok[:, None] & (act_cols < width)[None, :]
     pre_at = pre_NP + rows.to(tl.int64)[:, None] * P + cols[None, :]
     pre_ok = row_ok[:, None] & col_ok[None, :]
     if expert < 0:
@@ -122,7 +74,7 @@ def up_kernel(
             nothing = tl.zeros((BLOCK_M, WIDE * BLOCK_N), pre_NP.dtype.element_ty)
             tl.store(pre_at, nothing, mask=pre_ok)
             if TWO:
-                tl.store(pre_at + I, nothing, mask=pre_ok)
+                tl.store(pre_at + width, nothing, mask=pre_ok)
         return
 
     token = (tl.load(order_N + rows, mask=row_ok, other=0) // TOP_K).to(tl.int64)
@@ -130,7 +82,7 @@ def up_kernel(
     hidden_at = hidden_TH + token[:, None] * stride_hidden + ks[None, :]
     weight_at = weight + expert.to(tl.int64) * stride_weight_e + cols.to(tl.int64)[None, :] * stride_weight_p
     weight_at += ks.to(tl.int64)[:, None] * stride_weight_h
-    to_second = tl.cast(I, tl.int64) * stride_weight_p
+    to_second = tl.cast(width, tl.int64) * stride_weight_p
     first = tl.zeros((BLOCK_M, WIDE * BLOCK_N), tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
@@ -149,48 +101,18 @@ def up_kernel(
         weight_at += BLOCK_K * stride_weight_h
 
     first = _addends(
-        first,
-        bias_EP,
-        low_NR,
-        low_weight,
-        rows,
-        row_ok,
-        cols,
-        col_ok,
-        expert,
-        P,
-        R,
-        stride_low_e,
-        stride_low_p,
-        stride_low_r,
-        HAS_BIAS,
-        HAS_LOW,
-        BLOCK_R,
-    )
+        first, bias_EP, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, P, R, stride_low_e, stride_low_p,
+        stride_low_r, HAS_BIAS, HAS_LOW, BLOCK_R,
+    )  # fmt: skip
     if STORE_PRE:
         tl.store(pre_at, first.to(pre_NP.dtype.element_ty), mask=pre_ok)
     if TWO:
         second = _addends(
-            second,
-            bias_EP,
-            low_NR,
-            low_weight,
-            rows,
-            row_ok,
-            cols + I,
-            col_ok,
-            expert,
-            P,
-            R,
-            stride_low_e,
-            stride_low_p,
-            stride_low_r,
-            HAS_BIAS,
-            HAS_LOW,
-            BLOCK_R,
-        )
+            second, bias_EP, low_NR, low_weight, rows, row_ok, cols + width, col_ok, expert, P, R, stride_low_e,
+            stride_low_p, stride_low_r, HAS_BIAS, HAS_LOW, BLOCK_R,
+        )  # fmt: skip
         if STORE_PRE:
-            tl.store(pre_at + I, second.to(pre_NP.dtype.element_ty), mask=pre_ok)
+            tl.store(pre_at + width, second.to(pre_NP.dtype.element_ty), mask=pre_ok)
         act = glu(first, second, KIND, ALPHA, LIMIT, OFFSET)
     elif GATED:
         gate, up = tl.split(tl.reshape(first, (BLOCK_M, BLOCK_N, 2)))
@@ -248,45 +170,17 @@ def launch_up(
         tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
         num_tiles = tiles.expert_M.numel()
         up_kernel[(num_tiles * triton.cdiv(width, block_n),)](
-            hidden_TH,
-            up_weight,
+            hidden_TH, up_weight,
             # an absent operand's pointer is never used
-            up_weight if bias is None else bias.contiguous(),
-            low,
-            low_weight,
-            act_NI,
-            act_NI if pre_NP is None else pre_NP,
-            order.order_N,
-            order.expert_end_E,
-            tiles.expert_M,
-            tiles.row_M,
-            num_rows,
-            num_tiles,
-            H,
-            width,
-            rank,
-            hidden_TH.stride(0),
-            *weight_EPH.stride(),
-            *low_weight.stride(),
-            TOP_K=top_k,
-            KIND=activation_kind(activation),
-            ALPHA=alpha,
-            LIMIT=limit,
-            OFFSET=offset,
-            GATED=gated,
-            INTERLEAVED=interleaved,
-            STORE_PRE=store_pre,
-            HAS_BIAS=bias is not None,
-            HAS_LOW=has_low,
-            EVEN_K=H % block_k == 0,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_R=block_of(rank, LARGEST_RANK_BLOCK),
-            GROUP=ROW_TILES_PER_GROUP,
-            num_warps=tile.num_warps,
+            up_weight if bias is None else bias.contiguous(), low, low_weight, act_NI,
+            act_NI if pre_NP is None else pre_NP, order.order_N, order.expert_end_E, tiles.expert_M, tiles.row_M,
+            num_rows, num_tiles, H, width, rank, hidden_TH.stride(0), *weight_EPH.stride(), *low_weight.stride(),
+            TOP_K=top_k, KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset, GATED=gated,
+            INTERLEAVED=interleaved, STORE_PRE=store_pre, HAS_BIAS=bias is not None, HAS_LOW=has_low,
+            EVEN_K=H % block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            BLOCK_R=block_of(rank, LARGEST_RANK_BLOCK), GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-        )
+        )  # fmt: skip
 
     run(tile_for("up", num_rows // num_experts, width, H, hidden_TH.dtype, hidden_TH.device, launch=run))
     return act_NI, pre_NP
