@@ -19,65 +19,131 @@ from .routing import RowOrder, TileMap, tile_map
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
 
+# columns of one part of the epilogue: its float32 values of a whole 128 x 64 tile take 250 registers, in parts 80
+EPILOGUE_COLUMNS = 32
 SUM_STEP = 64  # hidden columns of one step through the bias's part of the routing weights' gradient
 
 
 @triton.jit
-def pre_columns(cols, width, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where the gate and the up part of activation columns lie in a row of the pre-activation."""
+def tile_places(first_row, first_col, row_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile lies in a row-major tensor: its first row's place in int64, and places relative to it.
+
+    Those fit int32, as a tile spans few rows, and take half the registers.
+    """
+    places = tl.arange(0, BLOCK_M)[:, None] * row_size + (first_col + tl.arange(0, BLOCK_N))[None, :]
+    return first_row.to(tl.int64) * row_size, places
+
+
+@triton.jit
+def load_pre(
+    pre, first_row, first_col, row_ok, width,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gate and the up part of a tile of activations, float32; both the same when ungated."""
+    col_ok = first_col + tl.arange(0, BLOCK_N) < width
+    ok = row_ok[:, None] & col_ok[None, :]
     if not GATED:
-        return cols, cols
+        first, places = tile_places(first_row, first_col, width, BLOCK_M, BLOCK_N)
+        gate = tl.load(pre + first + places, mask=ok, other=0.0)
+        up = gate
     elif INTERLEAVED:
-        return 2 * cols, 2 * cols + 1
+        # pairs lie side by side: one wide load, as loads of every other element would be scalar
+        first, places = tile_places(first_row, 2 * first_col, 2 * width, BLOCK_M, 2 * BLOCK_N)
+        pair_ok = 2 * first_col + tl.arange(0, 2 * BLOCK_N) < 2 * width
+        pairs = tl.load(pre + first + places, mask=row_ok[:, None] & pair_ok[None, :], other=0.0)
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_M, BLOCK_N, 2)))
     else:
-        return cols, cols + width
+        first, places = tile_places(first_row, first_col, 2 * width, BLOCK_M, BLOCK_N)
+        gate = tl.load(pre + first + places, mask=ok, other=0.0)
+        up = tl.load(pre + first + width + places, mask=ok, other=0.0)
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def store_pre(
+    pre, gate, up, first_row, first_col, row_ok, width,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store what `load_pre` loads."""
+    col_ok = first_col + tl.arange(0, BLOCK_N) < width
+    ok = row_ok[:, None] & col_ok[None, :]
+    gate = gate.to(pre.dtype.element_ty)
+    up = up.to(pre.dtype.element_ty)
+    if not GATED:
+        first, places = tile_places(first_row, first_col, width, BLOCK_M, BLOCK_N)
+        tl.store(pre + first + places, gate, mask=ok)
+    elif INTERLEAVED:
+        first, places = tile_places(first_row, 2 * first_col, 2 * width, BLOCK_M, 2 * BLOCK_N)
+        pair_ok = 2 * first_col + tl.arange(0, 2 * BLOCK_N) < 2 * width
+        tl.store(pre + first + places, tl.interleave(gate, up), mask=row_ok[:, None] & pair_ok[None, :])
+    else:
+        first, places = tile_places(first_row, first_col, 2 * width, BLOCK_M, BLOCK_N)
+        tl.store(pre + first + places, gate, mask=ok)
+        tl.store(pre + first + width + places, up, mask=ok)
+
+
+@triton.jit
+def store_act(act_NI, act, first_row, first_col, row_ok, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a tile of activations."""
+    first, places = tile_places(first_row, first_col, width, BLOCK_M, BLOCK_N)
+    ok = row_ok[:, None] & (first_col + tl.arange(0, BLOCK_N) < width)[None, :]
+    tl.store(act_NI + first + places, act.to(act_NI.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def activation_gradient(
-    pre, grad_pre, rows, cols, ok, grad_act, weight, width,
+    grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
     KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Recompute a tile's activation and store `weight` times the pre-activation's gradient; returns the activation."""
-    gate_cols, up_cols = pre_columns(cols, width, GATED, INTERLEAVED)
-    P = 2 * width if GATED else width
-    gate_at = rows.to(tl.int64)[:, None] * P + gate_cols[None, :]
-    gate = tl.load(pre + gate_at, mask=ok, other=0.0).to(tl.float32)
+    """Recompute a tile's activation, store the tile's gradients, and return the tile's part of the rows' products."""
+    gate, up = load_pre(pre, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
     if GATED:
-        up_at = rows.to(tl.int64)[:, None] * P + up_cols[None, :]
-        up = tl.load(pre + up_at, mask=ok, other=0.0).to(tl.float32)
         act, d_gate, d_up = glu_backward(gate, up, grad_act, KIND, ALPHA, LIMIT, OFFSET)
-        tl.store(grad_pre + up_at, (weight[:, None] * d_up).to(grad_pre.dtype.element_ty), mask=ok)
     else:
         act, d_gate = activate_backward(gate, grad_act, KIND, ALPHA)
-    tl.store(grad_pre + gate_at, (weight[:, None] * d_gate).to(grad_pre.dtype.element_ty), mask=ok)
-    return act
+        d_up = d_gate
+    scale = weight[:, None]
+    store_pre(
+        grad_pre, scale * d_gate, scale * d_up, first_row, first_col, row_ok, width,
+        GATED, INTERLEAVED, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if STORE_ACT:
+        store_act(weighted_act, scale * act, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+    return tl.sum(grad_act * act, axis=1)
 
 
 @triton.jit
-def store_zero_gradients(
-    grad_pre,
-    weighted_act,
-    rows,
-    cols,
-    ok,
-    width,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    STORE_ACT: tl.constexpr,
-):
-    """The results of rows that no expert computes."""
-    zeros = tl.zeros(ok.shape, tl.float32)
-    gate_cols, up_cols = pre_columns(cols, width, GATED, INTERLEAVED)
-    P = 2 * width if GATED else width
-    at = grad_pre + rows.to(tl.int64)[:, None] * P
-    tl.store(at + gate_cols[None, :], zeros.to(grad_pre.dtype.element_ty), mask=ok)
-    if GATED:
-        tl.store(at + up_cols[None, :], zeros.to(grad_pre.dtype.element_ty), mask=ok)
-    if STORE_ACT:
-        act_at = weighted_act + rows.to(tl.int64)[:, None] * width + cols[None, :]
-        tl.store(act_at, zeros.to(weighted_act.dtype.element_ty), mask=ok)
+def column_halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def activation_gradients(
+    grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """`activation_gradient` in parts of at most NARROW columns: a wide tile's values would spill."""
+    if BLOCK_N <= NARROW:
+        return activation_gradient(
+            grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
+            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = column_halves(grad_act, BLOCK_M, BLOCK_N)
+        total = activation_gradients(
+            left, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
+            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, HALF, NARROW,
+        )  # fmt: skip
+        return total + activation_gradients(
+            right, pre, grad_pre, weighted_act, weight, first_row, first_col + HALF, row_ok, width,
+            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, HALF, NARROW,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -89,7 +155,7 @@ def backward_activation_kernel(
     TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LOW_BLOCK: tl.constexpr,
     STORE_ACT: tl.constexpr, STORE_PARTIAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and activation columns; grid (M * C,), the column tiles of a row tile are neighbours."""
     column_tiles = tl.cdiv(width, BLOCK_N)
@@ -98,16 +164,19 @@ def backward_activation_kernel(
     first_row = tl.load(tile_row + tile)
     if first_row < 0:
         return
+    first_col = column_tile * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_M)
-    cols = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_ok = cols < width
     expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        ok = (rows < num_rows)[:, None] & col_ok[None, :]
-        store_zero_gradients(grad_pre, weighted_act, rows, cols, ok, width, GATED, INTERLEAVED, STORE_ACT)
+    if expert < 0:  # rows that no expert computes
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        row_ok = rows < num_rows
+        store_pre(grad_pre, zeros, zeros, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
+        if STORE_ACT:
+            store_act(weighted_act, zeros, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
         return
+    cols = first_col + tl.arange(0, BLOCK_N)
+    col_ok = cols < width
     row_ok = rows < tl.load(expert_end + expert)
-    ok = row_ok[:, None] & col_ok[None, :]
     slots = tl.load(order + rows, mask=row_ok, other=0)
     ks = tl.arange(0, BLOCK_K)
     out_at = grad_out + (slots // TOP_K).to(tl.int64)[:, None] * stride_out + ks[None, :]
@@ -126,14 +195,12 @@ def backward_activation_kernel(
         factor = tl.load(factor_at, mask=(rs < R)[:, None] & col_ok[None, :], other=0.0)
         acc = tl.dot(low_rows.to(factor.dtype), factor, acc, input_precision="ieee")
     weight = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
-    act = activation_gradient(
-        pre, grad_pre, rows, cols, ok, acc, weight, width, KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED
-    )
+    products = activation_gradients(
+        acc, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
+        KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N, NARROW,
+    )  # fmt: skip
     if STORE_PARTIAL:
-        tl.store(partial + rows.to(tl.int64) * column_tiles + column_tile, tl.sum(acc * act, axis=1), mask=row_ok)
-    if STORE_ACT:
-        act_at = weighted_act + rows.to(tl.int64)[:, None] * width + cols[None, :]
-        tl.store(act_at, (weight[:, None] * act).to(weighted_act.dtype.element_ty), mask=ok)
+        tl.store(partial + rows.to(tl.int64) * column_tiles + column_tile, products, mask=row_ok)
 
 
 @triton.jit
@@ -258,7 +325,7 @@ def launch_backward_activation(
             TOP_K=top_k, KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset,
             GATED=gated, INTERLEAVED=interleaved, LOW_BLOCK=block_of(R, 2 * R) if R else 0,
             STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights,
-            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k, NARROW=EPILOGUE_COLUMNS,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if not need_grad_weights:
