@@ -3,7 +3,7 @@
     python benchmarks/experts.py                               the CPU plan, about 20 minutes on 2 cores
     python benchmarks/experts.py --device cuda                 the GPU plan
     python benchmarks/experts.py --experts 64 --tokens 1 16    a part of it
-    python benchmarks/experts.py --report                      tables, plots and the README's section from the results
+    python benchmarks/experts.py --readme                      plots, targets and the README's section from the results
 
 Implementations run side by side on the same tensors, through the host's own interface: the experts module of a real
 family, with `config._experts_implementation` set to each name. Each is compared with float64 first; one that is wrong
@@ -33,7 +33,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     parser.add_argument("--fresh", action="store_true", help="forget the results that are there")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--report", action="store_true", help="measure nothing: plots and targets of the results")
+    parser.add_argument("--readme", action="store_true", help="as --report, and write the README's section")
     return run(parser.parse_args())
 
 

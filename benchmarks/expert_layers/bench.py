@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from . import contestants as who
 from .cases import DECODE, LORA, TRAIN, Case, Layer, build_experts, build_inputs
-from .contestants import DENSE, NATIVES, STREAM, Forward
+from .contestants import DENSE, HF_MOE, NATIVES, STREAM, Forward
 from .correctness import Judge, Outcome, Stacks, compared_experts, judge, plain_torch
 from .lora import LORA_OP, SCALE, LoraLayer
 from .timing import Clock, Contestant, captured, median_ratio, peak_bytes, saved_bytes, time_rounds
 
-# what implementations raise for a module, dtype or device that they do not run
-REFUSALS = (ValueError, NotImplementedError, ImportError, KeyError, RuntimeError)
 STREAM_UP_TO_TOKENS = 64
 
 
@@ -46,7 +44,7 @@ class Bench:
         self.judge = lru_cache(2)(self._judge)
 
     def _stacks(self, dtype: torch.dtype, with_lora: bool) -> Stacks:
-        experts = self.experts(dtype)
+        experts: Any = self.experts(dtype)
         tensors = {"up": experts.gate_up_proj, "down": experts.down_proj}
         if with_lora:
             tensors |= self.lora(dtype).factors(lambda parameter: parameter)
@@ -70,13 +68,16 @@ class CaseRun:
     def __init__(self, bench: Bench, case: Case):
         self.bench, self.case = bench, case
         self.inputs = bench.inputs(case.tokens, case.routing).to(case.torch_dtype)
-        self.inputs = self.inputs._replace(hidden=self.inputs.hidden.clone(), weights=self.inputs.weights.clone())
-        self.hit = len(self.inputs.index.unique())
+        self.inputs = self.inputs._replace(
+            hidden_TH=self.inputs.hidden_TH.clone(), weights_TK=self.inputs.weights_TK.clone()
+        )
+        self.hit = len(self.inputs.index_TK.unique())
         self.trains = who.wants_gradients(case.mode)
-        self.inputs.hidden.requires_grad_(self.trains)
-        self.inputs.weights.requires_grad_(self.trains)
-        self.experts = bench.experts(case.torch_dtype)
+        self.inputs.hidden_TH.requires_grad_(self.trains)
+        self.inputs.weights_TK.requires_grad_(self.trains)
+        self.experts: Any = bench.experts(case.torch_dtype)
         self.experts.requires_grad_(case.mode == TRAIN)
+        self.chosen = who.chosen(self.experts, case)
 
     def measure(self, names: list[str], budget: float) -> dict[str, Any]:
         case, subjects, results = self.case, dict[str, Subject](), dict[str, dict[str, Any]]()
@@ -98,17 +99,22 @@ class CaseRun:
 
     def _admit(self, name: str, subjects: dict[str, Subject]) -> dict[str, Any]:
         """Adds `name` to `subjects` if it runs and is right; what was measured on the way, or why it is left out."""
-        reason = who.skip_reason(name, self.case, self.hit)
-        if reason is not None:
+        if (reason := who.skip_reason(name, self.case, self.hit)) is not None:
             return {"skipped": reason}
+        if HF_MOE in subjects and name == self.chosen["runs"]:
+            return {"skipped": f"what {HF_MOE} runs here"}
+        if (reason := who.refusal(name, self.experts, self.case)) is not None:
+            return {"refused": reason}
         try:
             subject = self._subject(name)
             facts = self._check(subject)
-        except REFUSALS as error:
-            return {"refused": f"{type(error).__name__}: {error}"[:500]}
+        except who.ERRORS as error:
+            said = f"{type(error).__name__}: {error}"[:500]
+            # what ours cannot run they say before; a graph may fail for a reason that is none in itself
+            return {"wrong" if who.is_ours(name) and self.case.mode != DECODE else "refused": said}
         if "wrong" not in facts:
             subjects[name] = subject
-        return facts
+        return facts | (self.chosen if name == HF_MOE else {})
 
     def _subject(self, name: str) -> Subject:
         if self.case.mode == LORA:
@@ -124,11 +130,11 @@ class CaseRun:
         """In the decode mode on a GPU: a replay of the CUDA graph of `forward` on this case's inputs."""
         if self.case.mode != DECODE or self.bench.device != "cuda":
             return forward
-        replay = captured(lambda: forward(self.inputs.hidden, self.inputs.index, self.inputs.weights))
+        replay = captured(lambda: forward(self.inputs.hidden_TH, self.inputs.index_TK, self.inputs.weights_TK))
         return lambda hidden, index, weights: replay()
 
     def _forward(self, subject: Subject) -> Tensor:
-        return subject.forward(self.inputs.hidden, self.inputs.index, self.inputs.weights)
+        return subject.forward(self.inputs.hidden_TH, self.inputs.index_TK, self.inputs.weights_TK)
 
     def _step(self, subject: Subject) -> Tensor:
         """What is timed."""
@@ -136,11 +142,11 @@ class CaseRun:
             with torch.no_grad():
                 return self._forward(subject)
         out = self._forward(subject)
-        out.backward(self.inputs.grad_out)
+        out.backward(self.inputs.grad_TH)
         return out
 
     def _clear(self, subject: Subject) -> None:
-        self.inputs.hidden.grad = self.inputs.weights.grad = None
+        self.inputs.hidden_TH.grad = self.inputs.weights_TK.grad = None
         subject.module.zero_grad(set_to_none=True)
 
     def _contestant(self, subject: Subject) -> Contestant:
@@ -162,8 +168,8 @@ class CaseRun:
         out, peak = peak_bytes(lambda: self._step(subject), self.bench.device)
         found: dict[str, Tensor | None] = {"out": out.detach()}
         if self.trains:
-            found |= {"hidden": self.inputs.hidden.grad, "weights": self.inputs.weights.grad}
-            compared = compared_experts(self.inputs.index, case.layer.num_experts)
+            found |= {"hidden": self.inputs.hidden_TH.grad, "weights": self.inputs.weights_TK.grad}
+            compared = compared_experts(self.inputs.index_TK, case.layer.num_experts)
             for stack, gradient_E in subject.gradients().items():
                 found |= {f"{stack}[{e}]": gradient_E if gradient_E is None else gradient_E[e] for e in compared}
         judge = self.bench.judge(case.tokens, case.routing, case.torch_dtype, case.mode == LORA)

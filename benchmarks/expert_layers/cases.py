@@ -69,15 +69,15 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """hidden [T, H], index [T, K], weights [T, K], grad_out [T, H]; values are exact in bfloat16."""
+    """What a layer gets, and the gradient of what it gives; values are exact in bfloat16."""
 
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
-    grad_out: Tensor
+    hidden_TH: Tensor
+    index_TK: Tensor
+    weights_TK: Tensor
+    grad_TH: Tensor
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        return Inputs(self.hidden.to(dtype), self.index, self.weights.to(dtype), self.grad_out.to(dtype))
+        return Inputs(self.hidden_TH.to(dtype), self.index_TK, self.weights_TK.to(dtype), self.grad_TH.to(dtype))
 
 
 @dataclass(frozen=True)

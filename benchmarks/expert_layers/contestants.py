@@ -6,11 +6,15 @@ Shape suffixes: T tokens, K slots per token, H hidden, I expert width.
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_moe.experts import engines
+from hf_moe.experts.backends import BACKENDS
 
 from .cases import DECODE, FORWARD, FROZEN, LORA, TRAIN, Case, Layer
 
@@ -18,7 +22,8 @@ from .cases import DECODE, FORWARD, FROZEN, LORA, TRAIN, Case, Layer
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NATIVES = ("eager", "batched_mm", "grouped_mm")
-OURS = ("hf_moe", "hf_moe_cpu", "hf_moe_triton", "hf_moe_grouped", "hf_moe_reference")
+HF_MOE = "hf_moe"
+OURS = (HF_MOE, "hf_moe_cpu", "hf_moe_triton", "hf_moe_grouped", "hf_moe_reference")
 DENSE, STREAM = "dense floor", "streaming floor"
 FLOORS = {
     DENSE: "a dense SwiGLU MLP of width top_k * I, which needs as many FLOPs, timed in the same rounds",
@@ -26,14 +31,18 @@ FLOORS = {
     "rounds; forward only",
 }
 PEERS = {"liger": "liger_kernel", "scattermoe": "scattermoe"}
+# tensor libraries raise all of these for a dtype, a device or a size that they do not run
+ERRORS = (ValueError, NotImplementedError, ImportError, KeyError, RuntimeError)
 COPY_LIMIT = 2 << 30
 DENSE_GRADIENT_LIMIT = 8 << 30
+REFERENCE_LIMIT = 512
 SKIPPED = {
     "batched_mm": f"it copies the weights of every row (T * K * bytes of an expert, three times for training); "
     f"skipped above {COPY_LIMIT >> 30} GiB",
     "eager": "with trained experts its backward writes a gradient of all experts for each expert that is hit; "
     f"skipped above {DENSE_GRADIENT_LIMIT >> 30} GiB",
-    "hf_moe_reference": "as eager",
+    "hf_moe_reference": f"as eager; and above {REFERENCE_LIMIT} tokens: it defines what is right, it does not compete",
+    "what hf_moe runs": "timed once, as hf_moe",
 }
 
 
@@ -62,6 +71,8 @@ def skip_reason(name: str, case: Case, experts_hit: int) -> str | None:
         copied = case.tokens * case.layer.top_k * expert_bytes * (1 if case.mode in (FORWARD, DECODE) else 3)
         if copied > COPY_LIMIT:
             return f"copies {copied / 2**30:.1f} GiB of weights, the limit is {COPY_LIMIT >> 30} GiB"
+    if name == "hf_moe_reference" and case.tokens > REFERENCE_LIMIT:
+        return f"not timed above {REFERENCE_LIMIT} tokens"
     if name in ("eager", "hf_moe_reference") and trains_experts:
         written = experts_hit * case.layer.num_experts * expert_bytes
         if written > DENSE_GRADIENT_LIMIT:
@@ -72,7 +83,25 @@ def skip_reason(name: str, case: Case, experts_hit: int) -> str | None:
     return None
 
 
-def forward_by_name(name: str, experts: nn.Module) -> Forward:
+def is_ours(name: str) -> bool:
+    return name.startswith("hf_moe")
+
+
+def refusal(name: str, experts: Any, case: Case) -> str | None:
+    """What the implementation itself says against running `experts`."""
+    backend = BACKENDS.get(name)
+    return backend.refuses(experts, case.torch_dtype, experts.down_proj.device) if backend else None
+
+
+def chosen(experts: Any, case: Case) -> dict[str, str]:
+    """What `hf_moe` runs, and why."""
+    rows_per_expert = case.tokens * case.layer.top_k / case.layer.num_experts
+    many = rows_per_expert >= engines.MANY_ROWS_PER_EXPERT
+    choice = engines.choose(experts, case.torch_dtype, experts.down_proj.device, many)
+    return {"runs": choice.name, "because": choice.reason}
+
+
+def forward_by_name(name: str, experts: Any) -> Forward:
     """`experts` run by the implementation `name`: through the host's interface, or a peer's own function."""
     if name in PEERS:
         return {"liger": _liger, "scattermoe": _scattermoe}[name](experts)
@@ -85,7 +114,7 @@ def forward_by_name(name: str, experts: nn.Module) -> Forward:
     return forward
 
 
-def _liger(experts: nn.Module) -> Forward:
+def _liger(experts: Any) -> Forward:
     """Source: liger-kernel 0.8.5, `transformers/swiglu.py::LigerExperts`."""
     function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
 
@@ -95,7 +124,7 @@ def _liger(experts: nn.Module) -> Forward:
     return forward
 
 
-def _scattermoe(experts: nn.Module) -> Forward:
+def _scattermoe(experts: Any) -> Forward:
     """Source: scattermoe at 2d15f31, `mlp.py::GLUMLP` (which holds [up; gate]) over `parallel_linear`."""
     package = importlib.import_module("scattermoe.parallel_experts")
 

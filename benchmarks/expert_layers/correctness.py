@@ -67,14 +67,13 @@ def plain_torch(inputs: Inputs, stacks: Stacks, dtype: torch.dtype) -> Outcome:
         rows_NH, weights_N = hidden_TH[token_N].requires_grad_(), weights_TK[token_N, slot_N].requires_grad_()
         own = {name: stack[expert].detach().to(dtype) for name, stack in stacks.tensors.items()}
         trained = stacks.trained if expert in compared else ()
-        for name in trained:
-            own[name].requires_grad_()
+        leaves = [rows_NH, weights_N, *(own[name].requires_grad_() for name in trained)]
         result_NH = _swiglu(rows_NH, own, stacks.scale) * weights_N[:, None]
-        result_NH.backward(grad_TH[token_N])
+        to_rows_NH, to_weights_N, *to_own = torch.autograd.grad(result_NH, leaves, grad_TH[token_N])
         out["out"].index_add_(0, token_N, result_NH.detach())
-        out["hidden"].index_add_(0, token_N, rows_NH.grad)
-        out["weights"][token_N, slot_N] = weights_N.grad
-        out |= {f"{name}[{expert}]": own[name].grad for name in trained}
+        out["hidden"].index_add_(0, token_N, to_rows_NH)
+        out["weights"][token_N, slot_N] = to_weights_N
+        out |= {f"{name}[{expert}]": gradient for name, gradient in zip(trained, to_own, strict=True)}
     return Outcome(out)
 
 
@@ -122,8 +121,8 @@ class Judge:
 
 def judge(inputs: Inputs, stacks: Stacks, dtype: torch.dtype, exact: Outcome) -> Judge:
     """Allowed errors for implementations in `dtype`, given the float64 result."""
-    rows = int(torch.bincount(inputs.index.flatten()).max())
-    (_, double_width, hidden_size), slots = stacks.tensors["up"].shape, inputs.index.shape[1]
+    rows = int(torch.bincount(inputs.index_TK.flatten()).max())
+    (_, double_width, hidden_size), slots = stacks.tensors["up"].shape, inputs.index_TK.shape[1]
     longest_sum = max(hidden_size + double_width // 2 + slots, rows)
     return Judge.of(exact, plain_torch(inputs, stacks, dtype), longest_sum)
 

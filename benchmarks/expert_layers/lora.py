@@ -5,6 +5,7 @@ Shape suffixes: T tokens, K slots per token, E experts, P = 2I pre-activation wi
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,15 +21,15 @@ STACKS = {"gate_up_proj": "up", "down_proj": "down"}
 class LoraLayer:
     """An experts module inside of a PEFT model, with random factors in both projections."""
 
-    def __init__(self, experts: nn.Module):
-        host = nn.Module()
+    def __init__(self, experts: Any):
+        host: Any = nn.Module()
         host.experts = experts
         config = LoraConfig(
             r=RANK, lora_alpha=RANK * SCALE, target_modules=[], target_parameters=[f"experts.{at}" for at in STACKS]
         )
         self.experts = experts
         # adapters in the dtype of the experts, as in bfloat16 training
-        self.model = get_peft_model(host, config, autocast_adapter_dtype=False)
+        self.model: Any = get_peft_model(host, config, autocast_adapter_dtype=False)
         self._wrappers = {STACKS[m.parameter_name]: m for m in self.model.modules() if hasattr(m, "parameter_name")}
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -37,7 +38,7 @@ class LoraLayer:
                     values = torch.randn(factor.shape, generator=generator) / factor.shape[1] ** 0.5
                     factor.copy_(values.bfloat16())
 
-    def factors(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    def factors(self, of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
         """`up_a` [E, R, H], `up_b` [E, P, R], `down_a` [E, R, I], `down_b` [E, H, R]: `of` every factor.
 
         PEFT holds A as [E * R, in], the expert slowest, and B as [out, R * E], the expert fastest.
@@ -50,7 +51,7 @@ class LoraLayer:
             found[f"{name}_b"] = b.reshape(len(b), RANK, num_experts).permute(2, 0, 1)
         return {name: found[name] for name in ("up_a", "up_b", "down_a", "down_b")}
 
-    def through_peft(self, name: str) -> tuple[Forward, nn.Module, Callable[[], dict[str, Tensor]]]:
+    def through_peft(self, name: str) -> tuple[Forward, nn.Module, Callable[[], dict[str, Tensor | None]]]:
         """The implementation `name` on parameters that PEFT computes, the module it trains, its gradients."""
         inner = self.model.base_model.model.experts
         self.experts.requires_grad_(False)
@@ -60,9 +61,9 @@ class LoraLayer:
             config._experts_implementation = name
             return inner(hidden_TH, index_TK, weights_TK)
 
-        return forward, self.model, lambda: self.factors(lambda parameter: parameter.grad)
+        return forward, self.model, lambda: dict(self.factors(lambda parameter: parameter.grad))
 
-    def through_op(self) -> tuple[Forward, nn.Module, Callable[[], dict[str, Tensor]]]:
+    def through_op(self) -> tuple[Forward, nn.Module, Callable[[], dict[str, Tensor | None]]]:
         """`triton_experts_lora` on factors of its own layout."""
         op = importlib.import_module("hf_moe.kernels.ops").triton_experts_lora
         values = self.factors(lambda parameter: parameter.detach())

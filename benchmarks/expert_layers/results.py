@@ -39,12 +39,11 @@ def _device_name(device: str) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = dict(line.partition(":")[::2] for line in lines)
     values = {name.strip(): value.strip() for name, value in fields.items()}
-    model = " ".join(values.get(name, "?") for name in ("vendor_id", "model name"))
     units = " ".join(
         flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in values.get("flags", "")
     )
     number = " ".join(f"{name} {values.get(name, '?')}" for name in ("cpu family", "model"))
-    return f"cpu, {platform.machine()}, {model} ({number}; {units}), {os.cpu_count()} cores"
+    return f"cpu, {values.get('model name', platform.machine())} ({number}; {units}), {os.cpu_count()} cores"
 
 
 def source_hash() -> str:
