@@ -89,7 +89,9 @@ class _AfterExpertsRegistry(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _register_backends() -> None:
-    importlib.import_module("hf_moe.experts.backends").register_backends()
+    interface = sys.modules[EXPERTS_REGISTRY].ExpertsInterface
+    for backend in importlib.import_module("hf_moe.experts.backends").OURS:
+        interface.register(backend.name, backend.forward)
 
 
 def _register_models() -> dict[str, type]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from hf_moe.experts.contract import expert_shape, has_custom_gate, has_post_expert_norm
 from hf_moe.experts.engines import REFUSALS, Refusal, accepts, forward_of
@@ -103,14 +102,11 @@ OURS = (
 BACKENDS: dict[str, ExpertBackend] = {backend.name: backend for backend in (*_OF_THE_HOST, *OURS)}
 
 
-def register_backends() -> None:
-    """Put ours into the host's registry; may be repeated."""
-    for backend in OURS:
-        ExpertsInterface.register(backend.name, backend.forward)
-
-
 def available_backends() -> list[str]:
     """Names that the installed host accepts; `BACKENDS` knows all but those that other packages registered."""
+    # here, because registration imports this file as soon as the registry is there
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     return ["eager", *ALL_EXPERTS_FUNCTIONS.keys()]
 
 

@@ -69,7 +69,10 @@ def gate_of(experts: nn.Module) -> Gate | None:
     """`find_gate`, asked again only if the activation or a number on the module was replaced."""
     if has_custom_gate(experts) and _holds_other_tensors(experts):
         return None  # the gate may use them, and training may change them
-    state = (experts.act_fn, [value for value in vars(experts).values() if type(value) in (int, float)])
+    state = (
+        getattr(experts, "act_fn", None),
+        [value for value in vars(experts).values() if type(value) in (int, float)],
+    )
     known = _known_gates.get(experts)
     if known is None or known[0] != state:
         known = (state, find_gate(experts))

@@ -65,7 +65,8 @@ def find_gate(experts: Any) -> Gate | None:
 
     The module's own code runs a few times on a few hundred float64 numbers on the CPU.
     """
-    if isinstance(experts.act_fn, nn.Module) and next(experts.act_fn.parameters(), None) is not None:
+    activation = getattr(experts, "act_fn", None)  # a gate of the class's own may do without
+    if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None  # training may change it
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         if not experts.has_gate:
@@ -75,7 +76,7 @@ def find_gate(experts: Any) -> Gate | None:
 
 def _find_ungated(experts: Any) -> Gate | None:
     x = torch.tensor(_GRID, dtype=torch.float64)
-    actual = _tried(experts.act_fn, x)
+    actual = _tried(experts.act_fn, x, x.shape)
     if actual is None:
         return None
     for gate in _functions(_sigmoid_slope(actual[_GRID.index(1.0)].item())):
@@ -89,7 +90,7 @@ def _find_gated(experts: Any) -> Gate | None:
 
     def probe(gate: Tensor, up: Tensor) -> Tensor | None:
         pre = torch.stack((gate, up), -1).flatten(-2) if interleaved else torch.cat((gate, up), -1)
-        return _tried(experts._apply_gate, pre)
+        return _tried(experts._apply_gate, pre, gate.shape)
 
     # gate = 1 everywhere: act = (clamp(up) + offset) * f(1), read at up = 0, 1 and far outside
     at_one = probe(torch.ones(3, dtype=torch.float64), torch.tensor([0.0, 1.0, _FAR], dtype=torch.float64))
@@ -111,13 +112,13 @@ def _find_gated(experts: Any) -> Gate | None:
     return None
 
 
-def _tried(function: Any, x: Tensor) -> Tensor | None:
-    """`function(x)`; None if it has parameters or code that cannot take float64 numbers on the CPU."""
+def _tried(function: Any, x: Tensor, shape: torch.Size) -> Tensor | None:
+    """`function(x)`; None if it cannot take float64 numbers on the CPU, or returns another shape."""
     try:
         out = function(x)
     except (RuntimeError, NotImplementedError):
         return None
-    return out.double() if isinstance(out, Tensor) else None
+    return out.double() if out.shape == shape else None
 
 
 def _sigmoid_slope(f_of_one: float) -> float:
@@ -135,4 +136,4 @@ def _rounded(number: float) -> float:
 
 
 def _agree(actual: Tensor, predicted: Tensor) -> bool:
-    return actual.shape == predicted.shape and torch.allclose(actual, predicted, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return torch.allclose(actual, predicted, rtol=_TOLERANCE, atol=_TOLERANCE)

@@ -1,6 +1,6 @@
 """Forward and backward of saved models under the host's tensor and expert parallelism; run by torchrun.
 
-parallel_step.py FOLDER JSON     (a list of [model folder name, DistributedConfig arguments])
+parallel_step.py FOLDER JSON     (a list of [model folder name, experts implementation, DistributedConfig arguments])
 """
 
 import json
@@ -20,8 +20,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def step(folder: Path, **layout: int) -> dict:
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**layout)).train()
+def step(folder: Path, experts_implementation: str, **layout: int) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation=experts_implementation, distributed_config=DistributedConfig(**layout)
+    ).train()
     ids = random_ids()
     outputs = model(ids, labels=ids)
     outputs.loss.backward()
@@ -31,7 +33,7 @@ def step(folder: Path, **layout: int) -> dict:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    results = [step(folder / name, **layout) for name, layout in json.loads(sys.argv[2])]
+    results = [step(folder / name, experts, **layout) for name, experts, layout in json.loads(sys.argv[2])]
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.barrier()
