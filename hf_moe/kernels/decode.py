@@ -1,0 +1,225 @@
+"""One layer of experts for few tokens: two launches, no sort, no row tiles.
+
+The time is the time to read the touched experts' weights once, so programs own outputs, not rows: each reads the
+weights of its outputs with wide loads, multiplies in float32 and adds up (no tl.dot, which would pad one row to 16),
+and writes once. `decode_up` owns activation columns of one slot, `decode_down` hidden columns of one token with all
+its experts. Slots, then tokens, are the fast index of the grid: programs that read the same columns of the same expert run
+at the same time, so the second one finds them in L2.
+
+Where it ends: every slot reads its expert through L2, a sorted kernel reads every expert once. On an H100 (about
+5.5 TB/s from L2, 3.0 from memory) slots may read 1.8 times as much as there is; with uniform routing over E experts
+that is N = 1.45 E slots (128 experts, top 8: 23 tokens; 8 experts, top 2: 5 tokens). An estimate, not a measurement.
+
+Shape suffixes: T tokens, K slots per token, N = T*K slots, E experts, H hidden, I expert width, P pre-activation width
+(2I gated, I ungated).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, activation_kind, glu
+from .routing import require_gpu
+from .tiles import Tile, tile_for
+from .weight_gradient import unit_stride_rows
+
+# transposed, outputs are neighbours in memory: a run of 64 is a full line of 128 bytes in 16 bits, 16 are a sector
+TRANSPOSED_RUN = 64
+SHORTEST_RUN = 16
+
+
+@triton.jit
+def split_pre(pre, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The gate and the up part of the 2 * BLOCK_N pre-activation columns that `decode_up_kernel` sums."""
+    if INTERLEAVED:
+        return tl.split(tl.reshape(pre, (BLOCK_N, 2)))
+    else:
+        return tl.split(tl.permute(tl.reshape(pre, (2, BLOCK_N)), (1, 0)))
+
+
+@triton.jit
+def decode_up_kernel(
+    hidden, index, up_weight, up_bias, act,
+    num_rows, num_experts, H, width, stride_hidden, stride_e, stride_p, stride_h,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """act[n] = activation(up_weight[index[n]] @ hidden[n // K]), float32; grid (column blocks * N,), slots fastest."""
+    slot = tl.program_id(0) % num_rows
+    first_col = (tl.program_id(0) // num_rows) * BLOCK_N
+    expert = tl.load(index + slot)
+    if expert >= num_experts:  # the sentinel; `decode_down` does not read its row
+        return
+    COLS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    lanes = tl.arange(0, COLS)
+    if not GATED:
+        cols = first_col + lanes
+        col_ok = cols < width
+    elif INTERLEAVED:
+        cols = 2 * first_col + lanes
+        col_ok = cols < 2 * width
+    else:
+        cols = (lanes // BLOCK_N) * width + first_col + lanes % BLOCK_N
+        col_ok = first_col + lanes % BLOCK_N < width
+    ks = tl.arange(0, BLOCK_K)
+    hidden_at = hidden + (slot // TOP_K).to(tl.int64) * stride_hidden + ks
+    weight_at = up_weight + expert.to(tl.int64) * stride_e + cols[:, None] * stride_p + ks[None, :] * stride_h
+    acc = tl.zeros((COLS, BLOCK_K), tl.float32)
+    for k in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        k_ok = ks < H - k
+        w = tl.load(weight_at + k * stride_h, mask=col_ok[:, None] & k_ok[None, :], other=0.0)
+        acc += w.to(tl.float32) * tl.load(hidden_at + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
+    pre = tl.sum(acc, axis=1)
+    if HAS_BIAS:
+        bias_at = up_bias + expert.to(tl.int64) * (2 * width if GATED else width) + cols
+        pre += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)
+    if GATED:
+        gate, up = split_pre(pre, INTERLEAVED, BLOCK_N)
+        value = glu(gate, up, KIND, ALPHA, LIMIT, OFFSET)
+    else:
+        value = activate(pre, KIND, ALPHA)
+    act_cols = first_col + tl.arange(0, BLOCK_N)
+    tl.store(act + slot.to(tl.int64) * width + act_cols, value, mask=act_cols < width)
+
+
+@triton.jit
+def decode_down_kernel(
+    act, index, weights, down_weight, down_bias, out,
+    num_tokens, num_experts, H, width, stride_e, stride_h, stride_i,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over its K slots of weight * (down_weight[e] @ act); grid (column blocks * T,), tokens fastest.
+
+    All experts of the token are read side by side: one load is a block [SLOTS, BLOCK_N, BLOCK_K].
+    """
+    token = tl.program_id(0) % num_tokens
+    cols = (tl.program_id(0) // num_tokens) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_ok = cols < H
+    slots = tl.arange(0, SLOTS)
+    rows = token.to(tl.int64) * TOP_K + slots
+    expert = tl.load(index + rows, mask=slots < TOP_K, other=num_experts)
+    slot_ok = expert < num_experts
+    ks = tl.arange(0, BLOCK_K)
+    expert_at = down_weight + expert.to(tl.int64) * stride_e
+    weight_at = expert_at[:, None, None] + cols[None, :, None] * stride_h + ks[None, None, :] * stride_i
+    act_at = act + rows[:, None] * width + ks[None, :]
+    ok = slot_ok[:, None, None] & col_ok[None, :, None]
+    acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_K), tl.float32)
+    for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
+        k_ok = ks < width - k
+        w = tl.load(weight_at + k * stride_i, mask=ok & k_ok[None, None, :], other=0.0)
+        value = tl.load(act_at + k, mask=slot_ok[:, None] & k_ok[None, :], other=0.0)
+        acc += w.to(tl.float32) * value[:, None, :]
+    y = tl.sum(acc, axis=2)
+    if HAS_BIAS:
+        bias_at = down_bias + expert.to(tl.int64)[:, None] * H + cols[None, :]
+        y += tl.load(bias_at, mask=slot_ok[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
+    weight = tl.load(weights + rows, mask=slot_ok, other=0.0).to(tl.float32)
+    total = tl.sum(weight[:, None] * y, axis=0)
+    tl.store(out + token.to(tl.int64) * H + cols, total.to(out.dtype.element_ty), mask=col_ok)
+
+
+def output_block(tile: Tile, transposed: bool, slots: int = 1) -> tuple[int, int]:
+    """Outputs and steps of a block that holds the tile's number of weights, for `slots` experts at once.
+
+    It is wide in the direction in which weights lie in memory.
+    """
+    outputs, shortest = (TRANSPOSED_RUN, SHORTEST_RUN) if transposed else (tile.block_n, 1)
+    outputs = max(shortest, outputs // slots)
+    return outputs, max(1, tile.block_n * tile.block_k // (slots * outputs))
+
+
+def launch_decode(
+    hidden_TH: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    gated: bool,
+    transposed: bool,
+    interleaved: bool,
+) -> Tensor:
+    """Weighted sum of every token's experts [T, H] in the dtype of `hidden_TH`, for few tokens.
+
+    Args:
+        index_TK: Checked ids; E is the sentinel, whose slots compute nothing.
+        weights_TK: Routing weights of any float dtype.
+        up_weight: [E, P, H], or [E, H, P] if `transposed`; any strides.
+        down_weight: [E, H, I], or [E, I, H] if `transposed`; any strides.
+    """
+    require_gpu(hidden_TH)
+    act_NI = _launch_up(
+        hidden_TH, index_TK, up_weight, up_bias, gated=gated, transposed=transposed, INTERLEAVED=interleaved,
+        KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset,
+    )  # fmt: skip
+    return _launch_down(act_NI, index_TK, weights_TK, down_weight, down_bias, hidden_TH.dtype, transposed)
+
+
+def _strides(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
+    """Strides over experts, outputs and inputs."""
+    expert, first, second = weight.stride()
+    return (expert, second, first) if transposed else (expert, first, second)
+
+
+def _launch_up(
+    hidden_TH: Tensor, index_TK: Tensor, up_weight: Tensor, up_bias: Tensor | None, *, gated, transposed, **gate
+) -> Tensor:
+    """Activations [N, I] by slot, float32; rows of sentinels are not written."""
+    (T, H), (E, *_), K = hidden_TH.shape, up_weight.shape, index_TK.shape[1]
+    P = up_weight.shape[2 if transposed else 1]
+    width = P // 2 if gated else P
+    act_NI = torch.empty(T * K, width, dtype=torch.float32, device=hidden_TH.device)
+    hidden_TH, index_TK = unit_stride_rows(hidden_TH), index_TK.contiguous()
+
+    def run(tile: Tile) -> None:
+        columns, block_k = output_block(tile, transposed)
+        block_n = max(1, columns // 2) if gated else columns
+        decode_up_kernel[(T * K * triton.cdiv(width, block_n),)](
+            hidden_TH, index_TK, up_weight, hidden_TH if up_bias is None else up_bias.contiguous(), act_NI,
+            T * K, E, H, width, hidden_TH.stride(0), *_strides(up_weight, transposed),
+            TOP_K=K, GATED=gated, HAS_BIAS=up_bias is not None, **gate,
+            BLOCK_N=block_n, BLOCK_K=block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+    if act_NI.numel():
+        run(tile_for("decode_up", T * K // E, P, H, up_weight.dtype, up_weight.device, launch=run))
+    return act_NI
+
+
+def _launch_down(
+    act_NI: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> Tensor:
+    (T, K), width, E = index_TK.shape, act_NI.shape[1], down_weight.shape[0]
+    H = down_weight.shape[2 if transposed else 1]
+    slots = triton.next_power_of_2(K)
+    out_TH = torch.empty(T, H, dtype=dtype, device=act_NI.device)
+    index_TK, weights_TK = index_TK.contiguous(), weights_TK.contiguous()
+
+    def run(tile: Tile) -> None:
+        block_n, block_k = output_block(tile, transposed, slots)
+        decode_down_kernel[(T * triton.cdiv(H, block_n),)](
+            act_NI, index_TK, weights_TK, down_weight, act_NI if down_bias is None else down_bias.contiguous(), out_TH,
+            T, E, H, width, *_strides(down_weight, transposed),
+            TOP_K=K, SLOTS=slots, HAS_BIAS=down_bias is not None,
+            BLOCK_N=block_n, BLOCK_K=block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+    if out_TH.numel():
+        run(tile_for("decode_down", T * K // E, H, width, down_weight.dtype, down_weight.device, launch=run))
+    return out_TH
