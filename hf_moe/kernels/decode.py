@@ -3,8 +3,8 @@
 The time is the time to read the touched experts' weights once, so programs own outputs, not rows: each reads the
 weights of its outputs with wide loads, multiplies in float32 and adds up (no tl.dot, which would pad one row to 16),
 and writes once. `decode_up` owns activation columns of one slot, `decode_down` hidden columns of one token with all
-its experts. Slots, then tokens, are the fast index of the grid: programs that read the same columns of the same expert run
-at the same time, so the second one finds them in L2.
+its experts. Slots, then tokens, are the fast index of the grid: programs that read the same columns of the same expert
+run at the same time, so the second one finds them in L2.
 
 Where it ends: every slot reads its expert through L2, a sorted kernel reads every expert once. On an H100 (about
 5.5 TB/s from L2, 3.0 from memory) slots may read 1.8 times as much as there is; with uniform routing over E experts

@@ -46,7 +46,7 @@ def test_odd_sizes_in_both_layouts(gate, device):
 
 
 def test_int32_ids_and_float32_routing_weights(device):
-    case = layer("sentinels", "gpt_oss").to(torch.bfloat16, device)
+    case = layer("one_token", "gpt_oss").to(torch.bfloat16, device)
     expected = decode(replace(case, weights=case.weights.float()))
     assert torch.equal(decode(replace(case, index=case.index.int())), expected)
     assert torch.equal(decode(case), expected)  # these routing weights are exact in bfloat16
@@ -62,7 +62,7 @@ def test_strided_operands(device):
 
 
 def test_same_bits_from_run_to_run(device):
-    case = layer("balanced", "gpt_oss").to(torch.bfloat16, device)
+    case = layer("repeated_indices", "gpt_oss").to(torch.bfloat16, device)
     assert torch.equal(decode(case), decode(case))
 
 
