@@ -195,15 +195,15 @@ def _experts_lora_backward(
         grad_up_low_NR = times(grad_pre_NP, up_b, up_scale, transposed=True)
     if wants.hidden:
         gradients.append(hidden_gradient(grad_pre_NP, up_weight, order, top_k, gate.transposed, grad_up_low_NR, up_a))
-    if wants.weights:
+    if grad_weights_TK is not None:
         gradients.append(grad_weights_TK.to(weights_TK.dtype))
     if wants.up_a:
         gradients.append(weight_gradient(grad_up_low_NR, hidden_TH, order, top_k, "in"))
     if wants.up_b:
         gradients.append(weight_gradient(grad_pre_NP, up_low_NR, order, top_k))
-    if wants.down_a:
+    if wants.down_a and weighted_act_NI is not None:
         gradients.append(weight_gradient(grad_low_NR, weighted_act_NI, order, top_k))
-    if wants.down_b:
+    if wants.down_b and weighted_act_NI is not None:
         weighted_low_NR = times(weighted_act_NI, down_a, down_scale, transposed=False)
         gradients.append(weight_gradient(grad_out_TH, weighted_low_NR, order, top_k, "out"))
     return gradients

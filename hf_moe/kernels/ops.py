@@ -167,13 +167,13 @@ def _experts_backward(
     gradients = []
     if wants.hidden:
         gradients.append(hidden_gradient(grad_pre_NP, up_weight, order, top_k, gate.transposed))
-    if wants.weights:
+    if grad_weights_TK is not None:
         gradients.append(grad_weights_TK.to(weights_TK.dtype))
     if wants.up_weight:
         gradients.append(weight_gradient(grad_pre_NP, hidden_TH, order, top_k, "in", gate.transposed))
     if wants.up_bias:
         gradients.append(bias_gradient(grad_pre_NP, order, top_k))
-    if wants.down_weight:
+    if weighted_act_NI is not None:
         gradients.append(weight_gradient(grad_out_TH, weighted_act_NI, order, top_k, "out", gate.transposed))
     if wants.down_bias:
         gradients.append(bias_gradient(grad_out_TH, order, top_k, weights_TK))
