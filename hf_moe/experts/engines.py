@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_moe.experts.contract import ExpertWeights, expert_shape
+from hf_moe.experts.contract import expert_shape, read_weights
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
+from hf_moe.experts.host import HOST_REFUSALS, Refusal, accepts, delegates
 from hf_moe.experts.pipeline import Engine, run_experts
 
 logger = logging.getLogger(__name__)
@@ -27,22 +28,13 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY_ROWS_PER_EXPERT = 1024
 
 
-Refusal = Callable[[nn.Module, torch.dtype, torch.device], str | None]
-
-
-def accepts(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuses nothing."""
-
-
 def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"hf_moe_cpu runs on the CPU, the experts are on {device.type}: use 'hf_moe'."
-    reason = _cpu_build().why_not()
+    if "hf_moe_cpu" in _BROKEN:
+        return _BROKEN["hf_moe_cpu"]
+    reason = importlib.import_module("hf_moe.kernels.cpu.build").why_not()
     return None if reason is None else f"hf_moe_cpu cannot be built: {reason}"
-
-
-def _cpu_build() -> Any:
-    return importlib.import_module("hf_moe.kernels.cpu.build")
 
 
 def triton_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -94,6 +86,9 @@ def choose(experts: nn.Module, dtype: torch.dtype, device: torch.device, many_ro
         if (reason := cpu_refuses(experts, dtype, device)) is None:
             return Choice("hf_moe_cpu", "compiled kernels read the weights of each expert once")
         return Choice("hf_moe_grouped", reason, is_second_best=True)
+    for name in delegates():
+        if HOST_REFUSALS[name](experts, dtype, device) is None:
+            return Choice(name, "HF_MOE_DELEGATE allows the host's kernel")
     if (reason := triton_refuses(experts, dtype, device)) is not None:
         return Choice("hf_moe_grouped", reason, is_second_best=True)
     if many_rows and _multiplies_fast(device) and has_grouped_mm(expert_shape(experts), dtype, device):
@@ -109,35 +104,55 @@ def _multiplies_fast(device: torch.device) -> bool:
 def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
     """The experts forward of the host's contract behind one of our names."""
 
-    def choose_engine(experts: nn.Module, weights: ExpertWeights, num_rows: int) -> Engine:
-        many_rows = num_rows >= MANY_ROWS_PER_EXPERT * len(weights.down)
-        return _ENGINES[_resolve(name, experts, weights.down.dtype, weights.down.device, many_rows)]
-
     def forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return run_experts(choose_engine, experts, hidden_states, top_k_index, top_k_weights)
+        weights = read_weights(experts)
+        many_rows = top_k_index.numel() >= MANY_ROWS_PER_EXPERT * len(weights.down)
+        resolved = _resolve(name, experts, weights.down.dtype, weights.down.device, many_rows)
+        if resolved in HOST_REFUSALS:
+            return _host_forward(resolved)(experts, hidden_states, top_k_index, top_k_weights)
+        return run_experts(_ENGINES[resolved], experts, weights, hidden_states, top_k_index, top_k_weights)
 
     forward.__name__ = f"{name}_forward"
     return forward
 
 
+def _host_forward(name: str) -> Callable[..., Tensor]:
+    # here, because registration imports this file as soon as the registry is there
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS[name]
+
+
 @torch.compiler.assume_constant_result  # torch.compile takes the answer; it cannot trace the question
 def _resolve(name: str, experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool) -> str:
-    """The key in `_ENGINES` of what runs `name`; what `hf_moe` chooses is said once for each kind of experts.
+    """The key in `_ENGINES` or `HOST_REFUSALS` of what runs `name`; the choice of `hf_moe` is said once for each kind.
 
     Raises:
         ValueError: If `name` was asked for and cannot run `experts`.
     """
     if name == "hf_moe":
-        choice = choose(experts, dtype, device, many_rows)
+        choice = _loadable_choice(experts, dtype, device, many_rows)
         _say(type(experts).__name__, str(dtype).removeprefix("torch."), device.type, choice)
         name = choice.name
     elif (reason := REFUSALS[name](experts, dtype, device)) is not None:
         raise ValueError(f"experts_implementation={name!r} cannot run {type(experts).__name__}: {reason}")
     if name == "hf_moe_grouped" and has_grouped_mm(expert_shape(experts), dtype, device):
         name = name if triton_refuses(experts, dtype, device) else "hybrid"
-    if name not in _ENGINES:
-        _load(name)
+    _load(name)
     return name
+
+
+def _loadable_choice(experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool) -> Choice:
+    """`choose`, and again without the CPU kernels if a compiler is there but fails."""
+    choice = choose(experts, dtype, device, many_rows)
+    try:
+        _load(choice.name)
+    except RuntimeError as error:
+        if choice.name != "hf_moe_cpu":
+            raise
+        _BROKEN[choice.name] = str(error)
+        choice = choose(experts, dtype, device, many_rows)
+    return choice
 
 
 @functools.cache  # says it once
@@ -147,14 +162,22 @@ def _say(experts_class: str, dtype: str, device: str, choice: Choice) -> None:
 
 
 _ENGINES: dict[str, Engine] = {"hf_moe_grouped": Engine(grouped_linear)}
+_BROKEN: dict[str, str] = {}  # engines that were there and could not be loaded, and why
 
 
 def _load(name: str) -> None:
-    """Import the engine. `hybrid` is `hf_moe_grouped` where Triton runs: its kernels between torch's products."""
+    """Import the engine. `hybrid` is `hf_moe_grouped` where Triton runs: its kernels between torch's products.
+
+    Raises:
+        RuntimeError: If the CPU kernels cannot be built.
+    """
+    if name in _ENGINES:
+        return
     if name == "hybrid":
         glue = importlib.import_module("hf_moe.kernels.glue")
         _ENGINES[name] = Engine(grouped_linear, glue.triton_hybrid_experts)
     elif name == "hf_moe_cpu":
+        importlib.import_module("hf_moe.kernels.cpu.build").load_kernels()
         ops = importlib.import_module("hf_moe.kernels.cpu.ops")
         _ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts)
     elif name == "hf_moe_triton":

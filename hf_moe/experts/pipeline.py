@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe.experts.contract import ExpertWeights, gate_of, has_post_expert_norm, num_expert_ids, read_weights
+from hf_moe.experts.contract import ExpertWeights, gate_of, has_post_expert_norm, num_expert_ids
 from hf_moe.experts.dispatch import CombineRows, GatherRows, sort_by_expert
 
 
@@ -35,8 +35,9 @@ class Engine:
 
 
 def run_experts(
-    choose_engine: Callable[[Any, ExpertWeights, int], Engine],
+    engine: Engine,
     experts: Any,
+    weights: ExpertWeights,
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -44,8 +45,8 @@ def run_experts(
     """An experts forward of the host's contract.
 
     Args:
-        choose_engine: Called with the module, its tensors and the number of routed rows.
         experts: A module under the host's `use_experts_implementation` decorator.
+        weights: Of `experts`, as `read_weights` gives them.
         hidden_states: `[T, H]`, computed in the dtype of the weights (under autocast it differs).
         top_k_index: `[T, K]`, integer.
         top_k_weights: `[T, K]`.
@@ -55,10 +56,7 @@ def run_experts(
 
     Raises:
         IndexError: On the CPU, for an expert id out of range. On a GPU a device-side assertion fails.
-        ValueError: If the engine refuses the module.
     """
-    weights = read_weights(experts)
-    engine = choose_engine(experts, weights, top_k_index.numel())
     hidden_TH, index_TK = hidden_states.to(weights.down.dtype), top_k_index.to(torch.int64)
     # the weights decide the dtype; autocast would change it between the steps
     with torch.autocast(hidden_TH.device.type, enabled=False):
