@@ -1,0 +1,201 @@
+"""Do the Triton kernels fit the GPUs that nobody has at hand? Registers, spills, shared memory, instructions.
+
+    python benchmarks/ahead_of_time.py                          the shipped tiles, each with its heaviest features
+    python benchmarks/ahead_of_time.py --all                    every tile with every feature, and more chips
+    python benchmarks/ahead_of_time.py --chip sm_90 --kernel up --tile 128,128,64,8,3
+
+Compiles what the launchers launch, without a GPU: no kernel may spill or use a stack, shared memory must suffice, and
+products must use the chip's tensor cores and asynchronous loads. Exits with 1 if one does not. The default takes three
+minutes on two cores.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it.")
+
+import torch
+from kernel_gate.cases import OTHERS, TILED, Case, Shape
+from kernel_gate.compilation import CHIPS, Resources, broken_rules, compile_launch
+from kernel_gate.launches import Launch, entry_kernels, recording
+from rich.progress import track
+
+from hf_moe.kernels import tiles
+from hf_moe.kernels.tiles import TABLES, Entry, Tile
+
+RESULT = Path(__file__).parent / "results" / "ahead_of_time.json"
+DEFAULT_CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# A tile of a product that no table lists is not its kernel's: these run with a few rows and many.
+OTHER_SHAPES = (Shape(1, 2048, 2048, torch.bfloat16), Shape(256, 2048, 2048, torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch to compile for one chip, and where it comes from."""
+
+    chip: str
+    family: str
+    features: str
+    dtype: str
+    launch: Launch
+
+    def title(self) -> str:
+        where = f"{self.chip} {self.family} ({self.features}, {self.dtype})"
+        return f"{where} {self.launch.kernel} {self.launch.blocks()}"
+
+
+def jobs_of(chip: str, families: list[str], every_feature: bool) -> Iterator[Job]:
+    for family in families:
+        if family in TILED:
+            yield from tiled_jobs(chip, family, every_feature)
+        else:
+            for case in OTHERS[family]:
+                for shape in OTHER_SHAPES:
+                    yield from record(chip, family, case, shape)
+
+
+def tiled_jobs(chip: str, family: str, every_feature: bool) -> Iterator[Job]:
+    """Every entry's tile with its heaviest features; the other features with the entry for most rows."""
+    for dtype in (torch.bfloat16, torch.float32, *([torch.float16] if every_feature else [])):
+        entries = tiles.table(chip)[family][TABLES[dtype]]
+        most = max(entries, key=lambda entry: entry.rows_per_expert * min(entry.n, entry.k))
+        for entry in entries:
+            for case in TILED[family]:
+                if case.every_tile or every_feature or (entry is most and dtype == torch.bfloat16):
+                    shape = Shape(entry.rows_per_expert, entry.n, entry.k, dtype)
+                    yield from record(chip, family, case, shape, entry)
+
+
+def record(chip: str, family: str, case: Case, shape: Shape, entry: Entry | None = None) -> Iterator[Job]:
+    with recording(CHIPS[chip].target, chip) as (launches, asked):
+        case.launch(shape)
+    if entry is not None and entry.tile not in asked:
+        raise SystemExit(f"{family} ({case.features}): the launcher asks for {asked}, not for the table's {entry}.")
+    for launch in launches:
+        yield Job(chip, family, case.features, str(shape.dtype).removeprefix("torch."), launch)
+
+
+def compile_job(job: Job) -> Resources | str:
+    """The resources, or the compiler's error."""
+    try:
+        return compile_launch(job.launch, CHIPS[job.chip])
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        return f"does not compile: {type(error).__name__}: {str(error).strip()[-2000:]}"
+
+
+def compile_all(jobs: list[Job], workers: int) -> dict[Job, Resources | str]:
+    with tempfile.TemporaryDirectory() as cache:
+        # a cache of earlier compilations says nothing of registers; fusion is what Triton 3.6 to 3.9 do by default
+        os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1", TRITON_DEFAULT_FP_FUSION="1")
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(compile_job, job): job for job in jobs}
+            done = track(as_completed(futures), f"compile {len(jobs)} kernels", total=len(jobs), transient=True)
+            return {futures[future]: future.result() for future in done}
+
+
+def never_launched(jobs: list[Job]) -> list[str]:
+    reached = {(job.launch.module, job.launch.kernel) for job in jobs}
+    return [
+        f"{module}.{name}: no case launches it. Add one to benchmarks/kernel_gate/cases.py."
+        for module, name in sorted(entry_kernels() - reached)
+    ]
+
+
+def failures_of(results: dict[Job, Resources | str]) -> list[str]:
+    failures = []
+    for job, found in results.items():
+        num_warps = dict(job.launch.options).get("num_warps", 4)
+        broken = [found] if isinstance(found, str) else broken_rules(found, job.chip, CHIPS[job.chip], num_warps)
+        failures += [f"{job.title()}: {rule}" for rule in broken]
+    return sorted(failures)
+
+
+def rows_of(results: dict[Job, Resources | str]) -> list[dict]:
+    rows = []
+    for job, found in results.items():
+        if isinstance(found, Resources):
+            facts = {"chip": job.chip, "kernel": job.launch.kernel, "features": job.features, "dtype": job.dtype}
+            facts["tile"] = job.launch.blocks()
+            rows.append(facts | dataclasses.asdict(found))
+    return sorted(rows, key=lambda row: (row["kernel"], list(CHIPS).index(row["chip"]), row["features"], row["tile"]))
+
+
+def show(rows: list[dict]) -> None:
+    for row in rows:
+        limit = CHIPS[row["chip"]].shared_memory
+        instructions = " ".join(f"{name}:{count}" for name, count in row["instructions"].items())
+        print(
+            f"{row['kernel']:26} {row['chip']:6} {row['dtype']:8} {row['features']:26} {row['tile']:33} "
+            f"registers {row['registers']:3} spilled {row['spilled']:4} shared {row['shared_memory']:6}/{limit} "
+            f"{instructions}"
+        )
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """One row a line, so that a change shows as the lines it changes."""
+    head = {
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("triton", "torch")},
+        "shared_memory_limits": {name: chip.shared_memory for name, chip in CHIPS.items()},
+    }
+    lines = ",\n".join("    " + json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "kernels": [\n{lines}\n  ]\n}}\n')
+
+
+def only_tile(tile: Tile) -> AbstractContextManager:
+    """Tables in which every kernel has this one tile."""
+    entry = Entry(256, 1024, 1024, tile)
+    table = {kernel: dict.fromkeys(TABLES.values(), (entry,)) for kernel in tiles.KERNELS}
+    return mock.patch.object(tiles, "table", return_value=table)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--chip", action="append", choices=sorted(CHIPS), help="only this chip (repeatable)")
+    parser.add_argument("--kernel", action="append", choices=[*TILED, *OTHERS], help="only this one (repeatable)")
+    parser.add_argument("--tile", help="M,N,K,WARPS,STAGES instead of the shipped tiles")
+    parser.add_argument("--all", action="store_true", help="every feature with every tile, and every chip")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, help=f"JSON file (a full run writes {RESULT.name} by itself)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, start = parse(arguments), time.perf_counter()
+    families = options.kernel or [*TILED, *OTHERS]
+    chips = options.chip or (CHIPS if options.all else DEFAULT_CHIPS)
+    tile = Tile(*map(int, options.tile.split(","))) if options.tile else None
+    with only_tile(tile) if tile else nullcontext():
+        found = [job for chip in chips for job in jobs_of(chip, families, options.all)]
+    jobs = list({(job.chip, job.launch): job for job in reversed(found)}.values())
+    missed = [] if options.kernel else never_launched(jobs)
+    results = compile_all(jobs, options.workers)
+    failures, rows = missed + failures_of(results), rows_of(results)
+    show(rows)
+    full = not (options.chip or options.kernel or options.tile or options.all)
+    output = options.output or (RESULT if full else None)
+    if output and not failures:
+        write(rows, output)
+    print(f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s, triton {version('triton')}")
+    if failures:
+        sys.exit("\n".join(["", f"{len(failures)} broken rules:", *failures]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""How every kernel is launched: the combinations of features of each kernel of the tile tables, and of the others.
+
+Shapes are those of a tile table's entry, so that the launcher asks for that entry's tile. A new kernel needs a case
+here: the gate fails with the names of those that no case launches.
+
+Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H hidden, P pre-activation width, A and B
+widths of a product, R LoRA rank.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_moe.kernels.backward_activation import launch_backward_activation
+from hf_moe.kernels.combine import launch_sum_k
+from hf_moe.kernels.grouped_linear import launch_grouped_linear
+from hf_moe.kernels.routing import RowOrder, require_ids, sort_rows
+from hf_moe.kernels.up import launch_up
+from hf_moe.kernels.weight_gradient import launch_bias_gradient, launch_weight_gradient
+
+E, K, R = 64, 8, 16
+PLAIN = {"activation": "silu", "alpha": 1.0, "limit": math.inf, "offset": 0.0}
+GPT_OSS = {"activation": "silu", "alpha": 1.702, "limit": 7.0, "offset": 1.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows per expert, columns and reduced dimension of a product, as in `tile_for`."""
+
+    rows_per_expert: int
+    n: int
+    k: int
+    dtype: torch.dtype
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows_per_expert * E
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows // K
+
+    def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
+
+    def order(self) -> RowOrder:
+        return RowOrder(self.tensor(self.num_rows, dtype=torch.int32), self.tensor(E, dtype=torch.int32))
+
+    def routing_weights(self) -> Tensor:
+        return self.tensor(self.num_tokens, K, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination of features. `every_tile`: the one that needs most registers, tried with every shipped tile."""
+
+    features: str
+    launch: Callable[[Shape], Any]
+    every_tile: bool = False
+
+
+def up(shape: Shape, *, gated: bool = True, bias: bool = False, low: bool = False, **options: Any) -> None:
+    width, H = shape.n, shape.k
+    P = 2 * width if gated else width
+    weight = shape.tensor(E, H, P) if options.get("transposed") else shape.tensor(E, P, H)
+    launch_up(
+        shape.tensor(shape.num_tokens, H),
+        weight,
+        shape.order(),
+        top_k=K,
+        gated=gated,
+        bias=shape.tensor(E, P) if bias else None,
+        low=shape.tensor(shape.num_rows, R) if low else None,
+        low_weight=shape.tensor(E, P, R) if low else None,
+        **PLAIN | options,
+    )
+
+
+def grouped_linear(
+    shape: Shape, *, transposed: bool = False, gather: bool = False, bias: bool = False, low: bool = False,
+    weighted: bool = False, scale: float = 1.0,
+) -> None:  # fmt: skip
+    launch_grouped_linear(
+        shape.tensor(shape.num_tokens if gather else shape.num_rows, shape.k),
+        shape.tensor(E, shape.k, shape.n) if transposed else shape.tensor(E, shape.n, shape.k),
+        shape.order(),
+        top_k=K,
+        transposed=transposed,
+        gather=gather,
+        scatter=weighted,
+        bias=shape.tensor(E, shape.n) if bias else None,
+        row_weights_N=shape.routing_weights().view(-1) if weighted else None,
+        low=shape.tensor(shape.num_rows, R) if low else None,
+        low_weight=shape.tensor(E, shape.n, R) if low else None,
+        scale=scale,
+    )
+
+
+def backward_activation(
+    shape: Shape, *, gated: bool = True, bias: bool = False, low: bool = False, **options: Any
+) -> None:
+    width, H = shape.n, shape.k
+    launch_backward_activation(
+        shape.tensor(shape.num_tokens, H),
+        shape.tensor(E, width, H) if options.get("transposed") else shape.tensor(E, H, width),
+        shape.tensor(shape.num_rows, 2 * width if gated else width),
+        shape.order(),
+        shape.routing_weights(),
+        top_k=K,
+        gated=gated,
+        down_bias=shape.tensor(E, H) if bias else None,
+        low=shape.tensor(shape.num_rows, R) if low else None,
+        low_weight=shape.tensor(E, R, width) if low else None,
+        **{"transposed": False, "interleaved": False} | PLAIN | options,
+    )
+
+
+def weight_gradient(shape: Shape, *, gather_left: bool = False, gather_right: bool = False) -> None:
+    A, B = shape.k, shape.n
+    launch_weight_gradient(
+        shape.tensor(shape.num_tokens if gather_left else shape.num_rows, A),
+        shape.tensor(shape.num_tokens if gather_right else shape.num_rows, B),
+        shape.order(),
+        E,
+        top_k=K,
+        gather_left=gather_left,
+        gather_right=gather_right,
+        out_dtype=shape.dtype,
+    )
+
+
+def bias_gradient(shape: Shape, *, gather: bool) -> None:
+    launch_bias_gradient(
+        shape.tensor(shape.num_tokens if gather else shape.num_rows, shape.n),
+        shape.order(),
+        E,
+        top_k=K,
+        gather=gather,
+        out_dtype=shape.dtype,
+        row_weights_N=shape.routing_weights().view(-1) if gather else None,
+    )
+
+
+def routing(shape: Shape) -> None:
+    index_TK = shape.tensor(shape.num_tokens, K, dtype=torch.int64)
+    sort_rows(index_TK, E, E + 1)
+    require_ids(index_TK[:8], E)
+
+
+def sum_k(shape: Shape) -> None:
+    rows_NH = shape.tensor(shape.num_rows, shape.n)
+    launch_sum_k(rows_NH, K, shape.dtype)
+    launch_sum_k(rows_NH, K, shape.dtype, shape.routing_weights())
+
+
+GPT_OSS_LAYOUT = {"transposed": True, "interleaved": True, "bias": True} | GPT_OSS
+
+# by kernel of the tile tables
+TILED: dict[str, list[Case]] = {
+    "up": [
+        Case("training", lambda shape: up(shape, store_pre=True), every_tile=True),
+        Case("inference", lambda shape: up(shape)),
+        Case("gpt-oss, training", lambda shape: up(shape, store_pre=True, **GPT_OSS_LAYOUT)),
+        Case("LoRA, training", lambda shape: up(shape, store_pre=True, low=True)),
+        Case("transposed, inference", lambda shape: up(shape, transposed=True)),
+        Case("ungated relu2, training", lambda shape: up(shape, store_pre=True, gated=False, activation="relu2")),
+        Case("gelu, training", lambda shape: up(shape, store_pre=True, activation="gelu")),
+    ],
+    "grouped_linear": [
+        Case("weighted, scattered", lambda shape: grouped_linear(shape, weighted=True), every_tile=True),
+        Case("gathered", lambda shape: grouped_linear(shape, gather=True)),
+        Case("transposed", lambda shape: grouped_linear(shape, transposed=True)),
+        Case(
+            "transposed, bias, weighted",
+            lambda shape: grouped_linear(shape, transposed=True, bias=True, weighted=True),
+        ),
+        Case("LoRA, weighted", lambda shape: grouped_linear(shape, low=True, weighted=True)),
+    ],
+    "backward_activation": [
+        Case("gated", lambda shape: backward_activation(shape), every_tile=True),
+        Case("gpt-oss", lambda shape: backward_activation(shape, **GPT_OSS_LAYOUT)),
+        Case("LoRA", lambda shape: backward_activation(shape, low=True)),
+        Case("ungated relu2", lambda shape: backward_activation(shape, gated=False, activation="relu2")),
+        Case("gelu", lambda shape: backward_activation(shape, activation="gelu")),
+    ],
+    "weight_gradient": [
+        Case("right gathered", lambda shape: weight_gradient(shape, gather_right=True), every_tile=True),
+        Case("left gathered", lambda shape: weight_gradient(shape, gather_left=True)),
+        Case("neither gathered", lambda shape: weight_gradient(shape)),
+    ],
+}
+# kernels whose sizes are no tile table's
+OTHERS: dict[str, list[Case]] = {
+    "routing": [Case("int64 ids", routing)],
+    "combine": [Case("sum over slots", sum_k)],
+    "bias_gradient": [
+        Case("by row", lambda shape: bias_gradient(shape, gather=False)),
+        Case("gathered, weighted", lambda shape: bias_gradient(shape, gather=True)),
+    ],
+}
