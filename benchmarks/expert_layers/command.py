@@ -2,8 +2,10 @@
 
 import json
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +14,38 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 
 from . import contestants as who
 from .bench import Bench
-from .cases import LORA, MODES, Case, cpu_plan, cuda_plan, quick
+from .cases import LORA, MODES, Case, Plan, cpu_plan, cuda_plan, quick
 from .correctness import RULE
 from .lora import LORA_OP, lora_op_absent
-from .report import README, plot_ratios, readme_section, with_section
-from .results import Results, environment
+from .report import README, plot_ratios, readme_section, times_table, with_section
+from .results import ROOT, Results, ResultsError, environment
+from .roofline import Device, floor_of
 from .targets import verdict_table, verdicts
-from .timing import METHOD, Clock, CpuClock, CudaClock
+from .timing import METHOD, Clock, CpuClock, CudaClock, reached
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser(description: str | None) -> ArgumentParser:
+    found = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    found.add_argument("--experts", type=int, nargs="+", help="only layers with so many experts")
+    found.add_argument("--tokens", type=int, nargs="+", help="only so many tokens")
+    found.add_argument("--dtypes", nargs="+", help="only these dtypes")
+    found.add_argument("--modes", nargs="+", choices=MODES, help="only these modes")
+    found.add_argument("--implementations", nargs="+", help="only these, besides the host's own")
+    found.add_argument("--seconds", type=float, help="budget of a case's rounds")
+    found.add_argument("--threads", type=int, help="default: every core that the process may use")
+    found.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
+    found.add_argument("--fresh", action="store_true", help="forget the results that are there")
+    found.add_argument("--output", type=Path, default=RESULTS)
+    found.add_argument("--report", action="store_true", help="measure nothing: tables, plots, targets of the results")
+    found.add_argument("--readme", action="store_true", help="as --report, and write the README's section")
+    return found
 
 
 def run(options: Namespace) -> int:
-    """The exit status: 1 if an implementation is wrong, or if `hf_moe` refuses."""
+    """The exit status: 1 if an implementation is wrong or `hf_moe` refuses, 2 if the results are from elsewhere."""
     console = Console()
     if options.report or options.readme:
         return report(options, console)
@@ -30,25 +53,32 @@ def run(options: Namespace) -> int:
     torch.set_num_threads(threads)
     plan = cuda_plan() if options.device == "cuda" else cpu_plan()
     plan = quick(plan) if options.quick else plan
-    cases = [case for case in plan.cases if _is_chosen(case, options)]
+    plan = replace(plan, cases=tuple(case for case in plan.cases if _is_chosen(case, options)))
     names, missing = present(plan.device, options.implementations)
-    header = {"plan": plan.name, "rules": rules(), "implementations": {"present": names, "absent": missing}}
-    path = options.output / f"{plan.name}.json"
-    results = Results(path, environment(plan.device, threads), header, fresh=options.fresh)
     clock = CudaClock() if plan.device == "cuda" else CpuClock()
-    failures = measure(plan.device, cases, names, results, clock, options.seconds or plan.seconds, console)
+    header = {"plan": plan.name, "rules": rules(), "implementations": {"present": names, "absent": missing}}
+    if plan.device == "cuda":
+        header["reached"] = dict(zip(("tflops", "tbs"), reached(clock, "cuda"), strict=True))
+    try:
+        facts = environment(plan.device, threads)
+        results = Results(options.output / f"{plan.name}.json", facts, header, fresh=options.fresh)
+    except ResultsError as error:
+        console.print(error, style="red", markup=False, soft_wrap=True)
+        return 2
+    failures = measure(plan, names, results, clock, options.seconds or plan.seconds, console)
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)
     return 1 if failures else 0
 
 
 def report(options: Namespace, console: Console) -> int:
-    """Plots and targets of the results that are there; with `--readme` the README's section too."""
+    """Tables, plots and targets of the results that are there; with `--readme` the README's section too."""
     plan = "experts_cuda" if options.device == "cuda" else "experts_cpu"
     data = json.loads((options.output / f"{plan}.json").read_text())
     for path in plot_ratios(data, options.output / "plots"):
         console.print(path, soft_wrap=True)
-    console.print(verdict_table(verdicts(data)), markup=False, soft_wrap=True)
+    for table in (times_table(data), verdict_table(verdicts(data))):
+        console.print(table, "\n", markup=False, soft_wrap=True, highlight=False)
     if options.readme:
         README.write_text(with_section(README.read_text(), readme_section(data)))
     return 0
@@ -68,29 +98,32 @@ def rules() -> dict[str, Any]:
 
 
 def measure(
-    device: str,
-    cases: list[Case],
-    names: list[str],
-    results: Results,
-    clock: Clock,
-    seconds: float,
-    console: Console,
+    plan: Plan, names: list[str], results: Results, clock: Clock, seconds: float, console: Console
 ) -> list[str]:
-    """Measures what `results` lack; gives what is wrong, in all of `cases`."""
+    """Measures what `results` lack; gives what is wrong, in all cases of the plan."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("experts", total=len(cases))
-        for layer, group in groupby(cases, key=lambda case: case.layer):
-            bench = Bench(layer, device, clock)
+        task = progress.add_task("experts", total=len(plan.cases))
+        for layer, group in groupby(plan.cases, key=lambda case: case.layer):
+            bench = Bench(layer, plan.device, clock)
             for case in group:
                 progress.update(task, description=case.key)
                 wanted = names + ([LORA_OP] if case.mode == LORA and lora_op_absent() is None else [])
                 if not results.has(case.key, wanted):
-                    results.add(case.key, bench.measure(case, wanted, seconds))
+                    record = bench.measure(case, wanted, seconds)
+                    results.add(case.key, record | roofline_of(case, results.data.get("reached")))
                     line = _line(case.key, results.data["cases"][case.key])
                     progress.console.print(line, markup=False, soft_wrap=True, highlight=False)
                 progress.advance(task)
-    return [line for case in cases for line in failures_of(case.key, results.data["cases"][case.key])]
+    return [line for case in plan.cases for line in failures_of(case.key, results.data["cases"][case.key])]
+
+
+def roofline_of(case: Case, speeds: dict[str, float] | None) -> dict[str, float]:
+    """The floor on a GPU that reaches `speeds`."""
+    if speeds is None:
+        return {}
+    shape = (case.layer.hidden_size, case.layer.width, case.layer.num_experts, case.layer.top_k)
+    return {"roofline_ms": float(f"{floor_of(Device(**speeds), shape, case.tokens, case.mode):.4g}")}
 
 
 def failures_of(key: str, record: dict[str, Any]) -> list[str]:

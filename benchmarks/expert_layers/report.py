@@ -7,6 +7,7 @@ from typing import Any
 
 from .cases import FORWARD, TRAIN
 from .contestants import DENSE, HF_MOE, STREAM
+from .lora import LORA_OP
 from .results import ROOT
 from .targets import Record, ratio, saved_share
 
@@ -70,8 +71,8 @@ def _plot_layer(data: Mapping[str, Any], layer: Mapping[str, Any], cases: list[R
         [handles[name] for name in order], order, loc="outside lower center", ncols=5, frameon=False, fontsize=8
     )
     figure.suptitle(
-        f"{layer['num_experts']} experts, top {layer['top_k']}, hidden {layer['hidden_size']}, width {layer['width']}: "
-        f"below 1 is faster than transformers\n{data['device']}, {data['threads']} threads, {data['date']}",
+        f"{layer['num_experts']} experts, {layer['top_k']} a token, width {layer['width']}, hidden size "
+        f"{layer['hidden_size']}: below 1 is faster\n{data['device']}, {data['threads']} threads, {data['date']}",
         fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +122,26 @@ def _distinct(values: Any) -> list[Any]:
         if value not in found:
             found.append(value)
     return found
+
+
+def times_table(data: Mapping[str, Any]) -> str:
+    """Markdown: milliseconds of every case, and as multiples of the best native's."""
+    names = data["implementations"]["present"] + [LORA_OP]
+    names = [name for name in names if any("ms" in r["results"].get(name, {}) for r in data["cases"].values())]
+    lines = [f"| case | floors, ms | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for key, record in data["cases"].items():
+        found = [f"{name.removesuffix(' floor')} {ms:g}" for name, ms in record["floors_ms"].items()]
+        found += [f"roofline {record['roofline_ms']:g}"] if "roofline_ms" in record else []
+        cells = [_time(record["results"].get(name, {})) for name in names]
+        lines.append(f"| {key} | {', '.join(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time(facts: Mapping[str, Any]) -> str:
+    if "ms" not in facts:
+        return next((kind for kind in ("wrong", "refused", "skipped") if kind in facts), "-")
+    ratio_text = f" ({facts['to_best_native']:.2f})" if "to_best_native" in facts else ""
+    return f"{facts['ms']:g}{ratio_text}"
 
 
 def readme_section(data: Mapping[str, Any]) -> str:

@@ -79,6 +79,11 @@ def decode_floor(device: Device, shape: tuple[int, int, int, int], batch: int) -
     return device.ms(6 * batch * slots * hidden * width, nbytes)
 
 
+def floor_of(device: Device, shape: tuple[int, int, int, int], tokens: int, mode: str) -> float:
+    """Milliseconds of a mode: forward, frozen, train, lora or decode."""
+    return decode_floor(device, shape, tokens) if mode == "decode" else getattr(floors(device, shape, tokens), mode)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tflops", type=float, default=Device.tflops)

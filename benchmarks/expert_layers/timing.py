@@ -115,6 +115,20 @@ def saved_bytes(forward: Callable[[], Tensor], excluded: nn.Module) -> int:
     return sum(size for address, size in storages.items() if address not in parameters)
 
 
+def reached(clock: Clock, device: str, size: int = 8192) -> tuple[float, float]:
+    """TFLOP/s of a bfloat16 product of `size`, and TB/s of a copy, medians of 9."""
+    left, right = (torch.ones(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    source = torch.ones(8 * size * size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+
+    def median_seconds(run: Callable[[], object]) -> float:
+        run()
+        return statistics.median(clock.seconds(run) for _ in range(9))
+
+    product, copy = median_seconds(lambda: left @ right), median_seconds(lambda: target.copy_(source))
+    return 2 * size**3 / product / 1e12, 2 * source.nbytes / copy / 1e12
+
+
 def peak_bytes(run: Callable[[], Tensor], device: str) -> tuple[Tensor, int | None]:
     """The result of `run`, and on a GPU the memory that it needed beyond what was there."""
     if device != "cuda":
