@@ -5,12 +5,14 @@ at most twice as far from it as the family's eager code in bfloat16 (`assert_as_
 rounding of sums of this length. The last test prints the table.
 """
 
-from dataclasses import dataclass, replace
+import importlib.util
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import triton_interpreter
 from hf_moe.experts.contract import has_post_expert_norm
 from hf_moe.experts.gates import find_gate
 from numerics import assert_as_good_as
@@ -95,8 +97,13 @@ def exact_run(experts: nn.Module, call: Call) -> dict[str, Tensor]:
     return {name: value.double() for name, value in run(experts, "eager", call, torch.float64).items()}
 
 
-def assert_close(actual: Tensor, baseline: Tensor, exact: Tensor, terms: int, what: str) -> None:
+def assert_close(
+    actual: Tensor, baseline: Tensor, exact: Tensor, terms: int, what: str, dtype: torch.dtype = torch.float32
+) -> None:
     """Twice the baseline's distance, plus the rounding of a float32 sum of `terms` terms as large as the result."""
+    if dtype == torch.bfloat16:
+        assert_as_good_as(actual.bfloat16(), baseline.bfloat16(), exact)
+        return
     error = (actual.double() - exact).abs().max().item()
     largest = exact.abs().max().item()
     allowed = 2 * (baseline.double() - exact).abs().max().item() + terms * torch.finfo(torch.float32).eps * largest
@@ -123,7 +130,29 @@ def test_every_family_in_every_dtype(family, implementation):
         assert_close(actual, baseline[name], exact[name], terms, name)
     baseline = run(experts, "eager", call, torch.bfloat16)
     for name, actual in run(experts, implementation, call, torch.bfloat16).items():
-        assert_as_good_as(actual.bfloat16(), baseline[name].bfloat16(), exact[name])
+        assert_close(actual, baseline[name], exact[name], terms, name, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install hf-moe[triton]")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_through_triton(family):
+    """On a GPU the compiled kernels, elsewhere their interpreter."""
+    device = triton_interpreter.device()
+    if triton_interpreter.is_on():
+        triton_interpreter.repair()
+    experts = tiny_experts(family)
+    num_experts, hidden_size, width = geometry(experts)
+    call = routed(hidden_size, random_index(num_experts, 6, TOP_K))
+    exact = exact_run(experts, call)
+    terms = hidden_size + width + TOKENS + TOP_K
+    for dtype in (torch.float32, torch.bfloat16):
+        baseline = run(experts, "eager", call, dtype)
+        on_device = Call(*(getattr(call, field.name).to(device) for field in fields(call)))
+        actual = run(experts.to(device), "hf_moe_triton", on_device, dtype)
+        experts.cpu()
+        for name, value in actual.items():
+            assert_close(value.cpu(), baseline[name], exact[name], terms, name, dtype)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "muse_spark", "inkling2", "aria"])
