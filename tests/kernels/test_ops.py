@@ -140,6 +140,11 @@ def test_saved_are_the_arguments_the_order_and_the_pre_activation(device):
 # The ops as torch sees them
 
 
+def few_tokens(device) -> Layer:
+    layer = kernel_cases.layer("balanced", "gpt_oss").to(torch.float32, device)
+    return replace(layer, hidden=layer.hidden[:3], index=layer.index[:3], weights=layer.weights[:3])
+
+
 def op_arguments(layer: Layer, keep: bool) -> tuple:
     arguments = layer.arguments()
     return (*arguments[:8], keep, *arguments[8:])
@@ -147,13 +152,13 @@ def op_arguments(layer: Layer, keep: bool) -> tuple:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_opcheck_of_the_forward(keep, device):
-    layer = kernel_cases.layer("balanced", "gpt_oss").to(torch.float32, device)
+    layer = few_tokens(device)
     layer = layer.differentiable() if keep else layer
     torch.library.opcheck(torch.ops.hf_moe.triton_experts, op_arguments(layer, keep))
 
 
 def test_opcheck_of_the_backward(device):
-    layer = kernel_cases.layer("balanced", "gpt_oss").to(torch.float32, device)
+    layer = few_tokens(device)
     _, pre, *order = torch.ops.hf_moe.triton_experts(*op_arguments(layer, True))
     saved = (layer.hidden, layer.weights, layer.up_weight, layer.down_weight, layer.down_bias, pre, *order)
     for wants in ([True] * 6, [True, False, False, True, True, False]):
