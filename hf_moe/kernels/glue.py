@@ -1,0 +1,466 @@
+"""The hybrid: torch's grouped product (CUTLASS, TMA on SM90 and SM100) does the products, Triton everything between.
+
+Forward: gather rows, product, bias and activation in one pass, product, weighted sum over a token's slots. Backward:
+gather the output gradient, product, the activation's backward (as in backward_activation, from a product in memory),
+then one product for each wanted gradient. Saved are the arguments, the order of the rows and the pre-activation.
+
+Rows past the last expert's end are never read from a product, which leaves them unwritten; what the steps here write
+there is zero.
+
+Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H hidden, I expert width, P pre-activation
+width (2I gated, I ungated), A and B the widths of two factors, C column tiles, M row tiles.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, activation_kind, glu
+from .backward_activation import activation_gradient, launch_grad_weights, load_pre, store_act, store_pre
+from .layer import (
+    GATE,
+    LAYER,
+    ORDER,
+    SAVED,
+    Gate,
+    bias_gradient,
+    differentiates,
+    kept_shapes,
+    like_wanted,
+    nothing_kept,
+    placed,
+    require_kept,
+    require_one_dtype,
+    require_shapes,
+)
+from .ops import LayerWants
+from .routing import RowOrder, sort_rows, tile_map
+from .weight_gradient import block_of, unit_stride_rows
+
+BLOCK_ROWS = 16
+BLOCK_COLUMNS = 128
+WIDE_BLOCK = 1024  # columns of one program that only copies or sums rows
+PRODUCT_BYTES = 16  # torch's grouped product takes rows of whole 16 bytes
+
+
+@triton.jit
+def gather_rows_kernel(
+    values_TH, order_N, expert_end_E, rows_NH, num_experts, H, stride_values, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """rows[r] = values[order[r] // K], zero past the last expert's end. Grid (N, column blocks)."""
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = (tl.load(order_N + row) // TOP_K).to(tl.int64)
+    num_read = tl.where(row < tl.load(expert_end_E + num_experts - 1), H, 0)
+    value = tl.load(values_TH + token * stride_values + cols, mask=cols < num_read, other=0.0)
+    tl.store(rows_NH + row.to(tl.int64) * H + cols, value, mask=cols < H)
+
+
+@triton.jit
+def row_of_slot_kernel(order_N, expert_end_E, row_N, num_rows, num_experts, BLOCK: tl.constexpr):
+    """row[order[r]] = r, -1 past the last expert's end."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_routed = rows < tl.load(expert_end_E + num_experts - 1)
+    slots = tl.load(order_N + rows, mask=rows < num_rows, other=0)
+    tl.store(row_N + slots, tl.where(is_routed, rows, -1), mask=rows < num_rows)
+
+
+@triton.jit
+def combine_rows_kernel(
+    rows_NH, row_N, weights_N, index_N, bias_EH, out_TH, H,
+    K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over k of weight * (rows[row of slot k] + bias). Grid (T, column blocks)."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        slot = token * K + k
+        row = tl.load(row_N + slot).to(tl.int64)
+        col_ok = cols < tl.where(row >= 0, H, 0)
+        value = tl.load(rows_NH + row * H + cols, mask=col_ok, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias_at = bias_EH + tl.load(index_N + slot).to(tl.int64) * H + cols
+            value += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            value *= tl.load(weights_N + slot, mask=row >= 0, other=0.0).to(tl.float32)
+        total += value
+    tl.store(out_TH + token * H + cols, total.to(out_TH.dtype.element_ty), mask=cols < H)
+
+
+@triton.jit
+def load_bias(
+    bias_EP, expert, first_col, width,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The bias of the gate and the up part of activation columns, float32."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    if not GATED:
+        gate_at = bias_EP + expert.to(tl.int64) * width + cols
+        up_at = gate_at
+    elif INTERLEAVED:
+        gate_at = bias_EP + expert.to(tl.int64) * 2 * width + 2 * cols
+        up_at = gate_at + 1
+    else:
+        gate_at = bias_EP + expert.to(tl.int64) * 2 * width + cols
+        up_at = gate_at + width
+    gate = tl.load(gate_at, mask=cols < width, other=0.0).to(tl.float32)
+    up = tl.load(up_at, mask=cols < width, other=0.0).to(tl.float32)
+    return gate[None, :], up[None, :]
+
+
+@triton.jit
+def activation_kernel(
+    pre_NP, bias_EP, act_NI, expert_end_E, expert_M, row_M, num_rows, width,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """act of a tile of rows, the bias added to pre in place; zeros in both past the last expert's end. Grid (M, C)."""
+    first_row = tl.load(row_M + tl.program_id(0))
+    if first_row < 0:
+        return
+    first_col = tl.program_id(1) * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_M)
+    expert = tl.load(expert_M + tl.program_id(0))
+    if expert < 0:
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        row_ok = rows < num_rows
+        store_pre(pre_NP, zeros, zeros, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
+        store_act(act_NI, zeros, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+        return
+    row_ok = rows < tl.load(expert_end_E + expert)
+    gate, up = load_pre(pre_NP, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
+    if HAS_BIAS:
+        gate_bias, up_bias = load_bias(bias_EP, expert, first_col, width, GATED, INTERLEAVED, BLOCK_N)
+        gate += gate_bias
+        up += up_bias
+        store_pre(pre_NP, gate, up, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
+    if GATED:
+        act = glu(gate, up, KIND, ALPHA, LIMIT, OFFSET)
+    else:
+        act = activate(gate, KIND, ALPHA)
+    store_act(act_NI, act, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def activation_backward_kernel(
+    grad_act_NI, pre_NP, weights_N, grad_pre_NP, weighted_act_NI, partial_NC,
+    order_N, expert_end_E, expert_M, row_M, num_rows, width,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of `backward_activation_kernel` for a product in memory. Grid (M, C)."""
+    first_row = tl.load(row_M + tl.program_id(0))
+    if first_row < 0:
+        return
+    first_col = tl.program_id(1) * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_M)
+    expert = tl.load(expert_M + tl.program_id(0))
+    if expert < 0:
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        row_ok = rows < num_rows
+        store_pre(grad_pre_NP, zeros, zeros, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
+        if STORE_ACT:
+            store_act(weighted_act_NI, zeros, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+        return
+    row_ok = rows < tl.load(expert_end_E + expert)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    at = grad_act_NI + rows.to(tl.int64)[:, None] * width + cols[None, :]
+    grad_act = tl.load(at, mask=row_ok[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
+    slots = tl.load(order_N + rows, mask=row_ok, other=0)
+    weight = tl.load(weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)
+    products = activation_gradient(
+        grad_act, pre_NP, grad_pre_NP, weighted_act_NI, weight, first_row, first_col, row_ok, width,
+        KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    C = tl.num_programs(1)
+    tl.store(partial_NC + rows.to(tl.int64) * C + tl.program_id(1), products, mask=row_ok)
+
+
+def launch_gather_rows(values_TH: Tensor, order: RowOrder, top_k: int) -> Tensor:
+    """Rows by token in expert order [N, H]; zeros past the last expert's end."""
+    num_rows, H = order.order_N.numel(), values_TH.shape[1]
+    rows_NH = values_TH.new_empty(num_rows, H)
+    values_TH, block = unit_stride_rows(values_TH), block_of(H, WIDE_BLOCK)
+    if num_rows:
+        gather_rows_kernel[(num_rows, triton.cdiv(H, block))](
+            values_TH, *order, rows_NH, order.expert_end_E.numel(), H, values_TH.stride(0), TOP_K=top_k, BLOCK=block
+        )
+    return rows_NH
+
+
+def launch_row_of_slot(order: RowOrder) -> Tensor:
+    """int32 [N]: the row of every slot in expert order, -1 for sentinels."""
+    num_rows = order.order_N.numel()
+    row_N = torch.empty_like(order.order_N)
+    if num_rows:
+        row_of_slot_kernel[(triton.cdiv(num_rows, WIDE_BLOCK),)](
+            *order, row_N, num_rows, order.expert_end_E.numel(), BLOCK=WIDE_BLOCK
+        )
+    return row_N
+
+
+def launch_combine_rows(
+    rows_NH: Tensor,
+    row_N: Tensor,
+    top_k: int,
+    *,
+    weights_TK: Tensor | None = None,
+    index_TK: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Sum every token's rows, which are in expert order, in float32 and in the order of the slots.
+
+    Args:
+        rows_NH: Contiguous; rows past the last expert's end are not read.
+        row_N: Of `launch_row_of_slot`.
+        weights_TK: A factor per slot, of any float dtype.
+        index_TK: The slots' experts, with `bias` [E, H] only: it is added before the factor.
+
+    Returns:
+        [T, H] in the dtype of `rows_NH`; zeros for tokens without rows.
+    """
+    num_rows, H = rows_NH.shape
+    out_TH = rows_NH.new_empty(num_rows // top_k, H)
+    block = block_of(H, WIDE_BLOCK)
+    unused = rows_NH  # stands for the operands that are not given
+    if num_rows:
+        combine_rows_kernel[(num_rows // top_k, triton.cdiv(H, block))](
+            rows_NH, row_N, unused if weights_TK is None else weights_TK.contiguous(),
+            row_N if index_TK is None else index_TK.contiguous(), unused if bias is None else bias.contiguous(),
+            out_TH, H, K=top_k, HAS_WEIGHTS=weights_TK is not None, HAS_BIAS=bias is not None, BLOCK=block,
+        )  # fmt: skip
+    return out_TH
+
+
+def _constants(gate: Gate) -> dict:
+    return {
+        "KIND": activation_kind(gate.activation),
+        "ALPHA": gate.alpha,
+        "LIMIT": gate.limit,
+        "OFFSET": gate.offset,
+        "GATED": gate.gated,
+        "INTERLEAVED": gate.interleaved,
+        "BLOCK_M": BLOCK_ROWS,
+    }
+
+
+def launch_activation(pre_NP: Tensor, order: RowOrder, gate: Gate, bias: Tensor | None = None) -> Tensor:
+    """Activation [N, I] of a product in expert order, whose bias [E, P] is added in place.
+
+    Rows past the last expert's end become zero in both.
+    """
+    num_rows, P = pre_NP.shape
+    width = P // 2 if gate.gated else P
+    act_NI = pre_NP.new_empty(num_rows, width)
+    block_n = block_of(width, BLOCK_COLUMNS)
+    tiles = tile_map(order.expert_end_E, num_rows, BLOCK_ROWS)
+    if num_rows:
+        activation_kernel[(tiles.row_M.numel(), triton.cdiv(width, block_n))](
+            pre_NP, pre_NP if bias is None else bias.contiguous(), act_NI, order.expert_end_E, *tiles,
+            num_rows, width, HAS_BIAS=bias is not None, BLOCK_N=block_n, **_constants(gate),
+        )  # fmt: skip
+    return act_NI
+
+
+def launch_activation_backward(
+    grad_act_NI: Tensor,
+    pre_NP: Tensor,
+    grad_out_TH: Tensor,
+    order: RowOrder,
+    weights_TK: Tensor,
+    gate: Gate,
+    *,
+    down_bias: Tensor | None = None,
+    need_act: bool = True,
+    need_grad_weights: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `launch_backward_activation` returns, from the product of output gradients and down projection.
+
+    Args:
+        grad_act_NI: grad_out_row @ down_weight in expert order, not yet times the routing weight.
+        grad_out_TH: Read with `down_bias` only.
+    """
+    num_rows, width = grad_act_NI.shape
+    grad_pre_NP = torch.empty_like(pre_NP)
+    weighted_act_NI = torch.empty_like(grad_act_NI) if need_act else None
+    block_n = block_of(width, BLOCK_COLUMNS)
+    column_tiles = triton.cdiv(width, block_n)
+    tiles = tile_map(order.expert_end_E, num_rows, BLOCK_ROWS)
+    partial_NC = grad_act_NI.new_empty(num_rows, column_tiles, dtype=torch.float32)
+    activation_backward_kernel[(tiles.row_M.numel(), column_tiles)](
+        grad_act_NI, pre_NP, weights_TK.contiguous(), grad_pre_NP,
+        grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *order, *tiles,
+        num_rows, width, STORE_ACT=need_act, BLOCK_N=block_n, **_constants(gate),
+    )  # fmt: skip
+    if not need_grad_weights:
+        return grad_pre_NP, weighted_act_NI, None
+    top_k = weights_TK.shape[1]
+    grad_weights_TK = launch_grad_weights(
+        partial_NC, grad_out_TH, order, tiles, BLOCK_ROWS, top_k=top_k, down_bias=down_bias
+    )
+    return grad_pre_NP, weighted_act_NI, grad_weights_TK
+
+
+def _product(rows_NA: Tensor, weight: Tensor, order: RowOrder, transposed: bool) -> Tensor:
+    """Every row times the matrix of its expert, [E, B, A] or transposed [E, A, B]; other rows stay unwritten."""
+    return F.grouped_mm(rows_NA, weight if transposed else weight.transpose(1, 2), offs=order.expert_end_E)
+
+
+def _outer_product(out_NB: Tensor, in_NA: Tensor, order: RowOrder, transposed: bool) -> Tensor:
+    """Gradient [E, B, A] of a weight ([E, A, B] if transposed)."""
+    left, right = (in_NA, out_NB) if transposed else (out_NB, in_NA)
+    return F.grouped_mm(left.t(), right, offs=order.expert_end_E)
+
+
+def _require_whole_rows(**widths_of: Tensor) -> None:
+    for name, tensor in widths_of.items():
+        if any(width * tensor.element_size() % PRODUCT_BYTES for width in tensor.shape[1:]):
+            multiple = PRODUCT_BYTES // tensor.element_size()
+            raise ValueError(
+                f"torch's grouped product takes widths that are multiples of {multiple} in {tensor.dtype}, got {name} "
+                f"of shape {tuple(tensor.shape)}. Use triton_experts."
+            )
+
+
+def triton_hybrid_experts(
+    hidden_TH: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    num_ids: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    gated: bool,
+    transposed: bool,
+    interleaved: bool,
+) -> Tensor:
+    """`triton_experts` with the products by `torch.nn.functional.grouped_mm`: same arguments, result and gradients.
+
+    Worth it where that product is one kernel (SM90, SM100) and experts have many rows; elsewhere it is a loop.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, or rows of a weight are not whole 16 bytes.
+        IndexError: For an id out of range under the interpreter; on a GPU an asynchronous device assertion.
+        RuntimeError: For CPU tensors, unless Triton's interpreter is on.
+    """
+    gate = Gate(activation, alpha, limit, offset, gated, transposed, interleaved)
+    require_shapes(hidden_TH, index_TK, weights_TK, up_weight, down_weight, gate)
+    require_one_dtype(
+        hidden=hidden_TH, up_weight=up_weight, up_bias=up_bias, down_weight=down_weight, down_bias=down_bias
+    )
+    _require_whole_rows(up_weight=up_weight, down_weight=down_weight)
+    tensors = (hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias)
+    return torch.ops.hf_moe.triton_hybrid_experts(*tensors, num_ids, differentiates(*tensors), *gate)[0]
+
+
+@torch.library.custom_op(
+    "hf_moe::triton_hybrid_experts",
+    mutates_args=(),
+    schema=f"({LAYER}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
+    """(out_TH, pre_NP, order_N, expert_end_E); all but the output are empty unless kept for backward."""
+    gate, top_k = Gate(*gate), index_TK.shape[1]
+    order = sort_rows(index_TK, up_weight.shape[0], num_ids)
+    if index_TK.numel():
+        rows_NH = launch_gather_rows(hidden_TH, order, top_k)
+        pre_NP = _product(rows_NH, up_weight, order, gate.transposed)
+        act_NI = launch_activation(pre_NP, order, gate, up_bias)
+        rows_NH = _product(act_NI, down_weight, order, gate.transposed)
+        options = {"weights_TK": weights_TK, "index_TK": index_TK, "bias": down_bias}
+        out_TH = launch_combine_rows(rows_NH, launch_row_of_slot(order), top_k, **options)
+    else:
+        out_TH, pre_NP = torch.zeros_like(hidden_TH), hidden_TH.new_empty(0, _pre_width(up_weight, gate))
+    if not keep:
+        pre_NP, order = nothing_kept(hidden_TH)
+    return out_TH, pre_NP, *order
+
+
+def _pre_width(up_weight: Tensor, gate: Gate) -> int:
+    return up_weight.shape[2 if gate.transposed else 1]
+
+
+@_experts.register_fake
+def _(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
+    kept = kept_shapes(hidden_TH, index_TK, up_weight, keep, Gate(*gate).transposed)
+    return hidden_TH.new_empty(hidden_TH.shape), *kept
+
+
+@torch.library.custom_op(
+    "hf_moe::triton_hybrid_experts_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {SAVED}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
+)
+def _experts_backward(
+    grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E, wants, *gate
+):
+    """The wanted gradients, in the order of `LayerWants`."""
+    gate, wants, order = Gate(*gate), LayerWants(*wants), RowOrder(order_N, expert_end_E)
+    top_k = weights_TK.shape[1]
+    if not pre_NP.shape[0]:
+        empty = _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, wants, gate)
+        return [gradient.zero_() for gradient in empty]
+    grad_rows_NH = launch_gather_rows(grad_out_TH, order, top_k)
+    grad_act_NI = _product(grad_rows_NH, down_weight, order, not gate.transposed)
+    grad_pre_NP, weighted_act_NI, grad_weights_TK = launch_activation_backward(
+        grad_act_NI, pre_NP, grad_out_TH, order, weights_TK, gate, down_bias=down_bias,
+        need_act=wants.down_weight, need_grad_weights=wants.weights,
+    )  # fmt: skip
+    gradients = []
+    if wants.hidden:
+        rows_NH = _product(grad_pre_NP, up_weight, order, not gate.transposed)
+        gradients.append(launch_combine_rows(rows_NH, launch_row_of_slot(order), top_k))
+    if grad_weights_TK is not None:
+        gradients.append(grad_weights_TK.to(weights_TK.dtype))
+    if wants.up_weight:
+        rows_NH = launch_gather_rows(hidden_TH, order, top_k)
+        gradients.append(_outer_product(grad_pre_NP, rows_NH, order, gate.transposed))
+    if wants.up_bias:
+        gradients.append(bias_gradient(grad_pre_NP, order, top_k))
+    if weighted_act_NI is not None:
+        gradients.append(_outer_product(grad_rows_NH, weighted_act_NI, order, gate.transposed))
+    if wants.down_bias:
+        gradients.append(bias_gradient(grad_out_TH, order, top_k, weights_TK))
+    return gradients
+
+
+def _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, wants, gate: Gate) -> list[Tensor]:
+    """Memory for the wanted gradients."""
+    up_bias = up_weight.new_empty(up_weight.shape[0], _pre_width(up_weight, gate))
+    return like_wanted((hidden_TH, weights_TK, up_weight, up_bias, down_weight, down_bias), wants)
+
+
+@_experts_backward.register_fake
+def _(grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order, ends, wants, *gate):
+    return _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, wants, Gate(*gate))
+
+
+def _keep(ctx, inputs, output) -> None:
+    hidden_TH, _, weights_TK, up_weight, _, down_weight, down_bias, _, keep, *ctx.gate = inputs
+    require_kept(keep)
+    _, pre_NP, order_N, expert_end_E = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E)
+
+
+def _differentiate(ctx, grad_out_TH, *_):
+    needs = ctx.needs_input_grad
+    wants = LayerWants(needs[0], *needs[2:7])
+    if grad_out_TH is None:
+        return (None,) * len(needs)
+    gradients = torch.ops.hf_moe.triton_hybrid_experts_backward(grad_out_TH, *ctx.saved_tensors, wants, *ctx.gate)
+    hidden, *rest = placed(gradients, wants)
+    return (hidden, None, *rest, *(None for _ in needs[7:]))
+
+
+_experts.register_autograd(_differentiate, setup_context=_keep)
