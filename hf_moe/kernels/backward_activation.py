@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate_backward, activation_kind, glu_backward
+from .grouped_linear import LARGEST_RANK_BLOCK, ROW_TILES_PER_GROUP, add_low_rank, tile_of_program
 from .routing import RowOrder, TileMap, tile_map
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
@@ -151,16 +152,17 @@ def backward_activation_kernel(
     grad_out, down_weight, pre, weights, low, low_weight,
     grad_pre, weighted_act, partial,
     order, expert_end, tile_expert, tile_row,
-    num_rows, H, width, R, stride_out, stride_e, stride_h, stride_i,
+    num_rows, num_tiles, H, width, R,
+    stride_out, stride_e, stride_h, stride_i, stride_low_e, stride_low_i, stride_low_r,
     TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LOW_BLOCK: tl.constexpr,
-    STORE_ACT: tl.constexpr, STORE_PARTIAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NARROW: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_LOW: tl.constexpr,
+    STORE_ACT: tl.constexpr, STORE_PARTIAL: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    NARROW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows and activation columns; grid (M * C,), the column tiles of a row tile are neighbours."""
+    """One tile of rows and activation columns; grid (M * C,)."""
     column_tiles = tl.cdiv(width, BLOCK_N)
-    tile = tl.program_id(0) // column_tiles
-    column_tile = tl.program_id(0) % column_tiles
+    tile, column_tile = tile_of_program(num_tiles, column_tiles, GROUP)
     first_row = tl.load(tile_row + tile)
     if first_row < 0:
         return
@@ -183,17 +185,19 @@ def backward_activation_kernel(
     weight_at = down_weight + expert.to(tl.int64) * stride_e + ks[:, None] * stride_h + cols[None, :] * stride_i
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
-        k_ok = ks < H - k
-        g = tl.load(out_at + k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-        w = tl.load(weight_at + k * stride_h, mask=k_ok[:, None] & col_ok[None, :], other=0.0)
+        g_ok = row_ok[:, None]
+        w_ok = col_ok[None, :]
+        if not EVEN_K:
+            g_ok = g_ok & (ks < H - k)[None, :]
+            w_ok = w_ok & (ks < H - k)[:, None]
+        g = tl.load(out_at + k, mask=g_ok, other=0.0)
+        w = tl.load(weight_at + k * stride_h, mask=w_ok, other=0.0)
         acc = tl.dot(g, w, acc, input_precision="ieee")
-    if LOW_BLOCK > 0:
-        rs = tl.arange(0, LOW_BLOCK)
-        low_at = low + rows.to(tl.int64)[:, None] * R + rs[None, :]
-        factor_at = low_weight + (expert.to(tl.int64) * R + rs)[:, None] * width + cols[None, :]
-        low_rows = tl.load(low_at, mask=row_ok[:, None] & (rs < R)[None, :], other=0.0)
-        factor = tl.load(factor_at, mask=(rs < R)[:, None] & col_ok[None, :], other=0.0)
-        acc = tl.dot(low_rows.to(factor.dtype), factor, acc, input_precision="ieee")
+    if HAS_LOW:
+        acc = add_low_rank(
+            acc, low, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_low_e, stride_low_i, stride_low_r,
+            BLOCK_R,
+        )  # fmt: skip
     weight = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
     products = activation_gradients(
         acc, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
@@ -295,7 +299,7 @@ def launch_backward_activation(
         weights_TK: Routing weights of any float dtype.
         down_bias: [E, H], part of the routing weights' gradient only.
         low: [N, R] in expert order, added as `low @ low_weight[e]` to `grad_out @ down_weight` (LoRA's part).
-        low_weight: [E, R, I].
+        low_weight: [E, R, I], any strides, in the dtype of `low`; both or neither.
 
     Returns:
         grad_pre_NP: In expert order, in the dtype of `pre_NP`; zeros for sentinel rows.
@@ -310,8 +314,11 @@ def launch_backward_activation(
         return grad_pre_NP, weighted_act_NI, weights_TK.float() if need_grad_weights else None
     grad_out_TH = unit_stride_rows(grad_out_TH)
     stride_h, stride_i = down_weight.stride()[1:] if not transposed else down_weight.stride()[:0:-1]
-    R = 0 if low is None else low.shape[1]
-    low, low_weight = (pre_NP if x is None else x.contiguous() for x in (low, low_weight))  # not read without LoRA
+    has_low = low is not None
+    if low is None or low_weight is None:
+        low, low_weight = pre_NP, down_weight  # not read
+    low_strides = (low_weight.stride(0), low_weight.stride(2), low_weight.stride(1))
+    R = low_weight.shape[1]
 
     def run(tile: Tile) -> Tensor | None:
         block_n = block_of(width, tile.block_n)
@@ -319,13 +326,15 @@ def launch_backward_activation(
         tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
         partial_NC = torch.empty(num_rows, column_tiles, dtype=torch.float32, device=pre_NP.device)
         backward_activation_kernel[(tiles.row_M.numel() * column_tiles,)](
-            grad_out_TH, down_weight, pre_NP, weights_TK.contiguous(), low, low_weight,
+            grad_out_TH, down_weight, pre_NP, weights_TK.contiguous(), low.contiguous(), low_weight,
             grad_pre_NP, grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *order, *tiles,
-            num_rows, H, width, R, grad_out_TH.stride(0), down_weight.stride(0), stride_h, stride_i,
+            num_rows, tiles.row_M.numel(), H, width, R,
+            grad_out_TH.stride(0), down_weight.stride(0), stride_h, stride_i, *low_strides,
             TOP_K=top_k, KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset,
-            GATED=gated, INTERLEAVED=interleaved, LOW_BLOCK=block_of(R, 2 * R) if R else 0,
-            STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights,
-            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k, NARROW=EPILOGUE_COLUMNS,
+            GATED=gated, INTERLEAVED=interleaved, HAS_LOW=has_low,
+            STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights, EVEN_K=H % tile.block_k == 0,
+            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k, BLOCK_R=block_of(R, LARGEST_RANK_BLOCK),
+            NARROW=EPILOGUE_COLUMNS, GROUP=ROW_TILES_PER_GROUP,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if not need_grad_weights:

@@ -175,6 +175,15 @@ def test_same_bits_from_run_to_run(device):
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
+def test_sizes_that_blocks_divide(device):
+    """No step of the product is masked."""
+    case = problem("one_expert_takes_all")
+    hidden, down = torch.randn(17, 64), torch.randn(4, 64, 32) / 6
+    case.layer = replace(case.layer, hidden=hidden, down_weight=down)
+    case.grad_out_TH, case.pre_NP = torch.randn(17, 64), torch.randn(17, 64)
+    check(case, torch.bfloat16, device)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_real_size(dtype, device):
