@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cases import FORWARD, TRAIN
+from .cases import FORWARD, FROZEN, LORA, TRAIN
 from .contestants import DENSE, HF_MOE, STREAM
 from .lora import LORA_OP
 from .results import ROOT
@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 JSON = "benchmarks/results/experts_cpu.json"
 PLOTS = "benchmarks/results/plots"
 SHOWN_EXPERTS = 64
+TITLES = {TRAIN: "forward + backward", FROZEN: "forward + backward, frozen experts", LORA: "LoRA"}
 LOWEST, HIGHEST = 0.1, 4.0  # of the plots' ratios
 
 # colour, width, and style of a line; ours on top
@@ -62,14 +63,13 @@ def _plot_layer(data: Mapping[str, Any], layer: Mapping[str, Any], cases: list[R
             panel = [record for record in cases if record["dtype"] == dtype and record["mode"] == mode]
             axis = axes[row][column]
             handles |= _draw(axis, panel)
-            axis.set_title(f"{dtype}, {mode}", fontsize=10)
+            axis.set_title(f"{dtype}, {TITLES.get(mode, mode)}", fontsize=10)
             if row == len(dtypes) - 1:
                 axis.set_xlabel("tokens")
         axes[row][0].set_ylabel("time / best native")
     order = [name for name in LINES if name in handles]
-    figure.legend(
-        [handles[name] for name in order], order, loc="outside lower center", ncols=5, frameon=False, fontsize=8
-    )
+    lines = [handles[name] for name in order]
+    figure.legend(lines, order, loc="outside lower center", ncols=2 * len(modes), frameon=False, fontsize=8)
     figure.suptitle(
         f"{layer['num_experts']} experts, {layer['top_k']} a token, width {layer['width']}, hidden size "
         f"{layer['hidden_size']}: below 1 is faster\n{data['device']}, {data['threads']} threads, {data['date']}",
@@ -96,7 +96,7 @@ def _draw(axis: Any, panel: list[Record]) -> dict[str, Any]:
         handles[name] = line[0]
     ticks = sorted({record["tokens"] for record in panel})
     axis.set(xscale="log", yscale="log", ylim=(LOWEST, HIGHEST))
-    axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+    axis.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks], fontsize=8)
     axis.set_xticks([], minor=True)
     levels = (0.1, 0.2, 0.5, 0.7, 1, 2, 4)
     axis.set_yticks(levels, [f"{level:g}" for level in levels], fontsize=8)
@@ -150,7 +150,7 @@ def readme_section(data: Mapping[str, Any]) -> str:
     shown = [r for r in cases.values() if r["layer"]["num_experts"] == SHOWN_EXPERTS and r["routing"] == "uniform"]
     layer = shown[0]["layer"]
     columns = [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in (FORWARD, TRAIN)]
-    head = [f"{dtype}, {'forward' if mode == FORWARD else 'forward + backward'}" for dtype, mode in columns]
+    head = [f"{dtype}, {TITLES.get(mode, mode)}" for dtype, mode in columns]
     lines = [
         f"Time of `hf_moe` as a multiple of the best of transformers' own implementations in the same run (below 1 is "
         f"faster): hidden size {layer['hidden_size']}, {layer['num_experts']} experts of width {layer['width']}, "
