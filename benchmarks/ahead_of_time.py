@@ -11,6 +11,7 @@ minutes on two cores.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -60,24 +61,24 @@ class Job:
         return f"{where} {self.launch.kernel} {self.launch.blocks()}"
 
 
-def jobs_of(chip: str, families: list[str], every_feature: bool) -> Iterator[Job]:
-    for family in families:
+def jobs_of(chip: str, options: argparse.Namespace) -> Iterator[Job]:
+    """The launches that the command line selects, for one chip."""
+    for family in options.kernel or [*TILED, *OTHERS]:
+        cases = [case for case in (TILED | OTHERS)[family] if case.features in (options.features or [case.features])]
         if family in TILED:
-            yield from tiled_jobs(chip, family, every_feature)
-        else:
-            for case in OTHERS[family]:
-                for shape in OTHER_SHAPES:
-                    yield from record(chip, family, case, shape)
+            yield from tiled_jobs(chip, family, cases, options.all)
+            continue
+        for case, shape in itertools.product(cases, OTHER_SHAPES):
+            yield from record(chip, family, case, shape)
 
 
-def tiled_jobs(chip: str, family: str, every_feature: bool) -> Iterator[Job]:
-    """Every entry's tile with its heaviest features; the other features with the entry for most rows."""
+def tiled_jobs(chip: str, family: str, cases: list[Case], every_feature: bool) -> Iterator[Job]:
+    """Large tiles with all their features; small tiles, and other dtypes, with those that need most registers."""
     for dtype in (torch.bfloat16, torch.float32, *([torch.float16] if every_feature else [])):
-        entries = tiles.table(chip)[family][TABLES[dtype]]
-        most = max(entries, key=lambda entry: entry.rows_per_expert * min(entry.n, entry.k))
-        for entry in entries:
-            for case in TILED[family]:
-                if case.every_tile or every_feature or (entry is most and dtype == torch.bfloat16):
+        for entry in tiles.table(chip)[family][TABLES[dtype]]:
+            large = entry.tile.block_m != 16 and min(entry.n, entry.k) > 16 and dtype == torch.bfloat16
+            for case in cases:
+                if case.every_tile or large or every_feature:
                     shape = Shape(entry.rows_per_expert, entry.n, entry.k, dtype)
                     yield from record(chip, family, case, shape, entry)
 
@@ -169,8 +170,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chip", action="append", choices=sorted(CHIPS), help="only this chip (repeatable)")
     parser.add_argument("--kernel", action="append", choices=[*TILED, *OTHERS], help="only this one (repeatable)")
+    parser.add_argument("--features", action="append", help="only cases of this name (repeatable)")
     parser.add_argument("--tile", help="M,N,K,WARPS,STAGES instead of the shipped tiles")
     parser.add_argument("--all", action="store_true", help="every feature with every tile, and every chip")
+    parser.add_argument("--coverage", action="store_true", help="compile nothing: is every kernel launched by a case?")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, help=f"JSON file (a full run writes {RESULT.name} by itself)")
     return parser.parse_args(arguments)
@@ -178,21 +181,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options, start = parse(arguments), time.perf_counter()
-    families = options.kernel or [*TILED, *OTHERS]
     chips = options.chip or (CHIPS if options.all else DEFAULT_CHIPS)
-    tile = Tile(*map(int, options.tile.split(","))) if options.tile else None
-    with only_tile(tile) if tile else nullcontext():
-        found = [job for chip in chips for job in jobs_of(chip, families, options.all)]
+    with only_tile(Tile(*map(int, options.tile.split(",")))) if options.tile else nullcontext():
+        found = [job for chip in chips for job in jobs_of(chip, options)]
     jobs = list({(job.chip, job.launch): job for job in reversed(found)}.values())
-    missed = [] if options.kernel else never_launched(jobs)
-    results = compile_all(jobs, options.workers)
-    failures, rows = missed + failures_of(results), rows_of(results)
-    show(rows)
-    full = not (options.chip or options.kernel or options.tile or options.all)
-    output = options.output or (RESULT if full else None)
-    if output and not failures:
-        write(rows, output)
-    print(f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s, triton {version('triton')}")
+    whole = not (options.kernel or options.features or options.tile)
+    failures = never_launched(jobs) if whole else []
+    if not options.coverage:
+        results = compile_all(jobs, options.workers)
+        failures, rows = failures + failures_of(results), rows_of(results)
+        show(rows)
+        print(f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s, triton {version('triton')}")
+        output = options.output or (RESULT if whole and not options.chip and not options.all else None)
+        if output and not failures:
+            write(rows, output)
     if failures:
         sys.exit("\n".join(["", f"{len(failures)} broken rules:", *failures]))
 

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from hf_moe.kernels.backward_activation import launch_backward_activation
 from hf_moe.kernels.combine import launch_sum_k
+from hf_moe.kernels.decode import launch_decode
+from hf_moe.kernels.glue import (
+    launch_activation,
+    launch_activation_backward,
+    launch_combine_rows,
+    launch_gather_rows,
+    launch_row_of_slot,
+)
 from hf_moe.kernels.grouped_linear import launch_grouped_linear
+from hf_moe.kernels.layer import Gate
 from hf_moe.kernels.routing import RowOrder, require_ids, sort_rows
 from hf_moe.kernels.up import launch_up
 from hf_moe.kernels.weight_gradient import launch_bias_gradient, launch_weight_gradient
@@ -56,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of features. `every_tile`: the one that needs most registers, tried with every shipped tile."""
+    """One combination of features. `every_tile`: one that needs most registers, tried with the small tiles too."""
 
     features: str
     launch: Callable[[Shape], Any]
@@ -145,6 +154,27 @@ def bias_gradient(shape: Shape, *, gather: bool) -> None:
     )
 
 
+def decode(
+    shape: Shape, *, gated: bool = True, transposed: bool = False, interleaved: bool = False, bias: bool = False,
+    **activation: Any,
+) -> None:  # fmt: skip
+    width, H = shape.k, shape.n
+    P = 2 * width if gated else width
+    launch_decode(
+        shape.tensor(shape.num_tokens, H),
+        shape.tensor(shape.num_tokens, K, dtype=torch.int64),
+        shape.routing_weights(),
+        shape.tensor(E, H, P) if transposed else shape.tensor(E, P, H),
+        shape.tensor(E, P) if bias else None,
+        shape.tensor(E, width, H) if transposed else shape.tensor(E, H, width),
+        shape.tensor(E, H) if bias else None,
+        gated=gated,
+        transposed=transposed,
+        interleaved=interleaved,
+        **PLAIN | activation,
+    )
+
+
 def routing(shape: Shape) -> None:
     index_TK = shape.tensor(shape.num_tokens, K, dtype=torch.int64)
     sort_rows(index_TK, E, E + 1)
@@ -157,13 +187,41 @@ def sum_k(shape: Shape) -> None:
     launch_sum_k(rows_NH, K, shape.dtype, shape.routing_weights())
 
 
+def glue(
+    shape: Shape, *, gated: bool = True, transposed: bool = False, interleaved: bool = False, bias: bool = False,
+    **activation: Any,
+) -> None:  # fmt: skip
+    """The kernels around torch's grouped product, forward and backward."""
+    gate = Gate(gated=gated, transposed=transposed, interleaved=interleaved, **PLAIN | activation)
+    order, weights_TK = shape.order(), shape.routing_weights()
+    pre_NP = shape.tensor(shape.num_rows, 2 * shape.k if gated else shape.k)
+    values_TH = shape.tensor(shape.num_tokens, shape.n)
+    act_NI = launch_activation(pre_NP, order, gate, shape.tensor(E, pre_NP.shape[1]) if bias else None)
+    launch_combine_rows(
+        launch_gather_rows(values_TH, order, K),
+        launch_row_of_slot(order),
+        K,
+        weights_TK=weights_TK if bias else None,
+        index_TK=shape.tensor(shape.num_tokens, K, dtype=torch.int64) if bias else None,
+        bias=shape.tensor(E, shape.n) if bias else None,
+    )
+    down_bias = shape.tensor(E, shape.n) if bias else None
+    launch_activation_backward(act_NI, pre_NP, values_TH, order, weights_TK, gate, down_bias=down_bias)
+
+
 GPT_OSS_LAYOUT = {"transposed": True, "interleaved": True, "bias": True} | GPT_OSS
+DECODE = [
+    Case("gated", decode, every_tile=True),
+    Case("gpt-oss", lambda shape: decode(shape, **GPT_OSS_LAYOUT)),
+    Case("transposed", lambda shape: decode(shape, transposed=True)),
+    Case("ungated relu2", lambda shape: decode(shape, gated=False, activation="relu2")),
+]
 
 # by kernel of the tile tables
 TILED: dict[str, list[Case]] = {
     "up": [
         Case("training", lambda shape: up(shape, store_pre=True), every_tile=True),
-        Case("inference", lambda shape: up(shape)),
+        Case("inference", up),
         Case("gpt-oss, training", lambda shape: up(shape, store_pre=True, **GPT_OSS_LAYOUT)),
         Case("LoRA, training", lambda shape: up(shape, store_pre=True, low=True)),
         Case("transposed, inference", lambda shape: up(shape, transposed=True)),
@@ -181,7 +239,7 @@ TILED: dict[str, list[Case]] = {
         Case("LoRA, weighted", lambda shape: grouped_linear(shape, low=True, weighted=True)),
     ],
     "backward_activation": [
-        Case("gated", lambda shape: backward_activation(shape), every_tile=True),
+        Case("gated", backward_activation, every_tile=True),
         Case("gpt-oss", lambda shape: backward_activation(shape, **GPT_OSS_LAYOUT)),
         Case("LoRA", lambda shape: backward_activation(shape, low=True)),
         Case("ungated relu2", lambda shape: backward_activation(shape, gated=False, activation="relu2")),
@@ -190,12 +248,20 @@ TILED: dict[str, list[Case]] = {
     "weight_gradient": [
         Case("right gathered", lambda shape: weight_gradient(shape, gather_right=True), every_tile=True),
         Case("left gathered", lambda shape: weight_gradient(shape, gather_left=True)),
-        Case("neither gathered", lambda shape: weight_gradient(shape)),
+        Case("neither gathered", weight_gradient),
     ],
+    "decode_up": DECODE,
+    "decode_down": DECODE,
 }
 # kernels whose sizes are no tile table's
 OTHERS: dict[str, list[Case]] = {
     "routing": [Case("int64 ids", routing)],
+    "glue": [
+        Case("gated", glue),
+        Case("gpt-oss", lambda shape: glue(shape, **GPT_OSS_LAYOUT)),
+        Case("ungated relu2", lambda shape: glue(shape, gated=False, activation="relu2")),
+        Case("gelu", lambda shape: glue(shape, activation="gelu")),
+    ],
     "combine": [Case("sum over slots", sum_k)],
     "bias_gradient": [
         Case("by row", lambda shape: bias_gradient(shape, gather=False)),

@@ -36,9 +36,9 @@ class Launch:
     def blocks(self) -> str:
         """The constants that shape a tile, for people."""
         sizes = [str(value) for name, value in self.constants if name.startswith("BLOCK_") and name != "BLOCK_R"]
-        options = dict(self.options)
-        shape = "x".join(sizes)
-        return f"{shape or '-'}, {options.get('num_warps', 4)} warps, {options.get('num_stages', 3)} stages"
+        named = {"num_warps": 4, "num_stages": 3} | dict(self.constants) | dict(self.options)  # Triton's defaults
+        stages = named.get("STAGES", named["num_stages"])  # of one loop, or of all
+        return f"{'x'.join(sizes) or '-'}, {named['num_warps']} warps, {stages} stages"
 
 
 def specialize(function: JITFunction, target: GPUTarget, grid: Any, args: tuple, kwargs: dict) -> Launch:
@@ -93,12 +93,17 @@ def recording(target: GPUTarget, device_name: str) -> Iterator[tuple[list[Launch
         yield launches, asked
 
 
+def is_kernel(function: ast.FunctionDef) -> bool:
+    """Whether a function is decorated with triton.jit, with or without arguments."""
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+
+
 def entry_kernels() -> set[tuple[str, str]]:
     """(module, name) of every @triton.jit function of hf_moe.kernels that no other one calls."""
     functions, called = set(), set()
     for file in Path(tiles.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and is_kernel(node):
                 functions.add((f"hf_moe.kernels.{file.stem}", node.name))
                 calls = (inner.func for inner in ast.walk(node) if isinstance(inner, ast.Call))
                 called |= {function.id for function in calls if isinstance(function, ast.Name)}
