@@ -60,7 +60,7 @@ def add_low_rank(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def grouped_linear_kernel(
     rows_in, weight, bias_EB, row_weights_N, low_NR, low_weight, out_NB, order_N, expert_end_E, expert_M, row_M,
     num_rows, num_tiles, A, B, R,

@@ -58,7 +58,7 @@ def _load_bucket(index_N, slots, num_rows, num_ids, PADDING: tl.constexpr):
     return tl.where(slots < num_rows, bucket, PADDING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """Slots of every id in one block of slots. Grid (B,)."""
     block = tl.program_id(0)
@@ -68,7 +68,7 @@ def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.cons
     tl.store(count_SB + bins.to(tl.int64) * num_blocks + block, counts, mask=bins <= num_ids)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def place_kernel(
     index_N, end_SB, order_N, expert_end_E, num_rows, num_blocks, num_ids, num_experts,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -129,7 +129,7 @@ def _require_ids(index_N: Tensor, num_ids: int, all_in_range: Tensor) -> None:
         raise IndexError(f"{rule}, got {wrong}. The router's ids must match the number of expert weights.")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def ids_in_range_kernel(index_N, all_in_range, num_rows, num_ids, BLOCK: tl.constexpr):
     """Whether every id is in [0, num_ids), for few rows. Grid (1,)."""
     slots = tl.arange(0, BLOCK)
@@ -149,7 +149,7 @@ def require_ids(index_TK: Tensor, num_ids: int) -> None:
         _require_ids(index_N, num_ids, all_in_range)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def tile_map_kernel(
     expert_end_E, expert_M, row_M, num_rows, num_experts, num_tiles,
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr,

@@ -42,7 +42,7 @@ def _addends(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def up_kernel(
     hidden_TH, weight, bias_EP, low_NR, low_weight, act_NI, pre_NP, order_N, expert_end_E, expert_M, row_M,
     num_rows, num_tiles, H, width, R,
