@@ -103,6 +103,8 @@ class CaseRun:
             return {"skipped": reason}
         if HF_MOE in subjects and name == self.chosen["runs"]:
             return {"skipped": f"what {HF_MOE} runs here"}
+        if name == "hf_moe_grouped" and self.case.tokens > who.REFERENCE_LIMIT and self.chosen["runs"] == "hf_moe_cpu":
+            return {"skipped": f"second choice, not timed above {who.REFERENCE_LIMIT} tokens"}
         if (reason := who.refusal(name, self.experts, self.case)) is not None:
             return {"refused": reason}
         try:

@@ -23,6 +23,7 @@ from .roofline import Device, floor_of
 from .targets import verdict_table, verdicts
 from .timing import METHOD, Clock, CpuClock, CudaClock, reached
 
+MANY_TOKENS = 512  # from here on a round takes long: twice the budget
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -34,7 +35,7 @@ def parser(description: str | None) -> ArgumentParser:
     found.add_argument("--dtypes", nargs="+", help="only these dtypes")
     found.add_argument("--modes", nargs="+", choices=MODES, help="only these modes")
     found.add_argument("--implementations", nargs="+", help="only these, besides the host's own")
-    found.add_argument("--seconds", type=float, help="budget of a case's rounds")
+    found.add_argument("--seconds", type=float, help="budget of a case's rounds, doubled for many tokens")
     found.add_argument("--threads", type=int, help="default: every core that the process may use")
     found.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     found.add_argument("--fresh", action="store_true", help="forget the results that are there")
@@ -61,7 +62,8 @@ def run(options: Namespace) -> int:
         header["reached"] = dict(zip(("tflops", "tbs"), reached(clock, "cuda"), strict=True))
     try:
         facts = environment(plan.device, threads)
-        results = Results(options.output / f"{plan.name}.json", facts, header, fresh=options.fresh)
+        path = options.output / f"{plan.name}.json"
+        results = Results(path, plan.device, facts, header, fresh=options.fresh)
     except ResultsError as error:
         console.print(error, style="red", markup=False, soft_wrap=True)
         return 2
@@ -110,7 +112,7 @@ def measure(
                 progress.update(task, description=case.key)
                 wanted = names + ([LORA_OP] if case.mode == LORA and lora_op_absent() is None else [])
                 if not results.has(case.key, wanted):
-                    record = bench.measure(case, wanted, seconds)
+                    record = bench.measure(case, wanted, seconds * (2 if case.tokens >= MANY_TOKENS else 1))
                     results.add(case.key, record | roofline_of(case, results.data.get("reached")))
                     line = _line(case.key, results.data["cases"][case.key])
                     progress.console.print(line, markup=False, soft_wrap=True, highlight=False)

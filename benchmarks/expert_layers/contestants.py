@@ -42,6 +42,7 @@ SKIPPED = {
     "eager": "with trained experts its backward writes a gradient of all experts for each expert that is hit; "
     f"skipped above {DENSE_GRADIENT_LIMIT >> 30} GiB",
     "hf_moe_reference": f"as eager; and above {REFERENCE_LIMIT} tokens: it defines what is right, it does not compete",
+    "hf_moe_grouped": f"above {REFERENCE_LIMIT} tokens where hf_moe runs hf_moe_cpu: its second choice is not needed",
     "what hf_moe runs": "timed once, as hf_moe",
 }
 

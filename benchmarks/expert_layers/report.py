@@ -11,7 +11,7 @@ from .lora import LORA_OP
 from .results import ROOT
 from .targets import Record, ratio, saved_share
 
-BEGIN, END = "<!-- benchmark: experts -->", "<!-- benchmark: end -->"
+BEGIN, END = "<!-- performance: generated -->", "<!-- performance: end -->"
 README = ROOT / "README.md"
 JSON = "benchmarks/results/experts_cpu.json"
 PLOTS = "benchmarks/results/plots"

@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("hf-moe", "torch", "transformers", "triton", "peft", "liger-kernel", "scattermoe", "kernels")
-SOURCES = ("hf_moe/experts", "hf_moe/kernels")
+SOURCES = {"cpu": ("hf_moe/experts", "hf_moe/kernels/cpu"), "cuda": ("hf_moe/experts", "hf_moe/kernels")}
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
@@ -46,24 +46,24 @@ def _device_name(device: str) -> str:
     return f"cpu, {values.get('model name', platform.machine())} ({number}; {units}), {os.cpu_count()} cores"
 
 
-def source_hash() -> str:
+def source_hash(device: str) -> str:
     """Of the code whose speed is measured: a case counts as measured only for the code that is there now."""
     digest = hashlib.sha256()
-    for folder in SOURCES:
+    for folder in SOURCES[device]:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h", ".json"):
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def commit() -> str:
+def commit(device: str) -> str:
     """The checkout's commit; '+' if the measured code differs from it."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", *SOURCES], cwd=ROOT, capture_output=True, text=True
+            ["git", "status", "--porcelain", "--", *SOURCES[device]], cwd=ROOT, capture_output=True, text=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -77,8 +77,8 @@ class ResultsError(RuntimeError):
 class Results:
     """The file, and what it holds: `header`, and `cases` by key."""
 
-    def __init__(self, path: Path, facts: dict[str, Any], header: dict[str, Any], *, fresh: bool):
-        self.path, self.source = path, source_hash()
+    def __init__(self, path: Path, device: str, facts: dict[str, Any], header: dict[str, Any], *, fresh: bool):
+        self.path, self.device, self.source = path, device, source_hash(device)
         found = json.loads(path.read_text()) if path.exists() and not fresh else {}
         other = [
             f"{name}: {found[name]} there, {facts[name]} here"
@@ -97,7 +97,7 @@ class Results:
         return case is not None and case["source"] == self.source and set(names) <= set(case["results"])
 
     def add(self, key: str, case: dict[str, Any]) -> None:
-        self.data["cases"][key] = {"source": self.source, "commit": commit(), **case}
+        self.data["cases"][key] = {"source": self.source, "commit": commit(self.device), **case}
         self.write()
 
     def write(self) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 SLOW, SLOW_ROUNDS = 5.0, 2
 METHOD = (
     "every contestant once a round, in a random order; median of the rounds' times, and of the ratios within a round; "
