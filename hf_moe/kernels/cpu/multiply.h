@@ -1,0 +1,261 @@
+// The inner kernels: panels of rows times a panel of columns, and rows times weight rows without packing.
+#pragma once
+
+#include "panels.h"
+
+#if defined(__AMX_BF16__) && NATIVE_BF16
+#define MATRIX_UNIT 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define MATRIX_UNIT 0
+#endif
+
+namespace hf_moe {
+
+template <class A>
+INLINE Vec<A> multiply_add(Vec<A> sum, const A* left, Vec<A> right) {
+  return sum + *left * right;
+}
+#if NATIVE_BF16
+INLINE Vec<float> multiply_add(Vec<float> sum, const bf16* left, Vec<float> right) {
+  int pair;
+  std::memcpy(&pair, left, 4);
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)(__m512)right);
+}
+#endif
+
+template <class C>
+using Acc = typename accumulator<C>::type;
+
+// Memory to fetch while multiplying: the weights that come next.
+struct Ahead {
+  const char* next = nullptr;
+  int64_t lines = 0, per_step = 0;
+  void spread(int64_t steps) { per_step = (lines + steps - 1) / std::max<int64_t>(steps, 1); }
+  INLINE void step() {
+    const int64_t count = std::min(per_step, lines);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(next + i * 64, 0, 2);
+    next += count * 64;
+    lines -= count;
+  }
+};
+
+// out[rows][kColumns] (+)= `rows` rows of a panel times a column panel, over `units` units.
+template <class C, int rows>
+void multiply_rows(
+    const C* left, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add, Ahead& ahead) {
+  using A = Acc<C>;
+  constexpr int n = kColumns<A> / kLanes<A>;
+  Vec<A> sum[rows][n];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < n; ++j) sum[i][j] = add ? load(out + i * step + j * kLanes<A>) : Vec<A>{};
+  for (int64_t u0 = 0; u0 < units; u0 += kUnits, left += kRows * kBlock<C>) {
+    ahead.step();
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnits; ++u, right += kColumns<A> * kUnit<C>) {
+      Vec<A> column[n];
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) std::memcpy(&column[j], right + j * kLanes<A> * kUnit<C>, sizeof(column[j]));
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < n; ++j)
+          sum[i][j] = multiply_add(sum[i][j], left + i * kBlock<C> + u * kUnit<C>, column[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < n; ++j) store(out + i * step + j * kLanes<A>, sum[i][j]);
+}
+
+constexpr int kTile = VECTOR_BYTES == 32 ? 4 : 8;  // rows of the register tile; divides 16
+
+template <class C>
+void multiply_tile(
+    int64_t rows, const C* left, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add, Ahead& ahead) {
+  switch (std::min<int64_t>(rows, kTile)) {
+    case 1: return multiply_rows<C, 1>(left, right, units, out, step, add, ahead);
+    case 2: return multiply_rows<C, 2>(left, right, units, out, step, add, ahead);
+    case 3: return multiply_rows<C, 3>(left, right, units, out, step, add, ahead);
+    case 4: return multiply_rows<C, 4>(left, right, units, out, step, add, ahead);
+    default: return multiply_rows<C, kTile>(left, right, units, out, step, add, ahead);
+  }
+}
+
+#if MATRIX_UNIT
+struct alignas(64) TileShape {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Linux gives a process the tile registers only when it asks.
+inline bool matrix_unit_allowed() {
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return allowed;
+}
+
+// (GCC's tile macros do not put their arguments in parentheses.)
+// 16 or 32 rows times 32 columns of bfloat16 in tile registers; writes whole panels of 16 rows.
+template <bool two>
+void multiply_tiles(
+    const bf16* left, int64_t panel, const bf16* right, int64_t units, float* out, int64_t step, bool add,
+    Ahead& ahead) {
+  const int64_t bytes = step * 4, column_bytes = kColumns<float> * 4;
+  if (add) {
+    _tile_loadd(0, out, bytes);
+    _tile_loadd(1, (out + 16), bytes);
+    if (two) {
+      _tile_loadd(2, (out + 16 * step), bytes);
+      _tile_loadd(3, (out + 16 * step + 16), bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int64_t u = 0; u < units; u += kUnits, left += kRows * kBlock<bf16>, right += kUnits * kColumns<float> * 2) {
+    ahead.step();
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, column_bytes);
+    _tile_loadd(7, (right + 32), column_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (two) {
+      _tile_loadd(5, (left + panel), 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, bytes);
+  _tile_stored(1, (out + 16), bytes);
+  if (two) {
+    _tile_stored(2, (out + 16 * step), bytes);
+    _tile_stored(3, (out + 16 * step + 16), bytes);
+  }
+}
+#endif
+
+// out[rows padded to 16][kColumns] (+)= rows of a left operand times a column panel; `units` is a multiple of 16.
+template <class C>
+void multiply(
+    int64_t rows, const C* left, int64_t panel, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add,
+    Ahead ahead = {}) {
+#if MATRIX_UNIT
+  if constexpr (std::is_same_v<C, bf16>) {
+    if (matrix_unit_allowed()) {
+      ahead.spread((rows + 31) / 32 * (units / kUnits));
+      static const TileShape shape;
+      asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+      _tile_loadconfig(&shape);
+      for (int64_t r = 0; r < rows; r += 32, left += 2 * panel, out += 32 * step) {
+        if (rows - r > 16) multiply_tiles<true>(left, panel, right, units, out, step, add, ahead);
+        else multiply_tiles<false>(left, panel, right, units, out, step, add, ahead);
+      }
+      _tile_release();
+      return;
+    }
+  }
+#endif
+  ahead.spread((rows + kTile - 1) / kTile * (units / kUnits));
+  constexpr int64_t kDepth = 256;  // units of the column panel that stay in the first-level cache
+  for (int64_t u = 0; u < units; u += kDepth) {
+    const int64_t depth = std::min(kDepth, units - u);
+    for (int64_t r = 0; r < rows; r += kTile) {
+      const C* from = panel_run(left, panel, r, u * kUnit<C>);
+      const C* panel_part = right + u * kUnit<C> * kColumns<Acc<C>>;
+      multiply_tile<C>(rows - r, from, panel_part, depth, out + r * step, step, add || u, ahead);
+    }
+  }
+}
+
+// Dot products without packing, for few rows and weights whose inner dimension is contiguous.
+
+template <class C, class T>
+INLINE Vec<Acc<C>> dot_step(Vec<Acc<C>> sum, const C* x, const T* w) {  // one vector of products
+  using A = Acc<C>;
+#if NATIVE_BF16
+  if constexpr (std::is_same_v<C, bf16>) {
+    return (Vec<float>)_mm512_dpbf16_ps(
+        (__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
+  }
+#endif
+  if constexpr (std::is_same_v<C, A> && std::is_same_v<T, C>) return sum + load(x) * load(w);
+  Vec<A> wide;
+  for (int i = 0; i < kLanes<A>; ++i) wide[i] = widen(w[i]);
+  Vec<A> row;
+  std::memcpy(&row, x, sizeof(row));
+  return sum + row * wide;
+}
+
+template <class A>
+INLINE A sum_lanes(Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  A sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
+  return sum;
+}
+
+// out[m][n] for `rows` rows of one panel and `columns` weight rows.
+template <class C, class T, int rows, int columns>
+void dot_tile(const C* x, const Weight<T>& w, int64_t k, Acc<C>* out, int64_t step) {
+  using A = Acc<C>;
+  constexpr int lanes = kLanes<A> * kUnit<C>;
+  Vec<A> sum[rows][columns] = {};
+  auto block = [&](const C* xs, const T* const* ws) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int j = 0; j < columns; ++j) __builtin_prefetch(ws[j] + columns * w.n_step);  // the next rows
+#pragma GCC unroll 16
+    for (int v = 0; v < kBlock<C>; v += lanes)
+#pragma GCC unroll 16
+      for (int j = 0; j < columns; ++j)
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) sum[i][j] = dot_step(sum[i][j], xs + i * kBlock<C> + v, ws[j] + v);
+  };
+  const T* from[columns];
+  int64_t k0 = 0;
+  for (; k0 + kBlock<C> <= k; k0 += kBlock<C>) {
+#pragma GCC unroll 16
+    for (int j = 0; j < columns; ++j) from[j] = w.base + j * w.n_step + k0;
+    block(x + k0 * kRows, from);
+  }
+  if (k0 < k) {  // the row's padding is zero, but the weight's next values need not be finite
+    T tail[columns][kBlock<C>] = {};
+    for (int j = 0; j < columns; ++j) {
+      std::copy(w.base + j * w.n_step + k0, w.base + j * w.n_step + k, tail[j]);
+      from[j] = tail[j];
+    }
+    block(x + k0 * kRows, from);
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) out[i * step + j] = sum_lanes<A>(sum[i][j]);
+}
+
+template <class C, class T, int columns>
+void dot_rows(int64_t rows, const C* x, int64_t panel, const Weight<T>& w, int64_t k, Acc<C>* out, int64_t step) {
+  for (int64_t r = 0; r < rows;) {
+    const C* from = panel_run(x, panel, r, 0);
+    const int64_t left = rows - r;
+    if (left >= 4) { dot_tile<C, T, 4, columns>(from, w, k, out + r * step, step); r += 4; }
+    else if (left >= 2) { dot_tile<C, T, 2, columns>(from, w, k, out + r * step, step); r += 2; }
+    else { dot_tile<C, T, 1, columns>(from, w, k, out + r * step, step); r += 1; }
+  }
+}
+
+template <class C, class T>
+void dot(int64_t rows, const C* x, int64_t panel, const Weight<T>& w, int64_t columns, int64_t k, Acc<C>* out, int64_t step) {
+  int64_t c = 0;
+  for (; c + 4 <= columns; c += 4) dot_rows<C, T, 4>(rows, x, panel, w.column(c), k, out + c, step);
+  for (; c < columns; ++c) dot_rows<C, T, 1>(rows, x, panel, w.column(c), k, out + c, step);
+}
+
+}  // namespace hf_moe
