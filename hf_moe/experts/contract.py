@@ -45,8 +45,11 @@ def has_post_expert_norm(experts: nn.Module) -> bool:
 
 
 def num_expert_ids(experts: Any, num_experts: int) -> int:
-    """Ids of the router must be smaller: under expert parallelism `num_experts` marks what other processes compute."""
-    return num_experts + 1 if experts._is_expert_parallel else num_experts
+    """Ids of the router must be smaller: under expert parallelism `num_experts` marks what other processes compute.
+
+    The flag is younger than transformers 5.17, where any experts may get such ids.
+    """
+    return num_experts + 1 if getattr(experts, "_is_expert_parallel", True) else num_experts
 
 
 def has_custom_gate(experts: nn.Module) -> bool:
