@@ -9,12 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT_AT_TESTED_VERSION = "torch"
+EXTRAS = ("cpu", "recipes", "triton")
 
 
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in project["dependencies"] + extras["recipes"] + extras["triton"]:
+    for requirement in project["dependencies"] + [line for name in EXTRAS for line in extras[name]]:
         match = re.fullmatch(r"([\w.-]+)>=([\w.]+)(,.*)?", requirement)
         if match is None:
             raise SystemExit(
