@@ -32,7 +32,7 @@ from .layer import (
 from .routing import RowOrder, sort_rows
 from .up import launch_up
 
-_FACTORS = "Tensor up_a, Tensor up_b, Tensor down_a, Tensor down_b, float up_scale, float down_scale"
+_FACTORS = "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b, float up_scale, float down_scale"
 
 
 class LoraWants(NamedTuple):
@@ -62,10 +62,10 @@ def triton_experts_lora(
     gated: bool,
     transposed: bool,
     interleaved: bool,
-    up_a: Tensor,
-    up_b: Tensor,
-    down_a: Tensor,
-    down_b: Tensor,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     up_scale: float,
     down_scale: float,
 ) -> Tensor:
@@ -73,8 +73,10 @@ def triton_experts_lora(
 
     Neither the sums nor their gradients ever exist: rows go through the factors. The base is frozen.
 
+    A pair that is None adds nothing; each has a rank of its own.
+
     Args:
-        up_a: [E, R, H], any strides, as the other factors. Both pairs have a rank of their own.
+        up_a: [E, R, H], any strides, as the other factors.
         up_b: [E, P, R].
         down_a: [E, R, I].
         down_b: [E, H, R].
@@ -101,14 +103,27 @@ def triton_experts_lora(
 
 
 def _require_factors(up, up_a, up_b, down, down_a, down_b, transposed: bool) -> None:
-    for name, weight, a, b in (("up", up, up_a, up_b), ("down", down, down_a, down_b)):
+    for name, weight, pair in (("up", up, (up_a, up_b)), ("down", down, (down_a, down_b))):
+        if pair == (None, None):
+            continue
         E, out, width = weight.permute((0, 2, 1) if transposed else (0, 1, 2)).shape
-        rank = a.shape[1] if a.dim() == 3 else 0
-        if a.shape != (E, rank, width) or b.shape != (E, out, rank):
+        got = [None if factor is None else tuple(factor.shape) for factor in pair]
+        rank = pair[0].shape[1] if got[0] is not None and len(got[0]) == 3 else 0
+        if got != [(E, rank, width), (E, out, rank)]:
             raise ValueError(
-                f"{name}_a must be [{E}, R, {width}] and {name}_b [{E}, {out}, R], "
-                f"got {tuple(a.shape)} and {tuple(b.shape)}."
+                f"{name}_a must be [{E}, R, {width}] and {name}_b [{E}, {out}, R], or both None, got {got[0]} and "
+                f"{got[1]}."
             )
+
+
+def _times(
+    rows: Tensor, factor: Tensor | None, scale: float, order: RowOrder, top_k: int, *, transposed: bool = False,
+    gather: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """scale * rows @ factor[e]^T [N, R] (without the transpose if transposed); None if there is no adapter."""
+    if factor is None:
+        return None
+    return launch_grouped_linear(rows, factor, order, top_k=top_k, transposed=transposed, gather=gather, scale=scale)
 
 
 @torch.library.custom_op(
@@ -123,8 +138,7 @@ def _experts_lora(
     """(out_TH, pre_NP, up_low_NR, order_N, expert_end_E); all but the output are empty unless kept for backward."""
     gate, top_k = Gate(*gate), index_TK.shape[1]
     order = sort_rows(index_TK, up_weight.shape[0], num_ids)
-    options = {"top_k": top_k, "transposed": False}
-    up_low_NR = launch_grouped_linear(hidden_TH, up_a, order, gather=True, scale=up_scale, **options)
+    up_low_NR = _times(hidden_TH, up_a, up_scale, order, top_k, gather=True)
     act_NI, pre_NP = launch_up(
         hidden_TH,
         up_weight,
@@ -136,10 +150,11 @@ def _experts_lora(
         low_weight=up_b,
         **gate._asdict(),
     )
-    down_low_NR = launch_grouped_linear(act_NI, down_a, order, scale=down_scale, **options)
+    down_low_NR = _times(act_NI, down_a, down_scale, order, top_k)
     out_TH = project_down(act_NI, weights_TK, down_weight, down_bias, order, gate.transposed, down_low_NR, down_b)
     if not keep:
         pre_NP, order = nothing_kept(hidden_TH)
+    if not keep or up_low_NR is None:
         up_low_NR = hidden_TH.new_empty(0)
     return out_TH, pre_NP, up_low_NR, *order
 
@@ -150,7 +165,7 @@ def _(
     up_a, up_b, down_a, down_b, up_scale, down_scale, num_ids, keep, *gate,
 ):  # fmt: skip
     pre_NP, *order = kept_shapes(hidden_TH, index_TK, up_weight, keep, Gate(*gate).transposed)
-    up_low_NR = hidden_TH.new_empty((index_TK.numel(), up_a.shape[1]) if keep else 0)
+    up_low_NR = hidden_TH.new_empty((index_TK.numel(), up_a.shape[1]) if keep and up_a is not None else 0)
     return hidden_TH.new_empty(hidden_TH.shape), pre_NP, up_low_NR, *order
 
 
@@ -170,12 +185,7 @@ def _experts_lora_backward(
         empty = like_wanted((hidden_TH, weights_TK, up_a, up_b, down_a, down_b), wants)
         return [gradient.zero_() for gradient in empty]
 
-    def times(rows: Tensor, factor: Tensor, scale: float, transposed: bool, gather: bool = False) -> Tensor:
-        return launch_grouped_linear(
-            rows, factor, order, top_k=top_k, transposed=transposed, gather=gather, scale=scale
-        )
-
-    grad_low_NR = times(grad_out_TH, down_b, down_scale, transposed=True, gather=True)
+    grad_low_NR = _times(grad_out_TH, down_b, down_scale, order, top_k, transposed=True, gather=True)
     grad_pre_NP, weighted_act_NI, grad_weights_TK = launch_backward_activation(
         grad_out_TH,
         down_weight,
@@ -190,21 +200,24 @@ def _experts_lora_backward(
         need_grad_weights=wants.weights,
         **gate._asdict(),
     )
-    gradients = []
+    grad_up_low_NR = None
     if wants.hidden or wants.up_a:
-        grad_up_low_NR = times(grad_pre_NP, up_b, up_scale, transposed=True)
+        grad_up_low_NR = _times(grad_pre_NP, up_b, up_scale, order, top_k, transposed=True)
+    gradients = []
     if wants.hidden:
         gradients.append(hidden_gradient(grad_pre_NP, up_weight, order, top_k, gate.transposed, grad_up_low_NR, up_a))
     if grad_weights_TK is not None:
         gradients.append(grad_weights_TK.to(weights_TK.dtype))
-    if wants.up_a:
+    if wants.up_a and grad_up_low_NR is not None:
         gradients.append(weight_gradient(grad_up_low_NR, hidden_TH, order, top_k, "in"))
     if wants.up_b:
         gradients.append(weight_gradient(grad_pre_NP, up_low_NR, order, top_k))
-    if wants.down_a and weighted_act_NI is not None:
+    if weighted_act_NI is not None and wants.down_a and grad_low_NR is not None:
         gradients.append(weight_gradient(grad_low_NR, weighted_act_NI, order, top_k))
-    if wants.down_b and weighted_act_NI is not None:
-        weighted_low_NR = times(weighted_act_NI, down_a, down_scale, transposed=False)
+    if weighted_act_NI is not None and wants.down_b:
+        weighted_low_NR = launch_grouped_linear(
+            weighted_act_NI, down_a, order, top_k=top_k, transposed=False, scale=down_scale
+        )
         gradients.append(weight_gradient(grad_out_TH, weighted_low_NR, order, top_k, "out"))
     return gradients
 
@@ -236,7 +249,7 @@ def _differentiate_adapted_layer(ctx, grad_out_TH, *_):
         return (None,) * len(needs)
     *saved, order_N, expert_end_E = ctx.saved_tensors
     gradients = torch.ops.hf_moe.triton_experts_lora_backward(
-        grad_out_TH, *saved, *ctx.scales, order_N, expert_end_E, wants, *ctx.gate
+        grad_out_TH, *saved, *ctx.scales, order_N, expert_end_E, list(wants), *ctx.gate
     )
     hidden, weights, *factors = placed(gradients, wants)
     return (hidden, None, weights, None, None, None, None, *factors, *(None for _ in needs[11:]))

@@ -204,7 +204,7 @@ def _differentiate_layer(ctx, grad_out_TH, *_):
     wants = LayerWants(needs[0], *needs[2:7])
     if grad_out_TH is None:
         return (None,) * len(needs)
-    gradients = torch.ops.hf_moe.triton_experts_backward(grad_out_TH, *ctx.saved_tensors, wants, *ctx.gate)
+    gradients = torch.ops.hf_moe.triton_experts_backward(grad_out_TH, *ctx.saved_tensors, list(wants), *ctx.gate)
     hidden, *rest = placed(gradients, wants)
     return (hidden, None, *rest, *(None for _ in needs[7:]))
 
@@ -295,7 +295,7 @@ def _differentiate_linear(ctx, grad_out_NB):
     wants = LinearWants(*ctx.needs_input_grad[:3])
     rows_NA, weight, expert_end_E = ctx.saved_tensors
     gradients = torch.ops.hf_moe.triton_grouped_linear_backward(
-        grad_out_NB, rows_NA, weight, expert_end_E, ctx.transposed, wants
+        grad_out_NB, rows_NA, weight, expert_end_E, ctx.transposed, list(wants)
     )
     return (*placed(gradients, wants), None, None)
 

@@ -44,7 +44,7 @@ def results(function, layer: Layer, factors: dict, cotangent: torch.Tensor) -> d
     hidden, weights = (tensor.detach().requires_grad_() for tensor in (layer.hidden, layer.weights))
     out = function(replace(layer, hidden=hidden, weights=weights), factors)
     gradients = torch.autograd.grad(out, [hidden, weights, *factors.values()], cotangent.to(out))
-    return {"out": out.detach(), **dict(zip(TRAINED, gradients, strict=True))}
+    return {"out": out.detach(), **dict(zip(("hidden", "weights", *factors), gradients, strict=True))}
 
 
 def ours(layer: Layer, factors: dict) -> torch.Tensor:
@@ -98,6 +98,21 @@ def test_up_and_down_may_have_different_ranks(device):
     check(kernel_cases.layer("balanced", "silu"), torch.float32, device, 4, 24)
 
 
+@pytest.mark.parametrize("missing", ["up", "down"])
+def test_one_of_two_adapters(missing, device):
+    """None is as a pair of zeros, bit by bit, and has no gradient."""
+    layer, factors = prepared("gpt_oss", device)
+    zeros = {name: torch.zeros_like(factor) for name, factor in factors.items() if name.startswith(missing)}
+    wanted = results(ours, layer, factors | zeros, torch.ones_like(layer.hidden))
+    rest = {name: factor for name, factor in factors.items() if name not in zeros}
+
+    def with_none(layer: Layer, rest: dict) -> torch.Tensor:
+        return ours(layer, {name: rest.get(name) for name in FACTORS})
+
+    out = results(with_none, layer, rest, torch.ones_like(layer.hidden))
+    assert all(torch.equal(value, wanted[name]) for name, value in out.items())
+
+
 def prepared(gate: str, device, rank: int = 4) -> tuple[Layer, dict]:
     layer = kernel_cases.layer("balanced", gate).to(torch.float32, device)
     return layer, cast(random_factors(layer, rank), torch.float32, device)
@@ -133,10 +148,16 @@ def test_zero_adapter_changes_nothing(device):
 # What is computed and allocated
 
 
+@functools.cache
+def every_gradient(device) -> dict[str, torch.Tensor]:
+    layer, factors = prepared("gpt_oss", device)
+    return results(ours, layer, factors, torch.ones_like(layer.hidden))
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_only_the_wanted_gradient_is_computed(name, monkeypatch, device):
     layer, factors = prepared("gpt_oss", device)
-    wanted = results(ours, layer, factors, torch.ones_like(layer.hidden))[name]
+    wanted = every_gradient(device)[name]
     shapes = []
 
     def record(*args, **kwargs):
@@ -245,7 +266,9 @@ def test_errors_name_value_rule_and_way_out(device):
     with pytest.raises(ValueError, match=r"base under an adapter is frozen, but up_weight requires grad: call"):
         ours(replace(layer, up_weight=layer.up_weight.requires_grad_()), factors)
     layer.up_weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"up_a must be \[4, R, 16\] and up_b \[4, 48, R\], got"):
+    with pytest.raises(ValueError, match=r"up_a must be \[4, R, 16\] and up_b \[4, 48, R\], or both None, got"):
         ours(layer, factors | {"up_b": factors["up_b"][:, :, :2]})
+    with pytest.raises(ValueError, match=r"or both None, got None and \(4, 16, 4\)"):
+        ours(layer, factors | {"down_a": None})
     with pytest.raises(ValueError, match=r"one dtype, got .*down_b float16"):
         ours(layer, factors | {"down_b": factors["down_b"].half()})

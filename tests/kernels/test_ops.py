@@ -1,5 +1,6 @@
 """The differentiable ops of a layer: outputs and every gradient against float64, and what they keep and compute."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -86,10 +87,16 @@ def counted(monkeypatch, module, name: str) -> list[dict]:
     return calls
 
 
+@functools.cache
+def every_gradient(device) -> dict[str, torch.Tensor]:
+    layer = kernel_cases.layer("balanced", "gpt_oss").to(torch.float32, device)
+    return run(layer, torch.ones_like(layer.hidden))
+
+
 @pytest.mark.parametrize("name", ["hidden", "weights", "up_weight", "up_bias", "down_weight", "down_bias"])
 def test_only_the_wanted_gradient_is_computed(name, monkeypatch, device):
     layer = kernel_cases.layer("balanced", "gpt_oss").to(torch.float32, device)
-    wanted = run(layer, torch.ones_like(layer.hidden))[name]
+    wanted = every_gradient(device)[name]
     products = counted(monkeypatch, layer_steps, "launch_weight_gradient")
     sums = counted(monkeypatch, layer_steps, "launch_bias_gradient")
     leaf = getattr(layer, name).detach().requires_grad_()
