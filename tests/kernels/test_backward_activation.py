@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_moe.kernels import backward_activation
 from hf_moe.kernels.backward_activation import launch_backward_activation
-from hf_moe.kernels.routing import sort_rows
+from hf_moe.kernels.routing import TileMap, sort_rows
 from kernel_cases import DTYPES, GATES, Layer, absolute_layer, activate, assert_right, layer
 from numerics import ROUTINGS
 
@@ -182,6 +183,28 @@ def test_sizes_that_blocks_divide(device):
     case.layer = replace(case.layer, hidden=hidden, down_weight=down)
     case.grad_out_TH, case.pre_NP = torch.randn(17, 64), torch.randn(17, 64)
     check(case, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gpt_oss", "gelu_ungated"])
+def test_parts_of_the_epilogue_give_the_whole(gate, monkeypatch, device):
+    case = problem("sentinels", gate).to(torch.float32, device)
+    whole = launch(case)
+    monkeypatch.setattr(backward_activation, "EPILOGUE_COLUMNS", 8)
+    parts = launch(case)
+    assert torch.equal(parts["grad_pre"], whole["grad_pre"])
+    assert torch.equal(parts["weighted_act"], whole["weighted_act"])
+    torch.testing.assert_close(parts["grad_weights"], whole["grad_weights"])
+
+
+def test_programs_may_run_in_any_order(monkeypatch, device):
+    """No tile writes rows of another."""
+    case = problem("sentinels", "gpt_oss").to(torch.float32, device)
+    forwards, tiles = launch(case), backward_activation.tile_map
+    monkeypatch.setattr(
+        backward_activation, "tile_map", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args)))
+    )
+    backwards = launch(case)
+    assert all(torch.equal(backwards[name], forwards[name]) for name in NAMES)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_moe.kernels import decode as decode_module
 from hf_moe.kernels.decode import launch_decode, output_block
 from hf_moe.kernels.tiles import Tile
 from kernel_cases import DTYPES, GATES, Gate, Layer, absolute_layer, assert_right, layer, plain_layer, rounding
@@ -43,6 +44,16 @@ def test_every_gate_matches_float64(gate, dtype, device):
 @pytest.mark.parametrize("gate", ["silu", "gpt_oss"])
 def test_odd_sizes_in_both_layouts(gate, device):
     check(layer("odd_sizes", gate, bias=True), torch.float32, device)
+
+
+def test_sentinels_read_no_weights(monkeypatch, interpreter):
+    """Their activations, which nothing reads, stay unwritten: NaN here."""
+    case, acts, launch = layer("sentinels"), [], decode_module._launch_up
+    monkeypatch.setattr(
+        decode_module, "_launch_up", lambda *args, **gate: acts.append(launch(*args, **gate)) or acts[0]
+    )
+    assert not decode(case).isnan().any()
+    assert torch.equal(acts[0].isnan().all(1), case.index.reshape(-1) == case.num_experts)
 
 
 def test_int32_ids_and_float32_routing_weights(device):

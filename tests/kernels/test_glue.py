@@ -13,7 +13,7 @@ from torch import Tensor
 import kernel_cases
 from hf_moe.kernels import glue
 from hf_moe.kernels.layer import Gate
-from hf_moe.kernels.routing import RowOrder, sort_rows
+from hf_moe.kernels.routing import RowOrder, TileMap, sort_rows
 from kernel_cases import DTYPES, GATES, Layer, assert_right
 from numerics import ROUTINGS
 
@@ -110,6 +110,15 @@ def test_activation_matches_float64_and_keeps_the_biased_product(gate, dtype, de
 
 
 # The layer
+
+
+def test_programs_may_run_in_any_order(monkeypatch, device):
+    """No tile writes rows of another."""
+    case = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
+    forwards, tiles = run(case, torch.ones_like(case.hidden)), glue.tile_map
+    monkeypatch.setattr(glue, "tile_map", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args))))
+    backwards = run(case, torch.ones_like(case.hidden))
+    assert all(torch.equal(backwards[name], forwards[name]) for name in forwards)
 
 
 def run(case: Layer, cotangent: Tensor) -> dict[str, Tensor]:
