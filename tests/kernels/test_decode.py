@@ -29,10 +29,9 @@ def check(case: Layer, dtype: torch.dtype, device: torch.device) -> None:
     assert_right(decode(case), plain_layer(case), exact, size, rounding(case))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_every_routing_matches_float64(routing, dtype, device):
-    check(layer(routing), dtype, device)
+def test_every_routing_matches_float64(routing, device):
+    check(layer(routing), torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
