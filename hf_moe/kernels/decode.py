@@ -7,9 +7,9 @@ its experts. Slots, then tokens, are the fast index of the grid: programs that r
 run at the same time, so the second one finds them in L2.
 
 Where it ends: every slot reads its expert through L2, a sorted kernel reads every expert once. On an H100 (about
-5.5 TB/s from L2, 3.0 from memory) slots may read 1.8 times as much as there is. With uniform routing that is N = 1.45 E
-slots; up to N = E (128 experts, top 8: 16 tokens; 8 experts, top 2: 4 tokens) memory is the limit with some room. An
-estimate, not a measurement.
+5.5 TB/s from L2, 3.0 from memory) slots may read 1.8 times as much as there is. With uniform routing that is
+N = 1.45 E slots; up to N = E (128 experts, top 8: 16 tokens; 8 experts, top 2: 4 tokens) memory is the limit with some
+room. An estimate, not a measurement.
 
 Shape suffixes: T tokens, K slots per token, N = T*K slots, E experts, H hidden, I expert width, P pre-activation width
 (2I gated, I ungated).
