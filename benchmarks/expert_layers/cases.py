@@ -100,7 +100,7 @@ def cpu_plan() -> Plan:
         for dtype in ("float32", "bfloat16")
         for mode in (FORWARD, TRAIN, FROZEN)
     )
-    return Plan("experts_cpu", "cpu", cases, seconds=4.0)
+    return Plan("experts_cpu", "cpu", cases, seconds=3.0)
 
 
 def cuda_plan() -> Plan:
