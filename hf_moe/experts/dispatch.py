@@ -45,12 +45,11 @@ def check_ids(index_TK: Tensor, num_ids: int) -> None:
     if index_TK.numel() == 0:
         return
     if index_TK.device.type == "cpu":
-        low, high = index_TK.aminmax()
-        if low < 0 or high >= num_ids:
-            wrong = int(low if low < 0 else high)
+        wrong_TK = (index_TK < 0) | (index_TK >= num_ids)
+        if wrong_TK.any():
+            token, slot = wrong_TK.nonzero()[0].tolist()
             raise IndexError(
-                f"top_k_index holds the expert id {wrong}, which must be in [0, {num_ids}): a router that returns "
-                f"logits, weights and indices in another order, or a checkpoint with another number of experts."
+                f"expert id {index_TK[token, slot]} of token {token} is not in [0, {num_ids}): check the router."
             )
     else:
         torch._assert_async(((index_TK >= 0) & (index_TK < num_ids)).all())

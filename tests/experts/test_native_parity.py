@@ -201,7 +201,7 @@ def test_ids_out_of_range_are_an_error(implementation, wrong, allowed):
     experts._is_expert_parallel = allowed == 9
     call = routed(32, random_index(8, TOKENS, TOP_K))
     call.index[4, 1] = wrong
-    with pytest.raises(IndexError, match=rf"expert id {wrong}, which must be in \[0, {allowed}\)"):
+    with pytest.raises(IndexError, match=rf"expert id {wrong} of token 4 is not in \[0, {allowed}\)"):
         run(experts, implementation, call, torch.float32)
 
 
