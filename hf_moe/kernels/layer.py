@@ -4,7 +4,8 @@ Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H h
 width (2I gated, I ungated), R rank.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,20 @@ class Gate(NamedTuple):
     gated: bool
     transposed: bool
     interleaved: bool
+
+
+def gpu_op(name: str, schema: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """Define a custom op that launches on the device of its first tensor: Triton's default is the current device."""
+
+    def define(function: Callable) -> torch.library.CustomOpDef:
+        @functools.wraps(function)
+        def on_device_of_first(first: Tensor, *rest):
+            with torch.cuda.device_of(first):
+                return function(first, *rest)
+
+        return torch.library.custom_op(name, on_device_of_first, mutates_args=(), schema=schema)
+
+    return define
 
 
 def like_wanted(tensors: Iterable[Tensor | None], wants: Iterable[bool]) -> list[Tensor]:

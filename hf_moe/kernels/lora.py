@@ -18,6 +18,7 @@ from .layer import (
     SAVED,
     Gate,
     differentiates,
+    gpu_op,
     hidden_gradient,
     kept_shapes,
     like_wanted,
@@ -126,10 +127,9 @@ def _times(
     return launch_grouped_linear(rows, factor, order, top_k=top_k, transposed=transposed, gather=gather, scale=scale)
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_experts_lora",
-    mutates_args=(),
-    schema=f"({LAYER}, {_FACTORS}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({LAYER}, {_FACTORS}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _experts_lora(
     hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias,
@@ -169,10 +169,9 @@ def _(
     return hidden_TH.new_empty(hidden_TH.shape), pre_NP, up_low_NR, *order
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_experts_lora_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, {SAVED}, Tensor up_low, {_FACTORS}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
+    f"(Tensor grad_out, {SAVED}, Tensor up_low, {_FACTORS}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
 )
 def _experts_lora_backward(
     grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, up_low_NR,

@@ -25,6 +25,7 @@ from .layer import (
     Gate,
     bias_gradient,
     differentiates,
+    gpu_op,
     hidden_gradient,
     kept_shapes,
     like_wanted,
@@ -108,10 +109,9 @@ def triton_experts(
     return torch.ops.hf_moe.triton_experts(*tensors, num_ids, differentiates(*tensors), *gate)[0]
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_experts",
-    mutates_args=(),
-    schema=f"({LAYER}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({LAYER}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
     """(out_TH, pre_NP, order_N, expert_end_E); all but the output are empty unless kept for backward."""
@@ -138,10 +138,9 @@ def _(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bia
     return hidden_TH.new_empty(hidden_TH.shape), *kept
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_experts_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, {SAVED}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
+    f"(Tensor grad_out, {SAVED}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
 )
 def _experts_backward(
     grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E, wants, *gate
@@ -240,10 +239,9 @@ def triton_grouped_linear(
     return torch.ops.hf_moe.triton_grouped_linear(rows_NA, weight, bias, expert_end_E, transposed)
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_grouped_linear",
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor? bias, Tensor expert_end, bool transposed) -> Tensor",
+    "(Tensor rows, Tensor weight, Tensor? bias, Tensor expert_end, bool transposed) -> Tensor",
 )
 def _grouped_linear(rows_NA, weight, bias, expert_end_E, transposed):
     order = _rows_in_place(rows_NA, expert_end_E)
@@ -260,12 +258,9 @@ def _(rows_NA, weight, bias, expert_end_E, transposed):
     return rows_NA.new_empty(rows_NA.shape[0], weight.shape[2 if transposed else 1])
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_grouped_linear_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_out, Tensor rows, Tensor weight, Tensor expert_end, bool transposed, bool[] wants) -> Tensor[]"
-    ),
+    ("(Tensor grad_out, Tensor rows, Tensor weight, Tensor expert_end, bool transposed, bool[] wants) -> Tensor[]"),
 )
 def _grouped_linear_backward(grad_out_NB, rows_NA, weight, expert_end_E, transposed, wants):
     """The wanted gradients, in the order of `LinearWants`."""

@@ -199,6 +199,16 @@ def test_rows_past_two_to_the_31_elements():
         assert_as_good_as(out[part], rows[part] @ dense, rows[part].double() @ dense.double())
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current_one():
+    layer = layer_of(MODELS["ragged"], 100, torch.bfloat16)
+    wanted = results(layer, layer.hidden)
+    elsewhere = layer.to(torch.bfloat16, "cuda:1")
+    with torch.cuda.device(0):
+        actual = results(elsewhere, elsewhere.hidden)
+    assert all(torch.equal(actual[name].to("cuda:0"), wanted[name]) for name in wanted)
+
+
 # Adapters
 
 
