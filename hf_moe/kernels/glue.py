@@ -27,6 +27,7 @@ from .layer import (
     Gate,
     bias_gradient,
     differentiates,
+    gpu_op,
     kept_shapes,
     like_wanted,
     nothing_kept,
@@ -363,10 +364,9 @@ def triton_hybrid_experts(
     return torch.ops.hf_moe.triton_hybrid_experts(*tensors, num_ids, differentiates(*tensors), *gate)[0]
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_hybrid_experts",
-    mutates_args=(),
-    schema=f"({LAYER}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({LAYER}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
     """(out_TH, pre_NP, order_N, expert_end_E); all but the output are empty unless kept for backward."""
@@ -396,10 +396,9 @@ def _(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bia
     return hidden_TH.new_empty(hidden_TH.shape), *kept
 
 
-@torch.library.custom_op(
+@gpu_op(
     "hf_moe::triton_hybrid_experts_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, {SAVED}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
+    f"(Tensor grad_out, {SAVED}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
 )
 def _experts_backward(
     grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E, wants, *gate
