@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 import hf_moe  # noqa: F401  registers the implementations
 import triton_interpreter
-from benchmarks.expert_layers import command, contestants, results
+from benchmarks.expert_layers import command, contestants, results, timing
 from benchmarks.expert_layers.bench import Bench, summary
 from benchmarks.expert_layers.cases import Case, Layer, build_experts, build_inputs, cpu_plan, cuda_plan, quick
 from benchmarks.expert_layers.correctness import Stacks, compared_experts, plain_torch
@@ -275,6 +275,17 @@ def test_rounds_are_shared_and_slow_contestants_leave_early():
     }
     assert len(state) == MIN_ROUNDS + 1
     assert next(times) == MIN_ROUNDS + 2  # a warm-up and the rounds
+
+
+def test_a_disturbed_measurement_is_repeated(monkeypatch):
+    # seconds used by all, by this process, and passed: others take a core, then a twentieth of one, then nothing
+    used = iter([(0, 0, 0), (4, 2, 2), (4, 2, 2), (6.1, 4, 4), (6.1, 4, 4), (8.1, 6, 6)])
+    monkeypatch.setattr(timing, "_used_seconds", lambda: next(used))
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    times, share = timing.time_undisturbed({"eager": Contestant(lambda: 1.0)}, FakeClock(), 0.0, ("eager",))
+    assert share <= 0.05
+    assert len(list(used)) == 2
+    assert len(times["eager"]) == MIN_ROUNDS
 
 
 def test_ratios_are_medians_within_rounds():

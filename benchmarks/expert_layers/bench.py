@@ -17,7 +17,7 @@ from .cases import DECODE, LORA, TRAIN, Case, Layer, build_experts, build_inputs
 from .contestants import DENSE, HF_MOE, NATIVES, STREAM, Forward
 from .correctness import Judge, Outcome, Stacks, compared_experts, judge, plain_torch
 from .lora import LORA_OP, SCALE, LoraLayer
-from .timing import Clock, Contestant, captured, median_ratio, peak_bytes, saved_bytes, time_rounds
+from .timing import Clock, Contestant, captured, median_ratio, peak_bytes, saved_bytes, time_undisturbed
 
 STREAM_UP_TO_TOKENS = 64
 
@@ -84,7 +84,7 @@ class CaseRun:
         for name in names:
             results[name] = self._admit(name, subjects)
         contestants = {name: self._contestant(subject) for name, subject in subjects.items()} | self._floors()
-        times = time_rounds(contestants, self.bench.clock, budget, NATIVES)
+        times, others = time_undisturbed(contestants, self.bench.clock, budget, NATIVES)
         for contestant in contestants.values():
             contestant.prepare()  # drops the gradients
         return {
@@ -95,6 +95,7 @@ class CaseRun:
             "routing": case.routing,
             "experts_hit": self.hit,
             "forward_gflop": round(case.layer.flops(case.tokens) / 1e9, 3),
+            "used_by_others": round(others, 3),
         } | summary(times, results)
 
     def _admit(self, name: str, subjects: dict[str, Subject]) -> dict[str, Any]:
@@ -190,7 +191,8 @@ def summary(times: dict[str, list[float]], results: dict[str, dict[str, Any]]) -
     """The floors' times, the best native, and `results` with times and ratios added."""
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     floors = [name for name in (DENSE, STREAM) if name in medians]
-    natives = [name for name in NATIVES if name in medians]
+    most = max(map(len, times.values()))
+    natives = [name for name in NATIVES if len(times.get(name, ())) == most]  # those that did not leave early
     best = min(natives, key=medians.__getitem__) if natives else None
     for name, facts in results.items():
         if name not in times:
