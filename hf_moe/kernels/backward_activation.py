@@ -311,7 +311,8 @@ def launch_backward_activation(
     grad_pre_NP = torch.empty_like(pre_NP)
     weighted_act_NI = pre_NP.new_empty(num_rows, width) if need_act else None
     if not num_rows:
-        return grad_pre_NP, weighted_act_NI, weights_TK.float() if need_grad_weights else None
+        empty_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.float32)
+        return grad_pre_NP, weighted_act_NI, empty_TK if need_grad_weights else None
     grad_out_TH = unit_stride_rows(grad_out_TH)
     stride_h, stride_i = down_weight.stride()[1:] if not transposed else down_weight.stride()[:0:-1]
     has_low = low is not None
