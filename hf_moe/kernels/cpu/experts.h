@@ -97,71 +97,59 @@ class Experts {
   }
   static const T* bias(const std::optional<Tensor>& b) { return b ? b->template const_data_ptr<T>() : nullptr; }
 
-  // In a line of two panels [2 * kWide]: where gate and up of the first activation lie.
   int step() const { return activation_.gated && activation_.interleaved ? 2 : 1; }
-  A* up_part(A* line) const {
-    return activation_.gated ? line + (activation_.interleaved ? 1 : kWide) : nullptr;
+  A* up_part(A* line, int64_t apart) const {
+    return activation_.gated ? line + (activation_.interleaved ? 1 : apart) : nullptr;
   }
 
-  // Calls f(first column, columns, offset in the line) for the panels of activations i0..i0+n.
+  // Calls f(first column, columns, offset in a line) for the pre-activations of activations i0..i0+n; in a line gate
+  // and up lie `apart` or alternate.
   template <class F>
-  void for_parts(int64_t i0, int64_t n, const F& f) const {
-    if (activation_.gated && activation_.interleaved) {
-      f(2 * i0, std::min(2 * n, kWide), 0);
-      if (2 * n > kWide) f(2 * i0 + kWide, 2 * n - kWide, kWide);
-    } else {
-      f(i0, n, 0);
-      if (activation_.gated) f(width_ + i0, n, kWide);
-    }
+  void for_parts(int64_t i0, int64_t n, int64_t apart, const F& f) const {
+    if (activation_.gated && activation_.interleaved) return f(2 * i0, 2 * n, 0);
+    f(i0, n, 0);
+    if (activation_.gated) f(width_ + i0, n, apart);
   }
 
   void activate(T* pre, C* act) const {
     int64_t chunks;
     const std::vector<Task> tasks = plan_tasks(routing_, width_, &chunks);
-    const int64_t at_once = Columns<C, T>::at_once(up_);
+    const int64_t parts = activation_.gated ? 2 : 1;
+    const int64_t at_once = round_up(columns_at_once<C>(up_) / parts, kWide);
     run_tasks(tasks.size(), [&](int64_t i) {
       const Task& task = tasks[i];
       const C* left = gather_rows<C, T>(
           task, given_.hidden_TH.const_data_ptr<T>(), hidden_, hidden_, routing_.token.data());
-      A* product = scratch<A>(kOut, (kRowsPerTask + 32) * 2 * kWide);
+      A* product = scratch<A>(kOut, (kRowsPerTask + 32) * parts * at_once);
       for (int64_t i0 = task.c0; i0 < task.c1; i0 += at_once) {
-        activate_columns(task, i0, std::min(at_once, task.c1 - i0), left, product, pre, act);
+        const int64_t n = std::min(at_once, task.c1 - i0);
+        for_parts(i0, n, at_once, [&](int64_t column, int64_t columns, int64_t at) {
+          multiply_up(task, column, columns, left, product + at, parts * at_once, i0 + n < task.c1);
+          if (pre)
+            for (int64_t r = 0; r < task.rows; ++r)
+              convert(product + r * parts * at_once + at, pre + (task.first + r) * up_.n + column, columns);
+        });
+        write_activations(task, i0, n, product, parts * at_once, act);
       }
     });
   }
 
-  // Activations i0..i0+n of a task's rows.
-  void activate_columns(const Task& task, int64_t i0, int64_t n, const C* left, A* product, T* pre, C* act) const {
-    const int64_t parts = activation_.gated ? 2 : 1, half = Columns<C, T>::packed_size(n, hidden_);
-    C* packed = scratch<C>(kRight, parts * half);
-    const bool apart = activation_.gated && !activation_.interleaved;
-    const int64_t columns = activation_.interleaved && activation_.gated ? 2 * n : n;
-    const int64_t e = task.of->expert, first = columns / n * i0;
-    const Columns<C, T> one(up_.of(e, first), columns, hidden_, task.rows, packed);
-    const Columns<C, T> two(up_.of(e, apart ? width_ + i0 : first), apart ? n : 0, hidden_, task.rows, packed + half);
-    for (int64_t j = 0; j < n; j += kWide) {
-      const int64_t count = std::min(kWide, n - j);
-      for_parts(i0 + j, count, [&](int64_t column, int64_t wide, int64_t at) {
-        const bool second = apart && at;
-        const Weight<T> next = up_.of(e, std::min(column + wide, up_.n - 1));
-        (second ? two : one).times(
-            second ? j : column - first, task.rows, left, product + at, 2 * kWide, task.c1 > i0 + n ? &next : nullptr);
-        if (given_.up_bias) add_bias(bias(given_.up_bias) + e * up_.n + column, wide, task.rows, product + at, 2 * kWide);
-        if (pre)
-          for (int64_t r = 0; r < task.rows; ++r)
-            convert(product + r * 2 * kWide + at, pre + (task.first + r) * up_.n + column, wide);
-      });
-      write_activations(task, i0 + j, count, product, act);
-    }
+  // Pre-activations column..column+columns of a task's rows.
+  void multiply_up(
+      const Task& task, int64_t column, int64_t columns, const C* left, A* product, int64_t step, bool more) const {
+    const int64_t e = task.of->expert;
+    const Weight<T> next = up_.of(e, std::min(column + columns, up_.n - 1));
+    multiply_columns<C>(up_.of(e, column), columns, hidden_, task.rows, left, product, step, more ? &next : nullptr);
+    if (given_.up_bias) add_bias(bias(given_.up_bias) + e * up_.n + column, columns, task.rows, product, step);
   }
 
-  void write_activations(const Task& task, int64_t i0, int64_t n, A* product, C* act) const {
+  void write_activations(const Task& task, int64_t i0, int64_t n, A* product, int64_t stride, C* act) const {
     const int64_t panel = panel_size<C>(width_), row0 = routing_.panel_row[task.first];
+    A* line = scratch<A>(kLine, n);
     with_kind(activation_.kind, [&](auto kind) {
-      alignas(64) A line[kWide];
       for (int64_t r = 0; r < task.rows; ++r) {
-        A* gate = product + r * 2 * kWide;
-        activate_row<decltype(kind)::value>(gate, up_part(gate), step(), n, activation_, line);
+        A* gate = product + r * stride;
+        activate_row<decltype(kind)::value>(gate, up_part(gate, stride / 2), step(), n, activation_, line);
         write_row(line, n, act, panel, row0 + r, i0);
         if (i0 + n == width_) pad_row(act, panel, row0 + r, width_);
       }
@@ -178,22 +166,21 @@ class Experts {
         given_.hidden_TH.options().dtype(c10::CppTypeToScalarType<A>::value));
     if (!need_d_act && !act) return d_weights;
     const ExpertWeights<T> turned = down_.swapped();
-    const int64_t at_once = Columns<C, T>::at_once(turned);
+    const int64_t at_once = columns_at_once<C>(turned);
     run_tasks(tasks.size(), [&](int64_t i) {
       const Task& task = tasks[i];
       const C* left = need_d_act ? gather_rows<C, T>(task, grad, hidden_, hidden_, routing_.token.data()) : nullptr;
-      A* product = scratch<A>(kOut, (kRowsPerTask + 32) * kWide);
+      A* product = scratch<A>(kOut, (kRowsPerTask + 32) * at_once);
       A* dots = scratch<A>(kSum, kRowsPerTask);
       start_dots(task, grad, need_weights, dots);
       for (int64_t i0 = task.c0; i0 < task.c1; i0 += at_once) {
         const int64_t n = std::min(at_once, task.c1 - i0);
-        C* packed = scratch<C>(kRight, Columns<C, T>::packed_size(n, hidden_));
-        const Columns<C, T> columns(turned.of(task.of->expert, i0), need_d_act ? n : 0, hidden_, task.rows, packed);
-        for (int64_t j = 0; j < n; j += kWide) {
-          if (need_d_act) columns.times(j, task.rows, left, product, kWide);
-          else std::fill(product, product + task.rows * kWide, A(0));
-          write_pre_gradients(task, i0 + j, std::min(kWide, n - j), product, pre, d_pre, act, dots);
+        if (need_d_act) {
+          multiply_columns<C>(turned.of(task.of->expert, i0), n, hidden_, task.rows, left, product, at_once);
+        } else {
+          std::fill(product, product + task.rows * at_once, A(0));
         }
+        write_pre_gradients(task, i0, n, product, at_once, pre, d_pre, act, dots);
       }
       if (need_weights) {
         A* to = d_weights.template data_ptr<A>() + task.chunk * given_.index_TK.numel();
@@ -215,23 +202,25 @@ class Experts {
   }
 
   void write_pre_gradients(
-      const Task& task, int64_t i0, int64_t n, const A* d_act, const T* pre, C* d_pre, C* act, A* dots) const {
+      const Task& task, int64_t i0, int64_t n, const A* d_act, int64_t stride, const T* pre, C* d_pre, C* act,
+      A* dots) const {
     const int64_t panel = panel_size<C>(width_), pre_panel = panel_size<C>(up_.n), row0 = routing_.panel_row[task.first];
+    A *line = scratch<A>(kLine, 5 * n), *d_line = line + 2 * n, *values = line + 4 * n;
     with_kind(activation_.kind, [&](auto kind) {
-      alignas(64) A line[2 * kWide], d_line[2 * kWide], values[kWide];
       for (int64_t r = 0; r < task.rows; ++r) {
         const T* row = pre + (task.first + r) * up_.n;
-        for_parts(i0, n, [&](int64_t c, int64_t count, int64_t at) { convert(row + c, line + at, count); });
+        for_parts(i0, n, n, [&](int64_t c, int64_t count, int64_t at) { convert(row + c, line + at, count); });
         const A weight = row_weight_[task.first + r];
         dots[r] += activate_row_backward<decltype(kind)::value>(
-            line, up_part(line), step(), n, activation_, weight, d_act + r * kWide, values, d_line, up_part(d_line));
+            line, up_part(line, n), step(), n, activation_, weight, d_act + r * stride, values, d_line,
+            up_part(d_line, n));
         if (act) {
           for (int64_t c = 0; c < n; ++c) values[c] *= weight;
           write_row(values, n, act, panel, row0 + r, i0);
           if (i0 + n == width_) pad_row(act, panel, row0 + r, width_);
         }
         if (!d_pre) continue;
-        for_parts(i0, n, [&](int64_t c, int64_t count, int64_t at) {
+        for_parts(i0, n, n, [&](int64_t c, int64_t count, int64_t at) {
           write_row(d_line + at, count, d_pre, pre_panel, row0 + r, c);
         });
         if (i0 + n == width_) pad_row(d_pre, pre_panel, row0 + r, up_.n);

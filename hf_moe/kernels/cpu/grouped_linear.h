@@ -31,26 +31,23 @@ void multiply_rows_by_expert(
     const Routing& routing, const T* rows, int64_t num_rows, const ExpertWeights<T>& weights, const T* bias, T* out) {
   using C = typename compute<T>::type;
   using A = Acc<C>;
-  constexpr int64_t wide = kColumns<A>;
   int64_t chunks;
   const std::vector<Task> tasks = plan_tasks(routing, weights.n, &chunks);
-  const int64_t at_once = Columns<C, T>::at_once(weights);
+  const int64_t at_once = columns_at_once<C>(weights);
   run_tasks(tasks.size(), [&](int64_t i) {
     const Task& task = tasks[i];
     const int64_t e = task.of->expert;
     const C* left = gather_rows<C, T>(task, rows, weights.k, weights.k, routing.slot.data());
-    A* product = scratch<A>(kOut, (kRowsPerTask + 32) * wide);
+    A* product = scratch<A>(kOut, (kRowsPerTask + 32) * at_once);
     for (int64_t c0 = task.c0; c0 < task.c1; c0 += at_once) {
-      const int64_t n = std::min(at_once, task.c1 - c0);
-      C* packed = scratch<C>(kRight, Columns<C, T>::packed_size(n, weights.k));
-      const Columns<C, T> columns(weights.of(e, c0), n, weights.k, task.rows, packed);
-      for (int64_t c = 0; c < n; c += wide) {
-        const int64_t count = std::min(wide, n - c);
-        const Weight<T> next = weights.of(e, std::min(c0 + c + wide, weights.n - 1));
-        columns.times(c, task.rows, left, product, wide, c0 + n < task.c1 ? &next : nullptr);
-        if (bias) add_bias(bias + e * weights.n + c0 + c, count, task.rows, product, wide);
-        for (int64_t r = 0; r < task.rows; ++r) convert(product + r * wide, out + (task.first + r) * weights.n + c0 + c, count);
-      }
+      const int64_t columns = std::min(at_once, task.c1 - c0);
+      const Weight<T> next = weights.of(e, std::min(c0 + columns, weights.n - 1));
+      multiply_columns<C>(
+          weights.of(e, c0), columns, weights.k, task.rows, left, product, at_once,
+          c0 + columns < task.c1 ? &next : nullptr);
+      if (bias) add_bias(bias + e * weights.n + c0, columns, task.rows, product, at_once);
+      for (int64_t r = 0; r < task.rows; ++r)
+        convert(product + r * at_once, out + (task.first + r) * weights.n + c0, columns);
     }
   });
   std::fill(out + routing.rows() * weights.n, out + num_rows * weights.n, T(0.0f));

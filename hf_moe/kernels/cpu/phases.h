@@ -29,48 +29,40 @@ ExpertWeights<T> weights_of(const Tensor& w, bool transposed) {
   return {w.const_data_ptr<T>(), w.stride(0), w.stride(n), w.stride(k), w.size(n), w.size(k)};
 }
 
-// Some columns of an expert's weight, ready to multiply `rows` rows or more, panel by panel.
+// How many columns to multiply at once, so that memory is read in long runs: a panel where the inner dimension is
+// contiguous, 2 KiB where the columns are.
 template <class C, class T>
-class Columns {
- public:
+int64_t columns_at_once(const ExpertWeights<T>& weights) {
+  const bool by_columns = weights.n_step == 1 && weights.k_step != 1;
+  return by_columns ? std::max<int64_t>(kColumns<Acc<C>>, 2048 / sizeof(T)) : kColumns<Acc<C>>;
+}
+
+// out[rows padded to 16][columns padded to kColumns] = rows of a left operand times columns 0.. of a weight. Columns
+// that do not exist are zero or left alone. `next` are the weights needed soon.
+template <class C, class T>
+void multiply_columns(
+    const Weight<T>& weight, int64_t columns, int64_t k, int64_t rows, const C* left, Acc<C>* out, int64_t step,
+    const Weight<T>* next = nullptr) {
   using A = Acc<C>;
-  static constexpr int64_t kWide = kColumns<A>;
-
-  // How many columns to take at once: more than a panel where that makes the runs of memory longer.
-  static int64_t at_once(const ExpertWeights<T>& weights) {
-    return weights.n_step == 1 && weights.k_step != 1 ? std::max<int64_t>(kWide, 512 / sizeof(T)) : kWide;
+  constexpr int64_t wide = kColumns<A>;
+  const int64_t panel = panel_size<C>(k);
+  if (weight.k_step == 1 && rows <= kFewRows<C>) return dot<C, T>(rows, left, panel, weight, columns, k, out, step);
+  // where columns are contiguous, some rows of all of them at a time: what is packed stays in the second-level cache
+  const int64_t depth = weight.k_step == 1 ? round_up(k, kBlock<C>) : 256;
+  C* packed = scratch<C>(kRight, depth * round_up(columns, wide));
+  Ahead ahead;
+  if (next && next->k_step == 1) {
+    ahead = {reinterpret_cast<const char*>(next->base), static_cast<int64_t>(wide * next->n_step * sizeof(T) / 64), 0};
   }
-  static int64_t packed_size(int64_t columns, int64_t k) {
-    return round_up(k, kBlock<C>) * round_up(columns, kWide);
-  }
-  Columns(const Weight<T>& weight, int64_t columns, int64_t k, int64_t rows, C* packed)
-      : weight_(weight), columns_(columns), k_(k), packed_(packed), few_(weight.k_step == 1 && rows <= kFewRows<C>) {
-    if (!few_) pack_weight<C, A>(weight, columns, k, packed);
-  }
-  // out[rows padded to 16][kWide] = rows times columns c..; columns that do not exist are left alone or zero.
-  // `next` are the weights needed soon.
-  void times(int64_t c, int64_t rows, const C* left, A* out, int64_t step, const Weight<T>* next = nullptr) const {
-    const int64_t panel = panel_size<C>(k_);
-    if (few_) return dot<C, T>(rows, left, panel, weight_.column(c), std::min(kWide, columns_ - c), k_, out, step);
-    Ahead ahead;
-    if (next && next->k_step == 1) {
-      ahead = {reinterpret_cast<const char*>(next->base), static_cast<int64_t>(kWide * next->n_step * sizeof(T) / 64), 0};
+  for (int64_t k0 = 0; k0 < k; k0 += depth) {
+    const int64_t deep = std::min(depth, k - k0), padded = round_up(deep, kBlock<C>);
+    pack_weight<C, A>(Weight<T>{weight.base + k0 * weight.k_step, weight.n_step, weight.k_step}, columns, deep, packed);
+    for (int64_t c = 0; c < columns; c += wide) {
+      const C* from = packed + c * padded;
+      multiply<C>(
+          rows, left + k0 * kRows, panel, from, padded / kUnit<C>, out + c, step, k0 > 0, c ? Ahead{} : ahead);
     }
-    const C* packed = packed_ + packed_size(c, k_);
-    multiply<C>(rows, left, panel, packed, round_up(k_, kBlock<C>) / kUnit<C>, out, step, false, ahead);
   }
-
- private:
-  Weight<T> weight_;
-  int64_t columns_, k_;
-  C* packed_;
-  bool few_;
-};
-
-template <class A, class T>
-void add_bias(const T* bias, int64_t columns, int64_t rows, A* product, int64_t step) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) product[r * step + c] += widen(bias[c]);
 }
 
 // A task's rows, gathered from a matrix in the tensors' dtype into a left operand.
@@ -85,6 +77,12 @@ C* gather_rows(const Task& task, const T* matrix, int64_t step, int64_t k, const
   return left;
 }
 
+template <class A, class T>
+void add_bias(const T* bias, int64_t columns, int64_t rows, A* product, int64_t step) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) product[r * step + c] += widen(bias[c]);
+}
+
 // out[t] = sum over the token's rows, experts ascending, of row_weight * (row of `left` times the expert's weight
 // + bias). A task owns columns of `out`, so that no two threads add to one value and the order is always the same.
 template <class C, class T>
@@ -93,31 +91,29 @@ void sum_over_experts(
     int64_t num_tokens, T* out) {
   using A = Acc<C>;
   constexpr int64_t wide = kColumns<A>;
-  const int64_t share = round_up((weights.n + 4 * at::get_num_threads() - 1) / (4 * at::get_num_threads()), wide);
-  const int64_t width = std::min(Columns<C, T>::at_once(weights), share), panel = panel_size<C>(weights.k);
+  const int64_t at_once = columns_at_once<C>(weights), threads = at::get_num_threads();
+  const int64_t width = std::min(at_once, round_up((weights.n + threads - 1) / threads, wide));
+  const int64_t panel = panel_size<C>(weights.k);
   run_tasks((weights.n + width - 1) / width, [&](int64_t i) {
     const int64_t c0 = i * width, columns = std::min(width, weights.n - c0), stride = round_up(columns, wide);
     A* sum = scratch<A>(kSum, num_tokens * stride);
-    A* product = scratch<A>(kOut, (kRowsPerTask + 32) * wide);
-    C* packed = scratch<C>(kRight, Columns<C, T>::packed_size(columns, weights.k));
+    A* product = scratch<A>(kOut, (kRowsPerTask + 32) * stride);
     std::fill(sum, sum + num_tokens * stride, A(0));
     for (size_t a = 0; a < routing.active.size(); ++a) {
       const ExpertRows& of = *routing.active[a];
-      const Columns<C, T> panels(weights.of(of.expert, c0), columns, weights.k, of.count(), packed);
       const bool more = a + 1 < routing.active.size();
       const Weight<T> next = weights.of(more ? routing.active[a + 1]->expert : of.expert, c0);
       for (int64_t first = of.begin; first < of.end; first += kRowsPerTask) {
         const int64_t rows = std::min(kRowsPerTask, of.end - first);
         const C* from = left + (of.padded + first - of.begin) / kRows * panel;
-        for (int64_t c = 0; c < columns; c += wide) {
-          panels.times(c, rows, from, product, wide, more && first == of.begin ? &next : nullptr);
-          const int64_t count = std::min(wide, columns - c);
-          if (bias) add_bias(bias + of.expert * weights.n + c0 + c, count, rows, product, wide);
-          for (int64_t r = 0; r < rows; ++r) {
-            const A weight = row_weight ? row_weight[first + r] : A(1);
-            A* to = sum + routing.token[first + r] * stride + c;
-            for (int64_t j = 0; j < wide; ++j) to[j] += weight * product[r * wide + j];
-          }
+        multiply_columns<C>(
+            weights.of(of.expert, c0), columns, weights.k, rows, from, product, stride,
+            more && first == of.begin ? &next : nullptr);
+        if (bias) add_bias(bias + of.expert * weights.n + c0, columns, rows, product, stride);
+        for (int64_t r = 0; r < rows; ++r) {
+          const A weight = row_weight ? row_weight[first + r] : A(1);
+          A* to = sum + routing.token[first + r] * stride;
+          for (int64_t c = 0; c < columns; ++c) to[c] += weight * product[r * stride + c];
         }
       }
     }
@@ -125,7 +121,7 @@ void sum_over_experts(
   });
 }
 
-constexpr int64_t kLeftColumns = 256, kDepth = 256;  // of a weight gradient's task: rows of the result, inner dimension
+constexpr int64_t kLeftColumns = 512, kDepth = 256;  // of a weight gradient's task: rows of the result, inner dimension
 
 // One block of a weight gradient [a, b]: rows a0.. of the result, all columns; the inner dimension is the expert's rows.
 template <class C, class T, class Left, class Right>
@@ -151,7 +147,7 @@ void weight_gradient_block(
             rows, turned + a / kRows * panel, panel, packed + c * round_up(r1 - r0, kBlock<C>),
             round_up(r1 - r0, kBlock<C>) / kUnit<C>, tile + c, stride, r0 > of.begin);
       if (r1 < of.end) continue;
-      for (int64_t i = 0; i < rows; ++i) convert(tile + i * stride, out + (a0 + a + i) * b, b);
+      for (int64_t i = 0; i < rows; ++i) convert_past_caches(tile + i * stride, out + (a0 + a + i) * b, b);
     }
   }
 }
@@ -170,6 +166,7 @@ void weight_gradient(const Routing& routing, const Left& left, const Right& righ
     T* to = out + of.expert * a * b;
     if (of.count() == 0) std::fill(to + a0 * b, to + (a0 + a_count) * b, T(0.0f));
     else weight_gradient_block<C, T>(left, right, of, a0, a_count, b, to);
+    finish_past_caches();
   });
 }
 

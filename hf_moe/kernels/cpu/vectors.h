@@ -114,4 +114,27 @@ INLINE void convert(const From* from, To* to, int64_t n) {
   }
 }
 
+// The same for results that nobody reads soon: lines that are written whole need not be read first.
+template <class From, class To>
+INLINE void convert_past_caches(const From* from, To* to, int64_t n) {
+#if defined(__AVX512F__)
+  constexpr int64_t line = 64 / sizeof(To);
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && n % line == 0) {
+    alignas(64) To values[line];
+    for (int64_t i = 0; i < n; i += line) {
+      convert(from + i, values, line);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_load_si512(values));
+    }
+    return;
+  }
+#endif
+  convert(from, to, n);
+}
+// Makes the above visible to other threads.
+INLINE void finish_past_caches() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace hf_moe
