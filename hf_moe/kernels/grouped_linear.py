@@ -72,8 +72,6 @@ def grouped_linear_kernel(
     """out = row_weight * (scale * row @ weight[e]^T + low @ low_weight[e]^T + bias[e]); grid (M * column tiles,)."""
     tile, col_block = tile_of_program(num_tiles, tl.cdiv(B, BLOCK_N), GROUP)
     expert, rows, row_ok = rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
-    if tl.load(row_M + tile) < 0:
-        return
     cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < B
     slots = rows
@@ -82,7 +80,7 @@ def grouped_linear_kernel(
     target = slots if SCATTER else rows
     out_at = out_NB + target.to(tl.int64)[:, None] * B + cols[None, :]
     out_ok = row_ok[:, None] & col_ok[None, :]
-    if expert < 0:
+    if expert < 0:  # rows of no expert are zero; an unused tile has no rows
         tl.store(out_at, tl.zeros((BLOCK_M, BLOCK_N), out_NB.dtype.element_ty), mask=out_ok)
         return
 

@@ -59,8 +59,6 @@ def up_kernel(
     P = 2 * width if GATED else width
     tile, col_block = tile_of_program(num_tiles, tl.cdiv(width, BLOCK_N), GROUP)
     expert, rows, row_ok = rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
-    if tl.load(row_M + tile) < 0:
-        return
     act_cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = col_block * (WIDE * BLOCK_N) + tl.arange(0, WIDE * BLOCK_N)
     col_ok = cols < WIDE * width
@@ -68,7 +66,7 @@ def up_kernel(
     act_ok = row_ok[:, None] & (act_cols < width)[None, :]
     pre_at = pre_NP + rows.to(tl.int64)[:, None] * P + cols[None, :]
     pre_ok = row_ok[:, None] & col_ok[None, :]
-    if expert < 0:
+    if expert < 0:  # rows of no expert are zero; an unused tile has no rows
         tl.store(act_at, tl.zeros((BLOCK_M, BLOCK_N), act_NI.dtype.element_ty), mask=act_ok)
         if STORE_PRE:
             nothing = tl.zeros((BLOCK_M, WIDE * BLOCK_N), pre_NP.dtype.element_ty)
