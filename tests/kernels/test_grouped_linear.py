@@ -9,7 +9,7 @@ from hf_moe.kernels import grouped_linear
 from hf_moe.kernels.grouped_linear import launch_grouped_linear
 from hf_moe.kernels.routing import RowOrder, sort_rows
 from hf_moe.kernels.tiles import Tile
-from kernel_cases import DTYPES, assert_right
+from kernel_cases import DTYPES, amid_nan, assert_right
 from numerics import ROUTINGS
 
 NUM_OUT = 20  # no multiple of a tile
@@ -137,6 +137,16 @@ def test_operands_may_have_any_strides(device):
     problem.rows = problem.rows.T.contiguous().T
     problem.weight = problem.weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     problem.low_weight = torch.stack([problem.low_weight] * 2, -1)[..., 0]
+    assert torch.equal(problem.launch(device), wanted)
+
+
+@pytest.mark.parametrize("options", ["adapted_down", "adapted_transposed", "up_projection"])
+def test_nothing_is_read_beyond_the_operands(options, device):
+    problem = Problem("odd_sizes", OPTIONS[options], torch.float32)
+    wanted = problem.launch(device)
+    problem.rows, problem.weight = amid_nan(problem.rows), amid_nan(problem.weight)
+    if problem.low_weight is not None:
+        problem.low, problem.low_weight = amid_nan(problem.low), amid_nan(problem.low_weight)
     assert torch.equal(problem.launch(device), wanted)
 
 

@@ -10,7 +10,7 @@ from hf_moe.kernels import up
 from hf_moe.kernels.routing import RowOrder, sort_rows
 from hf_moe.kernels.tiles import Tile
 from hf_moe.kernels.up import launch_up
-from kernel_cases import DTYPES, GATES, Layer, assert_right
+from kernel_cases import DTYPES, GATES, Layer, amid_nan, assert_right
 from numerics import ROUTINGS
 
 
@@ -95,6 +95,16 @@ def test_operands_may_have_any_strides(device):
         up_weight=layer.up_weight.permute(2, 0, 1).contiguous().permute(1, 2, 0),
     )
     actual, _ = launch_up(strided.hidden, strided.up_weight, order, **options)
+    assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gpt_oss"])
+def test_nothing_is_read_beyond_the_operands(gate, device):
+    layer = kernel_cases.layer("odd_sizes", gate).to(torch.float32, device)
+    order, options = order_of(layer, device), {"top_k": layer.index.shape[1], **layer.gate.options()}
+    wanted, _ = launch_up(layer.hidden, layer.up_weight, order, bias=layer.up_bias, **options)
+    operands = (amid_nan(layer.hidden), amid_nan(layer.up_weight))
+    actual, _ = launch_up(*operands, order, bias=layer.up_bias, **options)
     assert torch.equal(actual, wanted)
 
 
