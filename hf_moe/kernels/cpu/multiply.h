@@ -195,17 +195,39 @@ INLINE Vec<Acc<C>> dot_step(Vec<Acc<C>> sum, const C* x, const T* w) {  // one v
   return sum + row * wide;
 }
 
-template <class A>
-INLINE A sum_lanes(Vec<A> v) {
+// The sum over the lanes of each of `count` vectors.
+template <class A, int count>
+INLINE void sum_lanes(const Vec<A>* v, A* sums) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_add_ps((__m512)v);
+  if constexpr (std::is_same_v<A, float>) {  // 16 vectors at a time: every step halves them
+    __m512 t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) t[i] = i < count ? (__m512)v[i < count ? i : 0] : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      t[i] = _mm512_add_ps(_mm512_unpacklo_ps(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_ps(t[2 * i], t[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+      t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+#pragma GCC unroll 2
+    for (int n = 2; n >= 1; --n)
+#pragma GCC unroll 2
+      for (int i = 0; i < n; ++i)
+        t[i] = _mm512_add_ps(
+            _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
+    _mm512_mask_storeu_ps(sums, static_cast<__mmask16>((1u << count) - 1), t[0]);
+    return;
+  }
 #endif
-  A sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
-  return sum;
+  for (int n = 0; n < count; ++n) {
+    sums[n] = 0;
+    for (int i = 0; i < kLanes<A>; ++i) sums[n] += v[n][i];
+  }
 }
 
-// out[m][n] for `rows` rows of one panel and `columns` weight rows.
+// out[m][n] for `rows` rows and `columns` weight rows; x holds block after block of all rows.
 template <class C, class T, int rows, int columns>
 void dot_tile(const C* x, const Weight<T>& w, int64_t k, Acc<C>* out, int64_t step) {
   using A = Acc<C>;
@@ -213,7 +235,7 @@ void dot_tile(const C* x, const Weight<T>& w, int64_t k, Acc<C>* out, int64_t st
   Vec<A> sum[rows][columns] = {};
   auto block = [&](const C* xs, const T* const* ws) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int j = 0; j < columns; ++j) __builtin_prefetch(ws[j] + columns * w.n_step);  // the next rows
+    for (int j = 0; j < columns; ++j) __builtin_prefetch(ws[j] + columns * w.n_step, 0, 2);  // the next rows
 #pragma GCC unroll 16
     for (int v = 0; v < kBlock<C>; v += lanes)
 #pragma GCC unroll 16
@@ -226,7 +248,7 @@ void dot_tile(const C* x, const Weight<T>& w, int64_t k, Acc<C>* out, int64_t st
   for (; k0 + kBlock<C> <= k; k0 += kBlock<C>) {
 #pragma GCC unroll 16
     for (int j = 0; j < columns; ++j) from[j] = w.base + j * w.n_step + k0;
-    block(x + k0 * kRows, from);
+    block(x + k0 * rows, from);
   }
   if (k0 < k) {  // the row's padding is zero, but the weight's next values need not be finite
     T tail[columns][kBlock<C>] = {};
@@ -234,28 +256,41 @@ void dot_tile(const C* x, const Weight<T>& w, int64_t k, Acc<C>* out, int64_t st
       std::copy(w.base + j * w.n_step + k0, w.base + j * w.n_step + k, tail[j]);
       from[j] = tail[j];
     }
-    block(x + k0 * kRows, from);
+    block(x + k0 * rows, from);
   }
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < columns; ++j) out[i * step + j] = sum_lanes<A>(sum[i][j]);
+  A sums[rows * columns];
+  sum_lanes<A, rows * columns>(&sum[0][0], sums);
+  for (int i = 0; i < rows; ++i) std::copy(sums + i * columns, sums + (i + 1) * columns, out + i * step);
 }
 
-template <class C, class T, int columns>
-void dot_rows(int64_t rows, const C* x, int64_t panel, const Weight<T>& w, int64_t k, Acc<C>* out, int64_t step) {
-  for (int64_t r = 0; r < rows;) {
-    const C* from = panel_run(x, panel, r, 0);
-    const int64_t left = rows - r;
-    if (left >= 4) { dot_tile<C, T, 4, columns>(from, w, k, out + r * step, step); r += 4; }
-    else if (left >= 2) { dot_tile<C, T, 2, columns>(from, w, k, out + r * step, step); r += 2; }
-    else { dot_tile<C, T, 1, columns>(from, w, k, out + r * step, step); r += 1; }
-  }
+// Each weight row is read once: as many rows at a time as there are, and so many columns that the sums fit registers.
+// The rows are copied to lie close together, because panels of which half is used crowd the first-level cache.
+template <class C, class T, int rows>
+void dot_columns(
+    const C* left, const Weight<T>& w, int64_t columns, int64_t k, Acc<C>* out, int64_t step, C* compact) {
+  constexpr int at_once = rows <= 4 ? 4 : 2;
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock<C>)
+    std::memcpy(compact + k0 * rows, left + k0 * kRows, rows * kBlock<C> * sizeof(C));
+  int64_t c = 0;
+  for (; c + at_once <= columns; c += at_once) dot_tile<C, T, rows, at_once>(compact, w.column(c), k, out + c, step);
+  for (; c < columns; ++c) dot_tile<C, T, rows, 1>(compact, w.column(c), k, out + c, step);
 }
+
+constexpr int64_t kDotRows = 8;  // of one panel; rows that do not exist give sums that nobody reads
 
 template <class C, class T>
-void dot(int64_t rows, const C* x, int64_t panel, const Weight<T>& w, int64_t columns, int64_t k, Acc<C>* out, int64_t step) {
-  int64_t c = 0;
-  for (; c + 4 <= columns; c += 4) dot_rows<C, T, 4>(rows, x, panel, w.column(c), k, out + c, step);
-  for (; c < columns; ++c) dot_rows<C, T, 1>(rows, x, panel, w.column(c), k, out + c, step);
+void dot(
+    int64_t rows, const C* left, const Weight<T>& w, int64_t columns, int64_t k, Acc<C>* out, int64_t step,
+    C* compact) {
+  switch (rows) {
+    case 1: return dot_columns<C, T, 1>(left, w, columns, k, out, step, compact);
+    case 2: return dot_columns<C, T, 2>(left, w, columns, k, out, step, compact);
+    case 3: return dot_columns<C, T, 3>(left, w, columns, k, out, step, compact);
+    case 4: return dot_columns<C, T, 4>(left, w, columns, k, out, step, compact);
+    case 5:
+    case 6: return dot_columns<C, T, 6>(left, w, columns, k, out, step, compact);
+    default: return dot_columns<C, T, kDotRows>(left, w, columns, k, out, step, compact);
+  }
 }
 
 }  // namespace hf_moe
