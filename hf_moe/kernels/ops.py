@@ -43,9 +43,8 @@ from .up import launch_up
 
 __all__ = ["triton_experts", "triton_experts_lora", "triton_grouped_linear"]
 
-# Up to here a product of one row per expert is all that a row tile would hold, and two launches without a sort win;
-# at 128 rows published sorted kernels reach 84 to 93 % of the memory floor (vLLM). Not yet tuned on a GPU.
-DECODE_MAX_ROWS = 64
+# Up to one row an expert on average, two launches without a sort win; decode.py says why. Not yet tuned on a GPU.
+DECODE_ROWS_PER_EXPERT = 1
 
 
 class LayerWants(NamedTuple):
@@ -116,7 +115,7 @@ def triton_experts(
 def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
     """(out_TH, pre_NP, order_N, expert_end_E); all but the output are empty unless kept for backward."""
     gate = Gate(*gate)
-    if not keep and 0 < index_TK.numel() <= DECODE_MAX_ROWS:
+    if not keep and 0 < index_TK.numel() <= DECODE_ROWS_PER_EXPERT * up_weight.shape[0]:
         require_ids(index_TK, num_ids)
         operands = (hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias)
         out_TH = launch_decode(*operands, **gate._asdict())

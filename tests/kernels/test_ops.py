@@ -107,7 +107,7 @@ def test_only_the_wanted_gradient_is_computed(name, monkeypatch, device):
 
 
 def test_inference_keeps_nothing(monkeypatch, device):
-    monkeypatch.setattr(ops, "DECODE_MAX_ROWS", 0)
+    monkeypatch.setattr(ops, "DECODE_ROWS_PER_EXPERT", 0)
     layer = kernel_cases.layer("balanced", "silu").to(torch.float32, device)
     wanted = run(layer, torch.ones_like(layer.hidden))["out"]
     calls = counted(monkeypatch, ops, "launch_up")
@@ -118,9 +118,10 @@ def test_inference_keeps_nothing(monkeypatch, device):
 
 
 def test_few_rows_without_gradients_take_the_decode_kernels(monkeypatch, device):
+    monkeypatch.setattr(ops, "DECODE_ROWS_PER_EXPERT", 6)
     calls = counted(monkeypatch, ops, "launch_decode")
     layer = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
-    assert layer.index.numel() <= ops.DECODE_MAX_ROWS
+    assert layer.index.numel() == 6 * layer.up_weight.shape[0]
     out = triton_experts(*layer.arguments())
     assert len(calls) == 1
     torch.testing.assert_close(out, run(layer, torch.ones_like(layer.hidden))["out"])
