@@ -44,6 +44,9 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448, "tcgen05", "mma"),
     "sm_120": Chip(GPUTarget("cuda", 120, 32), 101376, "mma", "mma"),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536, "mfma", "mfma"),
+    # without a table of their own: they get tiles/default.json
+    "sm_103": Chip(GPUTarget("cuda", 103, 32), 232448, "tcgen05", "mma"),
+    "gfx90a": Chip(GPUTarget("hip", "gfx90a", 64), 65536, "mfma", "mfma"),
 }
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import kernel_cases
-from hf_moe.kernels import ops
 from hf_moe.kernels.ops import triton_experts, triton_experts_lora, triton_grouped_linear
 from kernel_cases import Gate, Layer, assert_right
 from numerics import assert_as_good_as

@@ -72,7 +72,7 @@ void multiply_rows(
     for (int j = 0; j < n; ++j) store(out + i * step + j * kLanes<A>, sum[i][j]);
 }
 
-constexpr int kTile = VECTOR_BYTES == 32 ? 4 : 8;  // rows of the register tile; divides 16
+constexpr int kTile = VECTOR_BYTES == 64 ? 8 : 4;  // rows of the register tile; divides 16
 
 template <class C>
 void multiply_tile(

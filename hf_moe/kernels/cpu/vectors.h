@@ -63,9 +63,9 @@ using Vec = typename vector_of<A>::type;
 template <class A>
 constexpr int kLanes = vector_of<A>::lanes;
 
-// Columns of a packed weight panel: enough accumulators to hide the latency of a multiply-add.
+// Columns of a packed weight panel, a multiple of 16: enough sums to hide the latency of a multiply-add.
 template <class A>
-constexpr int kColumns = VECTOR_BYTES >= 32 ? 2 * kLanes<A> : 16 * 4 / sizeof(A);
+constexpr int kColumns = 2 * kLanes<A> > 16 ? 2 * kLanes<A> : 16;
 
 template <class A>
 INLINE Vec<A> load(const A* p) {
