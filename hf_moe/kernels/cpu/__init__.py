@@ -1,4 +1,20 @@
-"""Experts on the CPU: a compiled kernel that is built on first use, as differentiable operators."""
+"""Experts on the CPU: a compiled kernel that is built on first use, as differentiable operators.
+
+Why the host's implementations are slow, and what is done instead (measured on two cores; layer H=1024, I=512, E=64):
+
+- Every expert's product is a call of its own that splits few rows over all threads. Here a thread has an expert (or
+  columns of all experts) for itself, and several experts are under way at once.
+- Few rows: time is the weights' bytes over the memory's speed. Up to 16 rows of an expert are multiplied with the
+  weights as they lie, each read once and fetched ahead (16 tokens: 21 GB/s, where a plain read reaches 22 to 26).
+- bfloat16: the library turns every weight into its own layout on every call. Here it is packed block by block in the
+  cache, for the matrix unit where there is one.
+- Training: the gradients of all weights are fresh memory, and the first touch of 4 KiB pages is dear (400 MB: 350 ms
+  by one thread). Here large pages are asked for, each gradient is written once past the caches, and only empty
+  experts' are zeroed.
+- Copies: gathered rows [T*K, H], gate, up, activations, products and their weighted copies are tensors there; here
+  gathering, bias, activation, weighting and the sum over slots happen in the cache, and only the pre-activations are
+  kept for backward.
+"""
 
 from .build import why_not
 from .ops import cpu_experts, cpu_grouped_linear

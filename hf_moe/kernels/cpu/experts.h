@@ -57,7 +57,8 @@ class Experts {
     activate(keep_pre ? pre.data_ptr<T>() : nullptr, act.data_ptr<C>());
     Tensor out = fresh({tokens_, hidden_}, options);
     sum_over_experts<C, T>(
-        routing_, act.const_data_ptr<C>(), down_, bias(given_.down_bias), row_weight_.data(), tokens_, out.data_ptr<T>());
+        routing_, act.const_data_ptr<C>(), down_, bias(given_.down_bias), row_weight_.data(), tokens_,
+        out.data_ptr<T>());
     return {out, pre};
   }
 
@@ -204,7 +205,8 @@ class Experts {
   void write_pre_gradients(
       const Task& task, int64_t i0, int64_t n, const A* d_act, int64_t stride, const T* pre, C* d_pre, C* act,
       A* dots) const {
-    const int64_t panel = panel_size<C>(width_), pre_panel = panel_size<C>(up_.n), row0 = routing_.panel_row[task.first];
+    const int64_t panel = panel_size<C>(width_), pre_panel = panel_size<C>(up_.n);
+    const int64_t row0 = routing_.panel_row[task.first];
     A *line = scratch<A>(kLine, 5 * n), *d_line = line + 2 * n, *values = line + 4 * n;
     with_kind(activation_.kind, [&](auto kind) {
       for (int64_t r = 0; r < task.rows; ++r) {
@@ -240,11 +242,10 @@ class Experts {
 
   template <class Source>
   Tensor bias_gradient_of(const Source& rows, const A* row_weight, int64_t columns) const {
-    Tensor out = at::empty({up_bias_experts(), columns}, given_.hidden_TH.options());
+    Tensor out = at::empty({given_.up_weight.size(0), columns}, given_.hidden_TH.options());
     bias_gradient<C, T>(routing_, rows, row_weight, columns, out.data_ptr<T>());
     return out;
   }
-  int64_t up_bias_experts() const { return given_.up_weight.size(0); }
 
   ExpertsArguments given_;
   ExpertWeights<T> up_, down_;

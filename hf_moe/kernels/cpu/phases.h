@@ -6,7 +6,7 @@
 
 namespace hf_moe {
 
-enum Slot { kLeft, kRight, kOut, kSum, kLine, kBig };
+enum Slot { kLeft, kRight, kOut, kSum, kLine };
 
 // Up to this many rows of an expert its weights are read once, as they lie; from here on packing them pays. Measured on
 // two cores with AVX512 and a matrix unit, weights [64, 1024, 1024] from memory, GB/s of weights as they lie / packed (a

@@ -43,7 +43,7 @@ E* scratch(int slot, int64_t count) {
     std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
     int64_t bytes = 0;
   };
-  static thread_local Buffer buffers[6];
+  static thread_local Buffer buffers[5];  // one for each Slot
   Buffer& buffer = buffers[slot];
   const int64_t bytes = round_up(count * sizeof(E), 4096);
   if (bytes > buffer.bytes) {
