@@ -3,6 +3,7 @@
 
 #include "multiply.h"
 #include "routing.h"
+#include "stream.h"
 
 namespace hf_moe {
 
@@ -54,6 +55,9 @@ void multiply_columns(
     for (int64_t r = 0; r < rows; r += kDotRows)
       dot<C, T>(rows - r, panel_run(left, panel, r, 0), weight, columns, k, out + r * step, step, compact);
     return;
+  }
+  if (weight.n_step == 1 && weight.k_step != 1 && rows <= kStreamedRows) {
+    return stream<C, T>(rows, left, weight, columns, k, out, step);
   }
   // where columns are contiguous, some rows of all of them at a time: what is packed stays in the second-level cache
   const int64_t depth = weight.k_step == 1 ? round_up(k, kBlock<C>) : 256;
