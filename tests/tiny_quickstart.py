@@ -27,7 +27,7 @@ SIZES = {
     "learning_rate": 1e-2,
     "adapter_learning_rate": 2e-2,
     "base_tokens_per_minute": 100_000,
-    "adapter_tokens_per_minute": 60_000,
+    "adapter_tokens_per_minute": 120_000,
 }
 
 
