@@ -19,24 +19,16 @@ from torch import Tensor
 
 from .activation import activate, activation_kind, glu
 from .backward_activation import activation_gradient, launch_grad_weights, load_pre, store_act, store_pre
+from .dense_layer import BACKWARD, FORWARD, LayerWants, gradients_like, make_differentiable
 from .layer import (
-    GATE,
-    LAYER,
-    ORDER,
-    SAVED,
     Gate,
     bias_gradient,
     differentiates,
     gpu_op,
-    kept_shapes,
-    like_wanted,
     nothing_kept,
-    placed,
-    require_kept,
     require_one_dtype,
     require_shapes,
 )
-from .ops import LayerWants
 from .routing import RowOrder, sort_rows, tile_map
 from .weight_gradient import block_of, unit_stride_rows
 
@@ -364,10 +356,7 @@ def triton_hybrid_experts(
     return torch.ops.hf_moe.triton_hybrid_experts(*tensors, num_ids, differentiates(*tensors), *gate)[0]
 
 
-@gpu_op(
-    "hf_moe::triton_hybrid_experts",
-    f"({LAYER}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@gpu_op("hf_moe::triton_hybrid_experts", FORWARD)
 def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
     """(out_TH, pre_NP, order_N, expert_end_E); all but the output are empty unless kept for backward."""
     gate, top_k = Gate(*gate), index_TK.shape[1]
@@ -390,16 +379,7 @@ def _pre_width(up_weight: Tensor, gate: Gate) -> int:
     return up_weight.shape[2 if gate.transposed else 1]
 
 
-@_experts.register_fake
-def _(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
-    kept = kept_shapes(hidden_TH, index_TK, up_weight, keep, Gate(*gate).transposed)
-    return hidden_TH.new_empty(hidden_TH.shape), *kept
-
-
-@gpu_op(
-    "hf_moe::triton_hybrid_experts_backward",
-    f"(Tensor grad_out, {SAVED}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
-)
+@gpu_op("hf_moe::triton_hybrid_experts_backward", BACKWARD)
 def _experts_backward(
     grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E, wants, *gate
 ):
@@ -407,7 +387,7 @@ def _experts_backward(
     gate, wants, order = Gate(*gate), LayerWants(*wants), RowOrder(order_N, expert_end_E)
     top_k = weights_TK.shape[1]
     if not pre_NP.shape[0]:
-        empty = _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, wants, gate)
+        empty = gradients_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, wants)
         return [gradient.zero_() for gradient in empty]
     grad_rows_NH = launch_gather_rows(grad_out_TH, order, top_k)
     grad_act_NI = _product(grad_rows_NH, down_weight, order, not gate.transposed)
@@ -433,33 +413,4 @@ def _experts_backward(
     return gradients
 
 
-def _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, wants, gate: Gate) -> list[Tensor]:
-    """Memory for the wanted gradients."""
-    up_bias = up_weight.new_empty(up_weight.shape[0], _pre_width(up_weight, gate))
-    return like_wanted((hidden_TH, weights_TK, up_weight, up_bias, down_weight, down_bias), wants)
-
-
-@_experts_backward.register_fake
-def _(grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order, ends, wants, *gate):
-    return _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, wants, Gate(*gate))
-
-
-def _keep(ctx, inputs, output) -> None:
-    hidden_TH, _, weights_TK, up_weight, _, down_weight, down_bias, _, keep, *ctx.gate = inputs
-    require_kept(keep)
-    _, pre_NP, order_N, expert_end_E = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E)
-
-
-def _differentiate(ctx, grad_out_TH, *_):
-    needs = ctx.needs_input_grad
-    wants = LayerWants(needs[0], *needs[2:7])
-    if grad_out_TH is None:
-        return (None,) * len(needs)
-    gradients = torch.ops.hf_moe.triton_hybrid_experts_backward(grad_out_TH, *ctx.saved_tensors, wants, *ctx.gate)
-    hidden, *rest = placed(gradients, wants)
-    return (hidden, None, *rest, *(None for _ in needs[7:]))
-
-
-_experts.register_autograd(_differentiate, setup_context=_keep)
+make_differentiable(_experts, _experts_backward)

@@ -16,23 +16,18 @@ from torch import Tensor
 
 from .backward_activation import launch_backward_activation
 from .decode import launch_decode
+from .dense_layer import BACKWARD, FORWARD, LayerWants, gradients_like, make_differentiable
 from .grouped_linear import launch_grouped_linear
 from .layer import (
-    GATE,
-    LAYER,
-    ORDER,
-    SAVED,
     Gate,
     bias_gradient,
     differentiates,
     gpu_op,
     hidden_gradient,
-    kept_shapes,
     like_wanted,
     nothing_kept,
     placed,
     project_down,
-    require_kept,
     require_one_dtype,
     require_shapes,
     weight_gradient,
@@ -45,17 +40,6 @@ __all__ = ["triton_experts", "triton_experts_lora", "triton_grouped_linear"]
 
 # Up to one row an expert on average, two launches without a sort win; decode.py says why. Not yet tuned on a GPU.
 DECODE_ROWS_PER_EXPERT = 1
-
-
-class LayerWants(NamedTuple):
-    """Which gradients of a layer with dense weights are wanted, in the order they are returned."""
-
-    hidden: bool
-    weights: bool
-    up_weight: bool
-    up_bias: bool
-    down_weight: bool
-    down_bias: bool
 
 
 class LinearWants(NamedTuple):
@@ -108,10 +92,7 @@ def triton_experts(
     return torch.ops.hf_moe.triton_experts(*tensors, num_ids, differentiates(*tensors), *gate)[0]
 
 
-@gpu_op(
-    "hf_moe::triton_experts",
-    f"({LAYER}, int num_ids, bool keep, {GATE}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@gpu_op("hf_moe::triton_experts", FORWARD)
 def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
     """(out_TH, pre_NP, order_N, expert_end_E); all but the output are empty unless kept for backward."""
     gate = Gate(*gate)
@@ -131,16 +112,7 @@ def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, d
     return out_TH, pre_NP, *order
 
 
-@_experts.register_fake
-def _(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
-    kept = kept_shapes(hidden_TH, index_TK, up_weight, keep, Gate(*gate).transposed)
-    return hidden_TH.new_empty(hidden_TH.shape), *kept
-
-
-@gpu_op(
-    "hf_moe::triton_experts_backward",
-    f"(Tensor grad_out, {SAVED}, {ORDER}, bool[] wants, {GATE}) -> Tensor[]",
-)
+@gpu_op("hf_moe::triton_experts_backward", BACKWARD)
 def _experts_backward(
     grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E, wants, *gate
 ):
@@ -148,7 +120,7 @@ def _experts_backward(
     gate, wants, order = Gate(*gate), LayerWants(*wants), RowOrder(order_N, expert_end_E)
     top_k = weights_TK.shape[1]
     if not pre_NP.shape[0]:
-        empty = _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, wants)
+        empty = gradients_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, wants)
         return [gradient.zero_() for gradient in empty]
     grad_pre_NP, weighted_act_NI, grad_weights_TK = launch_backward_activation(
         grad_out_TH,
@@ -178,36 +150,7 @@ def _experts_backward(
     return gradients
 
 
-@_experts_backward.register_fake
-def _(grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order, ends, wants, *gate):
-    return _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, wants)
-
-
-def _layer_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, wants) -> list[Tensor]:
-    """Memory for the wanted gradients."""
-    up_bias = up_weight.new_empty(up_weight.shape[0], pre_NP.shape[1])
-    return like_wanted((hidden_TH, weights_TK, up_weight, up_bias, down_weight, down_bias), wants)
-
-
-def _keep_layer(ctx, inputs, output) -> None:
-    hidden_TH, _, weights_TK, up_weight, _, down_weight, down_bias, _, keep, *ctx.gate = inputs
-    require_kept(keep)
-    _, pre_NP, order_N, expert_end_E = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E)
-
-
-def _differentiate_layer(ctx, grad_out_TH, *_):
-    needs = ctx.needs_input_grad
-    wants = LayerWants(needs[0], *needs[2:7])
-    if grad_out_TH is None:
-        return (None,) * len(needs)
-    gradients = torch.ops.hf_moe.triton_experts_backward(grad_out_TH, *ctx.saved_tensors, list(wants), *ctx.gate)
-    hidden, *rest = placed(gradients, wants)
-    return (hidden, None, *rest, *(None for _ in needs[7:]))
-
-
-_experts.register_autograd(_differentiate_layer, setup_context=_keep_layer)
+make_differentiable(_experts, _experts_backward)
 
 
 def triton_grouped_linear(
