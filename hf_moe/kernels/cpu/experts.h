@@ -32,7 +32,7 @@ template <class T>
 class Experts {
   using C = typename compute<T>::type;
   using A = Acc<C>;
-  static constexpr int64_t kWide = kColumns<A>;
+  static constexpr int64_t kWide = kColumns<C>;
 
  public:
   explicit Experts(const ExpertsArguments& given)
@@ -114,9 +114,9 @@ class Experts {
 
   void activate(T* pre, C* act) const {
     int64_t chunks;
-    const std::vector<Task> tasks = plan_tasks(routing_, width_, &chunks);
     const int64_t parts = activation_.gated ? 2 : 1;
     const int64_t at_once = round_up(columns_at_once<C>(up_) / parts, kWide);
+    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks);
     run_tasks(tasks.size(), [&](int64_t i) {
       const Task& task = tasks[i];
       const C* left = gather_rows<C, T>(
@@ -161,13 +161,13 @@ class Experts {
   // the routing weights' gradient [T, K]; every task has its own part of all three.
   Tensor activate_backward(const T* grad, const T* pre, C* d_pre, C* act, bool need_d_act, bool need_weights) const {
     int64_t chunks;
-    const std::vector<Task> tasks = plan_tasks(routing_, width_, &chunks);
+    const ExpertWeights<T> turned = down_.swapped();
+    const int64_t at_once = columns_at_once<C>(turned);
+    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks);
     Tensor d_weights = at::zeros(
         {need_weights ? chunks : 0, given_.index_TK.size(0), given_.index_TK.size(1)},
         given_.hidden_TH.options().dtype(c10::CppTypeToScalarType<A>::value));
     if (!need_d_act && !act) return d_weights;
-    const ExpertWeights<T> turned = down_.swapped();
-    const int64_t at_once = columns_at_once<C>(turned);
     run_tasks(tasks.size(), [&](int64_t i) {
       const Task& task = tasks[i];
       const C* left = need_d_act ? gather_rows<C, T>(task, grad, hidden_, hidden_, routing_.token.data()) : nullptr;

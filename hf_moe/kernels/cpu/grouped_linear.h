@@ -32,8 +32,8 @@ void multiply_rows_by_expert(
   using C = typename compute<T>::type;
   using A = Acc<C>;
   int64_t chunks;
-  const std::vector<Task> tasks = plan_tasks(routing, weights.n, &chunks);
   const int64_t at_once = columns_at_once<C>(weights);
+  const std::vector<Task> tasks = plan_tasks(routing, weights.n, at_once, &chunks);
   run_tasks(tasks.size(), [&](int64_t i) {
     const Task& task = tasks[i];
     const int64_t e = task.of->expert;

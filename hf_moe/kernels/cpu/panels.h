@@ -152,9 +152,9 @@ void pack_left_transposed(const Source& source, int64_t r0, int64_t r1, int64_t 
 }
 
 // Rows r0..r1 as the inner dimension of a right operand, columns c0..c0+kColumns; rows padded with zeros.
-template <class C, class A, class Source>
+template <class C, class Source>
 void pack_right_rows(const Source& source, int64_t r0, int64_t r1, int64_t c0, int64_t columns, C* to) {
-  constexpr int n = kColumns<A>;
+  constexpr int n = kColumns<C>;
   alignas(64) C even[16], odd[16];
   for (int64_t r = r0; r < r0 + round_up(r1 - r0, kBlock<C>); r += kUnit<C>) {
     for (int64_t c = 0; c < n; c += 16, to += 16 * kUnit<C>) {
@@ -198,32 +198,47 @@ INLINE void pack_weight_block(const Weight<T>& w, int64_t wide, int64_t k0, int6
   transpose_block(block, kBlock<C>, to, to_step);
 }
 
-// Columns 0..columns of a weight as panels, one after the other; k padded with zeros to blocks, columns to kColumns.
-// Where columns are contiguous, several panels at once read longer runs of memory.
-template <class C, class A, class T>
-void pack_weight(const Weight<T>& w, int64_t columns, int64_t k, C* to) {
-  constexpr int n = kColumns<A>, u = kUnit<C>;
+// 16 columns of one unit of a weight whose columns are contiguous.
+template <class C, class T>
+INLINE void pack_unit(const T* from, int64_t k_step, C* to) {
+  if constexpr (kUnit<C> == 2) interleave(from, from + k_step, to);
+  else convert(from, to, 16);
+}
+// The same where only `wide` columns and `deep` values of the inner dimension exist; the others are zero.
+template <class C, class T>
+void pack_part_of_unit(const T* from, int64_t k_step, int64_t wide, int64_t deep, C* to) {
+  T line[kUnit<C>][16] = {};
+  for (int64_t j = 0; j < std::min<int64_t>(deep, kUnit<C>); ++j) std::copy_n(from + j * k_step, wide, line[j]);
+  pack_unit<C>(line[0], 16, to);
+}
+
+// A weight whose columns are contiguous: all panels at once, to read long runs of memory.
+template <class C, class T>
+void pack_contiguous_columns(const Weight<T>& w, int64_t columns, int64_t k, C* to) {
+  constexpr int64_t n = kColumns<C>, u = kUnit<C>, ahead = 16;  // rows to fetch early
   const int64_t panel = round_up(k, kBlock<C>) * n;
-  if (w.n_step == 1) {
-    constexpr int64_t kAhead = 16;  // rows
-    alignas(64) C line[2][16];
-    for (int64_t k0 = 0; k0 < round_up(k, kBlock<C>); k0 += u) {
-      const T* from = w.base + k0 * w.k_step;
-      for (int64_t c = 0; c < round_up(columns, n); c += 16) {
-        const int64_t wide = std::clamp<int64_t>(columns - c, 0, 16);
-        for (int j = 0; j < u; ++j) {
-          if (k0 + j < k) {
-            __builtin_prefetch(from + c + (kAhead + j) * w.k_step);
-            convert(from + c + j * w.k_step, line[j], wide);
-          }
-          std::fill(line[j] + (k0 + j < k ? wide : 0), line[j] + 16, C(0.0f));
-        }
-        C* out = to + c / n * panel + k0 * n + c % n * u;
-        if constexpr (u == 1) std::memcpy(out, line[0], sizeof(line[0])); else interleave(line[0], line[1], out);
+  for (int64_t k0 = 0; k0 < round_up(k, kBlock<C>); k0 += u) {
+    const T* from = w.base + k0 * w.k_step;
+    for (int64_t c = 0; c < round_up(columns, n); c += 16) {
+      const int64_t wide = std::clamp<int64_t>(columns - c, 0, 16), deep = std::max<int64_t>(k - k0, 0);
+      C* out = to + c / n * panel + k0 * n + c % n * u;
+      if (wide == 16 && deep >= u) {
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < u; ++j) __builtin_prefetch(from + c + (ahead + j) * w.k_step);
+        pack_unit<C>(from + c, w.k_step, out);
+      } else {
+        pack_part_of_unit<C>(from + c, w.k_step, wide, deep, out);
       }
     }
-    return;
   }
+}
+
+// Columns 0..columns of a weight as panels, one after the other; k padded with zeros to blocks, columns to kColumns.
+template <class C, class T>
+void pack_weight(const Weight<T>& w, int64_t columns, int64_t k, C* to) {
+  constexpr int n = kColumns<C>, u = kUnit<C>;
+  const int64_t panel = round_up(k, kBlock<C>) * n;
+  if (w.n_step == 1) return pack_contiguous_columns<C>(w, columns, k, to);
   for (int64_t c = 0; c < round_up(columns, n); c += 16) {
     const int64_t wide = std::clamp<int64_t>(columns - c, 0, 16);
     for (int64_t k0 = 0; k0 < k; k0 += kBlock<C>) {

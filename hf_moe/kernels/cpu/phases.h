@@ -33,12 +33,12 @@ ExpertWeights<T> weights_of(const Tensor& w, bool transposed) {
   return {w.const_data_ptr<T>(), w.stride(0), w.stride(n), w.stride(k), w.size(n), w.size(k)};
 }
 
-// How many columns to multiply at once, so that memory is read in long runs: a panel where the inner dimension is
-// contiguous, 2 KiB where the columns are.
+// How many columns to multiply at once, so that memory is read in long runs: 32 where the inner dimension is contiguous,
+// 2 KiB where the columns are.
 template <class C, class T>
 int64_t columns_at_once(const ExpertWeights<T>& weights) {
   const bool by_columns = weights.n_step == 1 && weights.k_step != 1;
-  return by_columns ? std::max<int64_t>(kColumns<Acc<C>>, 2048 / sizeof(T)) : kColumns<Acc<C>>;
+  return by_columns ? 2048 / sizeof(T) : 32;
 }
 
 // out[rows padded to 16][columns padded to kColumns] = rows of a left operand times columns 0.. of a weight. Columns
@@ -48,7 +48,7 @@ void multiply_columns(
     const Weight<T>& weight, int64_t columns, int64_t k, int64_t rows, const C* left, Acc<C>* out, int64_t step,
     const Weight<T>* next = nullptr) {
   using A = Acc<C>;
-  constexpr int64_t wide = kColumns<A>;
+  constexpr int64_t wide = kColumns<C>;
   const int64_t panel = panel_size<C>(k);
   if (weight.k_step == 1 && rows <= kFewRows<C>) {
     C* compact = scratch<C>(kRight, kDotRows * round_up(k, kBlock<C>));
@@ -56,7 +56,7 @@ void multiply_columns(
       dot<C, T>(rows - r, panel_run(left, panel, r, 0), weight, columns, k, out + r * step, step, compact);
     return;
   }
-  if (weight.n_step == 1 && weight.k_step != 1 && rows <= kStreamedRows) {
+  if (weight.n_step == 1 && weight.k_step != 1 && rows <= kStreamedRows<C>) {
     return stream<C, T>(rows, left, weight, columns, k, out, step);
   }
   // where columns are contiguous, some rows of all of them at a time: what is packed stays in the second-level cache
@@ -68,7 +68,7 @@ void multiply_columns(
   }
   for (int64_t k0 = 0; k0 < k; k0 += depth) {
     const int64_t deep = std::min(depth, k - k0), padded = round_up(deep, kBlock<C>);
-    pack_weight<C, A>(Weight<T>{weight.base + k0 * weight.k_step, weight.n_step, weight.k_step}, columns, deep, packed);
+    pack_weight<C>(Weight<T>{weight.base + k0 * weight.k_step, weight.n_step, weight.k_step}, columns, deep, packed);
     for (int64_t c = 0; c < columns; c += wide) {
       const C* from = packed + c * padded;
       multiply<C>(
@@ -95,6 +95,54 @@ void add_bias(const T* bias, int64_t columns, int64_t rows, A* product, int64_t 
     for (int64_t c = 0; c < columns; ++c) product[r * step + c] += widen(bias[c]);
 }
 
+// sum[token] += row_weight * product, for sorted rows first..first+rows.
+template <class A>
+void add_rows(
+    const Routing& routing, int64_t first, int64_t rows, const A* row_weight, const A* product, int64_t product_step,
+    int64_t columns, A* sum, int64_t sum_step) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A weight = row_weight ? row_weight[first + r] : A(1);
+    A* to = sum + routing.token[first + r] * sum_step;
+    for (int64_t c = 0; c < columns; ++c) to[c] += weight * product[r * product_step + c];
+  }
+}
+
+// Whether `sum_over_experts` is for few rows of each expert, whose weights have contiguous columns.
+template <class C, class T>
+bool has_few_rows(const Routing& routing, const ExpertWeights<T>& weights) {
+  const int64_t active = static_cast<int64_t>(routing.active.size());
+  const bool by_columns = weights.n_step == 1 && weights.k_step != 1;
+  return by_columns && routing.rows() <= 4 * active && active >= 2 * at::get_num_threads();
+}
+
+// The same sums with an expert as a task: its weights are read in one run, and its products are kept until all are there.
+template <class C, class T>
+void sum_few_rows_over_experts(
+    const Routing& routing, const C* left, const ExpertWeights<T>& weights, const T* bias, const Acc<C>* row_weight,
+    int64_t num_tokens, T* out) {
+  using A = Acc<C>;
+  constexpr int64_t run = 4096 / sizeof(T);
+  const int64_t panel = panel_size<C>(weights.k), stride = round_up(weights.n, kColumns<C>);
+  const std::unique_ptr<A[]> products(new A[routing.rows() * stride]);
+  run_tasks(routing.active.size(), [&](int64_t i) {
+    const ExpertRows& of = *routing.active[i];
+    A* product = scratch<A>(kOut, round_up(of.count(), 32) * stride);
+    for (int64_t c0 = 0; c0 < weights.n; c0 += run)
+      multiply_columns<C>(
+          weights.of(of.expert, c0), std::min(run, weights.n - c0), weights.k, of.count(),
+          left + of.padded / kRows * panel, product + c0, stride);
+    if (bias) add_bias(bias + of.expert * weights.n, weights.n, of.count(), product, stride);
+    std::copy_n(product, of.count() * stride, products.get() + of.begin * stride);
+  });
+  run_tasks((weights.n + run - 1) / run, [&](int64_t i) {
+    const int64_t c0 = i * run, columns = std::min(run, weights.n - c0);
+    A* sum = scratch<A>(kSum, num_tokens * columns);
+    std::fill_n(sum, num_tokens * columns, A(0));
+    add_rows(routing, 0, routing.rows(), row_weight, products.get() + c0, stride, columns, sum, columns);
+    for (int64_t t = 0; t < num_tokens; ++t) convert(sum + t * columns, out + t * weights.n + c0, columns);
+  });
+}
+
 // out[t] = sum over the token's rows, experts ascending, of row_weight * (row of `left` times the expert's weight
 // + bias). A task owns columns of `out`, so that no two threads add to one value and the order is always the same.
 template <class C, class T>
@@ -102,7 +150,9 @@ void sum_over_experts(
     const Routing& routing, const C* left, const ExpertWeights<T>& weights, const T* bias, const Acc<C>* row_weight,
     int64_t num_tokens, T* out) {
   using A = Acc<C>;
-  constexpr int64_t wide = kColumns<A>;
+  if (has_few_rows<C>(routing, weights))
+    return sum_few_rows_over_experts<C, T>(routing, left, weights, bias, row_weight, num_tokens, out);
+  constexpr int64_t wide = kColumns<C>;
   const int64_t at_once = columns_at_once<C>(weights), threads = at::get_num_threads();
   const int64_t width = std::min(at_once, round_up((weights.n + threads - 1) / threads, wide));
   const int64_t panel = panel_size<C>(weights.k);
@@ -122,11 +172,7 @@ void sum_over_experts(
             weights.of(of.expert, c0), columns, weights.k, rows, from, product, stride,
             more && first == of.begin ? &next : nullptr);
         if (bias) add_bias(bias + of.expert * weights.n + c0, columns, rows, product, stride);
-        for (int64_t r = 0; r < rows; ++r) {
-          const A weight = row_weight ? row_weight[first + r] : A(1);
-          A* to = sum + routing.token[first + r] * stride;
-          for (int64_t c = 0; c < columns; ++c) to[c] += weight * product[r * stride + c];
-        }
+        add_rows(routing, first, rows, row_weight, product, stride, columns, sum, stride);
       }
     }
     for (int64_t t = 0; t < num_tokens; ++t) convert(sum + t * stride, out + t * weights.n + c0, columns);
@@ -140,7 +186,7 @@ template <class C, class T, class Left, class Right>
 void weight_gradient_block(
     const Left& left, const Right& right, const ExpertRows& of, int64_t a0, int64_t a_count, int64_t b, T* out) {
   using A = Acc<C>;
-  constexpr int64_t wide = kColumns<A>;
+  constexpr int64_t wide = kColumns<C>;
   const int64_t stride = round_up(b, wide), deep = std::min(of.count(), kDepth);
   const bool one_step = of.count() <= kDepth;
   C* turned = scratch<C>(kLeft, panel_size<C>(deep) * (round_up(a_count, 32) / kRows));
@@ -150,7 +196,7 @@ void weight_gradient_block(
     const int64_t r1 = std::min(r0 + kDepth, of.end), panel = panel_size<C>(r1 - r0);
     pack_left_transposed<C>(left, r0, r1, a0, a_count, turned);
     for (int64_t c = 0; c < b; c += wide)
-      pack_right_rows<C, A>(right, r0, r1, c, std::min(wide, b - c), packed + c * round_up(r1 - r0, kBlock<C>));
+      pack_right_rows<C>(right, r0, r1, c, std::min(wide, b - c), packed + c * round_up(r1 - r0, kBlock<C>));
     for (int64_t a = 0; a < a_count; a += 32) {  // row by row: the result is written in long runs
       const int64_t rows = std::min<int64_t>(32, a_count - a);
       A* tile = product + (one_step ? 0 : a * stride);

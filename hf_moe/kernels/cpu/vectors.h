@@ -63,9 +63,9 @@ using Vec = typename vector_of<A>::type;
 template <class A>
 constexpr int kLanes = vector_of<A>::lanes;
 
-// Columns of a packed weight panel, a multiple of 16: enough sums to hide the latency of a multiply-add.
-template <class A>
-constexpr int kColumns = 2 * kLanes<A> > 16 ? 2 * kLanes<A> : 16;
+// Columns of a packed weight panel, a multiple of 16.
+template <class C>
+constexpr int kColumns = std::is_same_v<C, bf16> ? 32 : 16;
 
 template <class A>
 INLINE Vec<A> load(const A* p) {
@@ -87,6 +87,28 @@ INLINE float widen(bf16 x) {
 INLINE float widen(float x) { return x; }
 INLINE double widen(double x) { return x; }
 INLINE float widen(half x) { return static_cast<float>(x); }
+
+// A vector of values of another dtype. Said in whole vectors, because compilers build one lane by lane otherwise.
+template <class A, class T>
+INLINE Vec<A> load_wide(const T* p) {
+  if constexpr (std::is_same_v<A, T>) {
+    return load(p);
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
+    typedef uint32_t Word __attribute__((vector_size(VECTOR_BYTES)));
+    Short v;
+    std::memcpy(&v, p, sizeof(v));
+    return (Vec<A>)(__builtin_convertvector(v, Word) << 16);
+  } else {
+#if defined(__AVX512F__)
+    return (Vec<A>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+    Vec<A> v;
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+  }
+}
 
 template <class T>
 INLINE T narrow(float x) {
