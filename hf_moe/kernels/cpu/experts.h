@@ -30,8 +30,10 @@ struct NeededGradients {
 
 template <class T>
 class Experts {
+ protected:
   using C = typename compute<T>::type;
   using A = Acc<C>;
+  using Term = LowRankTerm<C, T>;
   static constexpr int64_t kWide = kColumns<C>;
 
  public:
@@ -48,16 +50,15 @@ class Experts {
     for (int64_t n = 0; n < routing_.rows(); ++n) row_weight_[n] = from[routing_.slot[n]];
   }
 
-  // out [T, H] and, if kept, the pre-activations [N, P] of the sorted rows, zeros for sentinels.
-  std::tuple<Tensor, Tensor> forward(bool keep_pre) const {
-    const auto options = given_.hidden_TH.options();
-    Tensor pre = keep_pre ? fresh({given_.index_TK.numel(), up_.n}, options) : at::empty({0}, options);
-    if (keep_pre) pre.narrow(0, routing_.rows(), pre.size(0) - routing_.rows()).zero_();
+  // out [T, H] and, if kept, the pre-activations [N, P] of the sorted rows, zeros for sentinels. The terms are added to
+  // the two products, if they are not null.
+  std::tuple<Tensor, Tensor> forward(bool keep_pre, const Term* up_term = nullptr, const Term* down_term = nullptr) const {
+    Tensor pre = kept_rows(keep_pre ? up_.n : 0);
     const Tensor act = left_operand(width_);
-    activate(keep_pre ? pre.data_ptr<T>() : nullptr, act.data_ptr<C>());
-    Tensor out = fresh({tokens_, hidden_}, options);
+    activate(keep_pre ? pre.data_ptr<T>() : nullptr, act.data_ptr<C>(), up_term, down_term);
+    Tensor out = fresh({tokens_, hidden_}, given_.hidden_TH.options());
     sum_over_experts<C, T>(
-        routing_, act.const_data_ptr<C>(), down_, bias(given_.down_bias), row_weight_.data(), tokens_,
+        routing_, act.const_data_ptr<C>(), down_, bias(given_.down_bias), down_term, row_weight_.data(), tokens_,
         out.data_ptr<T>());
     return {out, pre};
   }
@@ -75,12 +76,7 @@ class Experts {
         grad_TH.const_data_ptr<T>(), pre.const_data_ptr<T>(), need_pre ? d_pre.data_ptr<C>() : nullptr,
         need.down_weight ? act.data_ptr<C>() : nullptr, need_pre || need.weights, need.weights);
     if (need.weights) out[1] = d_weights.to(given_.weights_TK.scalar_type());
-    if (need.hidden) {
-      out[0] = fresh({tokens_, hidden_}, given_.hidden_TH.options());
-      sum_over_experts<C, T>(
-          routing_, d_pre.const_data_ptr<C>(), up_.swapped(), static_cast<const T*>(nullptr), nullptr, tokens_,
-          out[0].data_ptr<T>());
-    }
+    if (need.hidden) out[0] = hidden_gradient(d_pre.const_data_ptr<C>());
     if (need.up_weight) out[2] = gradient_of(given_.up_weight, d_pres, inputs);
     if (need.down_weight) out[4] = gradient_of(given_.down_weight, grads, acts);
     if (need.up_bias) out[3] = bias_gradient_of(d_pres, nullptr, up_.n);
@@ -88,10 +84,20 @@ class Experts {
     return out;
   }
 
- private:
+ protected:
+  // Memory for values [N, columns] of the sorted rows, zero for sentinels; none if there are no columns.
+  Tensor kept_rows(int64_t columns) const {
+    if (columns == 0) return at::empty({0}, given_.hidden_TH.options());
+    Tensor rows = fresh({given_.index_TK.numel(), columns}, given_.hidden_TH.options());
+    rows.narrow(0, routing_.rows(), rows.size(0) - routing_.rows()).zero_();
+    return rows;
+  }
   Tensor left_operand(int64_t k) const {
     const int64_t elements = k ? panel_size<C>(k) * (routing_.padded_rows / kRows) : 0;
     return fresh({elements}, given_.hidden_TH.options().dtype(c10::CppTypeToScalarType<C>::value));
+  }
+  const C* panels_of(const C* left, int64_t k, const Task& task) const {
+    return left + routing_.panel_row[task.first] / kRows * panel_size<C>(k);
   }
   PanelRows<C> panel_rows(const Tensor& left, int64_t k) const {
     return {left.const_data_ptr<C>(), routing_.panel_row.data(), panel_size<C>(k)};
@@ -112,35 +118,44 @@ class Experts {
     if (activation_.gated) f(width_ + i0, n, apart);
   }
 
-  void activate(T* pre, C* act) const {
+  void activate(T* pre, C* act, const Term* up_term, const Term* down_term) const {
     int64_t chunks;
     const int64_t parts = activation_.gated ? 2 : 1;
     const int64_t at_once = round_up(columns_at_once<C>(up_) / parts, kWide);
     const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks);
+    const auto gather = [&](const Task& task) {
+      return gather_rows<C, T>(task, given_.hidden_TH.const_data_ptr<T>(), hidden_, hidden_, routing_.token.data());
+    };
+    const auto act_of = [&](const Task& task) { return panels_of(act, width_, task); };
+    compute_shared(up_term, tasks, chunks, gather);
     run_tasks(tasks.size(), [&](int64_t i) {
       const Task& task = tasks[i];
-      const C* left = gather_rows<C, T>(
-          task, given_.hidden_TH.const_data_ptr<T>(), hidden_, hidden_, routing_.token.data());
+      const C* left = gather(task);
+      if (up_term && chunks == 1) up_term->compute(task, left);
       A* product = scratch<A>(kOut, (kRowsPerTask + 32) * parts * at_once);
       for (int64_t i0 = task.c0; i0 < task.c1; i0 += at_once) {
         const int64_t n = std::min(at_once, task.c1 - i0);
         for_parts(i0, n, at_once, [&](int64_t column, int64_t columns, int64_t at) {
-          multiply_up(task, column, columns, left, product + at, parts * at_once, i0 + n < task.c1);
+          multiply_up(task, column, columns, left, product + at, parts * at_once, i0 + n < task.c1, up_term);
           if (pre)
             for (int64_t r = 0; r < task.rows; ++r)
               convert(product + r * parts * at_once + at, pre + (task.first + r) * up_.n + column, columns);
         });
         write_activations(task, i0, n, product, parts * at_once, act);
       }
+      if (down_term && chunks == 1) down_term->compute(task, act_of(task));
     });
+    compute_shared(down_term, tasks, chunks, act_of);
   }
 
   // Pre-activations column..column+columns of a task's rows.
   void multiply_up(
-      const Task& task, int64_t column, int64_t columns, const C* left, A* product, int64_t step, bool more) const {
+      const Task& task, int64_t column, int64_t columns, const C* left, A* product, int64_t step, bool more,
+      const Term* term) const {
     const int64_t e = task.of->expert;
     const Weight<T> next = up_.of(e, std::min(column + columns, up_.n - 1));
     multiply_columns<C>(up_.of(e, column), columns, hidden_, task.rows, left, product, step, more ? &next : nullptr);
+    if (term) term->add(*task.of, task.first, task.rows, column, columns, product, step);
     if (given_.up_bias) add_bias(bias(given_.up_bias) + e * up_.n + column, columns, task.rows, product, step);
   }
 
@@ -158,8 +173,11 @@ class Experts {
   }
 
   // From the output's gradient to that of the pre-activations (times the routing weight), the weighted activations and
-  // the routing weights' gradient [T, K]; every task has its own part of all three.
-  Tensor activate_backward(const T* grad, const T* pre, C* d_pre, C* act, bool need_d_act, bool need_weights) const {
+  // the routing weights' gradient [T, K]; every task has its own part of all three. `down_term` is added to the
+  // activations' gradient; `up_term` gets its low-rank rows from the pre-activations' gradient.
+  Tensor activate_backward(
+      const T* grad, const T* pre, C* d_pre, C* act, bool need_d_act, bool need_weights,
+      const Term* down_term = nullptr, const Term* up_term = nullptr) const {
     int64_t chunks;
     const ExpertWeights<T> turned = down_.swapped();
     const int64_t at_once = columns_at_once<C>(turned);
@@ -168,9 +186,16 @@ class Experts {
         {need_weights ? chunks : 0, given_.index_TK.size(0), given_.index_TK.size(1)},
         given_.hidden_TH.options().dtype(c10::CppTypeToScalarType<A>::value));
     if (!need_d_act && !act) return d_weights;
+    const auto gather = [&](const Task& task) {
+      return gather_rows<C, T>(task, grad, hidden_, hidden_, routing_.token.data());
+    };
+    const auto d_pre_of = [&](const Task& task) { return panels_of(d_pre, up_.n, task); };
+    compute_shared(down_term, tasks, chunks, gather);
     run_tasks(tasks.size(), [&](int64_t i) {
       const Task& task = tasks[i];
-      const C* left = need_d_act ? gather_rows<C, T>(task, grad, hidden_, hidden_, routing_.token.data()) : nullptr;
+      const bool low_first = down_term && chunks == 1;
+      const C* left = need_d_act || low_first ? gather(task) : nullptr;
+      if (low_first) down_term->compute(task, left);
       A* product = scratch<A>(kOut, (kRowsPerTask + 32) * at_once);
       A* dots = scratch<A>(kSum, kRowsPerTask);
       start_dots(task, grad, need_weights, dots);
@@ -178,6 +203,7 @@ class Experts {
         const int64_t n = std::min(at_once, task.c1 - i0);
         if (need_d_act) {
           multiply_columns<C>(turned.of(task.of->expert, i0), n, hidden_, task.rows, left, product, at_once);
+          if (down_term) down_term->add(*task.of, task.first, task.rows, i0, n, product, at_once);
         } else {
           std::fill(product, product + task.rows * at_once, A(0));
         }
@@ -187,7 +213,9 @@ class Experts {
         A* to = d_weights.template data_ptr<A>() + task.chunk * given_.index_TK.numel();
         for (int64_t r = 0; r < task.rows; ++r) to[routing_.slot[task.first + r]] = dots[r];
       }
+      if (up_term && chunks == 1) up_term->compute(task, d_pre_of(task));
     });
+    compute_shared(up_term, tasks, chunks, d_pre_of);
     return need_weights ? d_weights.sum(0) : d_weights;
   }
 
@@ -228,6 +256,13 @@ class Experts {
         if (i0 + n == width_) pad_row(d_pre, pre_panel, row0 + r, up_.n);
       }
     });
+  }
+
+  Tensor hidden_gradient(const C* d_pre, const Term* up_term = nullptr) const {
+    Tensor out = fresh({tokens_, hidden_}, given_.hidden_TH.options());
+    sum_over_experts<C, T>(
+        routing_, d_pre, up_.swapped(), static_cast<const T*>(nullptr), up_term, nullptr, tokens_, out.data_ptr<T>());
+    return out;
   }
 
   // Gradient [E, n, k] or [E, k, n] of a weight whose outputs have the gradients `outs` and whose inputs were `ins`.

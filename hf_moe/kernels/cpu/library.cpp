@@ -1,6 +1,7 @@
 // The operators that ops.py calls. Arguments have been checked there, except for the ids, which only this code reads.
 #include "experts.h"
 #include "grouped_linear.h"
+#include "lora.h"
 
 #include <torch/library.h>
 
@@ -47,6 +48,36 @@ std::vector<Tensor> experts_backward(
   return with_dtype(hidden.scalar_type(), [&](auto t) { return Experts<decltype(t)>(given).backward(grad, pre, needed); });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> experts_lora_forward(
+    const Tensor& hidden, const Tensor& index, const Tensor& weights, const Tensor& up_weight,
+    const std::optional<Tensor>& up_bias, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
+    int64_t num_ids, c10::string_view activation, double alpha, double limit, double offset, bool gated,
+    bool transposed, bool interleaved, const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b,
+    const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b, double up_scale, double down_scale,
+    bool keep) {
+  const ExpertsArguments given{hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids,
+                               kind_of(activation), alpha, limit, offset, gated, transposed, interleaved};
+  const Factors up{up_a, up_b, up_scale}, down{down_a, down_b, down_scale};
+  return with_dtype(
+      hidden.scalar_type(), [&](auto t) { return LoraExperts<decltype(t)>(given, up, down).forward(keep); });
+}
+
+std::vector<Tensor> experts_lora_backward(
+    const Tensor& grad, const Tensor& pre, const Tensor& up_low, const Tensor& down_low, const Tensor& hidden,
+    const Tensor& index, const Tensor& weights, const Tensor& up_weight, const std::optional<Tensor>& up_bias,
+    const Tensor& down_weight, const std::optional<Tensor>& down_bias, int64_t num_ids, c10::string_view activation,
+    double alpha, double limit, double offset, bool gated, bool transposed, bool interleaved,
+    const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b, const std::optional<Tensor>& down_a,
+    const std::optional<Tensor>& down_b, double up_scale, double down_scale, std::array<bool, 6> need) {
+  const ExpertsArguments given{hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids,
+                               kind_of(activation), alpha, limit, offset, gated, transposed, interleaved};
+  const Factors up{up_a, up_b, up_scale}, down{down_a, down_b, down_scale};
+  const NeededLoraGradients needed{need[0], need[1], need[2], need[3], need[4], need[5]};
+  return with_dtype(hidden.scalar_type(), [&](auto t) {
+    return LoraExperts<decltype(t)>(given, up, down).backward(grad, pre, up_low, down_low, needed);
+  });
+}
+
 Tensor grouped_linear_forward(
     const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& expert_end,
     bool transposed) {
@@ -73,6 +104,17 @@ TORCH_LIBRARY_FRAGMENT(hf_moe_cpu, m) {
       "experts_backward(Tensor grad, Tensor pre, Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, "
       "Tensor? up_bias, Tensor down_weight, Tensor? down_bias, int num_ids, str activation, float alpha, float limit, "
       "float offset, bool gated, bool transposed, bool interleaved, bool[6] need) -> Tensor[]");
+  m.def(
+      "experts_lora_forward(Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, Tensor? up_bias, "
+      "Tensor down_weight, Tensor? down_bias, int num_ids, str activation, float alpha, float limit, float offset, "
+      "bool gated, bool transposed, bool interleaved, Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b, "
+      "float up_scale, float down_scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "experts_lora_backward(Tensor grad, Tensor pre, Tensor up_low, Tensor down_low, Tensor hidden, Tensor index, "
+      "Tensor weights, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, int num_ids, "
+      "str activation, float alpha, float limit, float offset, bool gated, bool transposed, bool interleaved, "
+      "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b, float up_scale, float down_scale, bool[6] need) "
+      "-> Tensor[]");
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor? bias, Tensor expert_end, bool transposed) -> Tensor");
   m.def(
       "grouped_linear_backward(Tensor grad, Tensor rows, Tensor weight, Tensor expert_end, bool transposed, "
@@ -81,6 +123,8 @@ TORCH_LIBRARY_FRAGMENT(hf_moe_cpu, m) {
 TORCH_LIBRARY_IMPL(hf_moe_cpu, CPU, m) {
   m.impl("experts_forward", experts_forward);
   m.impl("experts_backward", experts_backward);
+  m.impl("experts_lora_forward", experts_lora_forward);
+  m.impl("experts_lora_backward", experts_lora_backward);
   m.impl("grouped_linear", grouped_linear_forward);
   m.impl("grouped_linear_backward", grouped_linear_backward_of);
 }

@@ -1,13 +1,10 @@
 // The phases that experts and grouped linears are made of. Shape suffixes: T tokens, N sorted rows, E experts.
 #pragma once
 
-#include "multiply.h"
-#include "routing.h"
+#include "low_rank.h"
 #include "stream.h"
 
 namespace hf_moe {
-
-enum Slot { kLeft, kRight, kOut, kSum, kLine };
 
 // Up to this many rows of an expert its weights are read once, as they lie; from here on packing them pays. Measured on
 // two cores with AVX512 and a matrix unit, weights [64, 1024, 1024] from memory, GB/s of weights as they lie / packed (a
@@ -15,23 +12,6 @@ enum Slot { kLeft, kRight, kOut, kSum, kLine };
 // 18 / 15, 8 rows 17 / 15; further rows cost the matrix unit next to nothing.
 template <class C>
 constexpr int64_t kFewRows = std::is_same_v<C, bf16> ? 8 : 16;
-
-// A weight [E, n, k] (or [E, k, n]) as strides in elements.
-template <class T>
-struct ExpertWeights {
-  const T* base;
-  int64_t e_step, n_step, k_step, n, k;
-  Weight<T> of(int64_t expert, int64_t column = 0) const {
-    return {base + expert * e_step + column * n_step, n_step, k_step};
-  }
-  ExpertWeights swapped() const { return {base, e_step, k_step, n_step, k, n}; }
-};
-
-template <class T>
-ExpertWeights<T> weights_of(const Tensor& w, bool transposed) {
-  const int n = transposed ? 2 : 1, k = transposed ? 1 : 2;
-  return {w.const_data_ptr<T>(), w.stride(0), w.stride(n), w.stride(k), w.size(n), w.size(k)};
-}
 
 // How many columns to multiply at once, so that memory is read in long runs: 32 where the inner dimension is contiguous,
 // 2 KiB where the columns are.
@@ -118,8 +98,8 @@ bool has_few_rows(const Routing& routing, const ExpertWeights<T>& weights) {
 // The same sums with an expert as a task: its weights are read in one run, and its products are kept until all are there.
 template <class C, class T>
 void sum_few_rows_over_experts(
-    const Routing& routing, const C* left, const ExpertWeights<T>& weights, const T* bias, const Acc<C>* row_weight,
-    int64_t num_tokens, T* out) {
+    const Routing& routing, const C* left, const ExpertWeights<T>& weights, const T* bias, const LowRankTerm<C, T>* low,
+    const Acc<C>* row_weight, int64_t num_tokens, T* out) {
   using A = Acc<C>;
   constexpr int64_t run = 4096 / sizeof(T);
   const int64_t panel = panel_size<C>(weights.k), stride = round_up(weights.n, kColumns<C>);
@@ -131,6 +111,7 @@ void sum_few_rows_over_experts(
       multiply_columns<C>(
           weights.of(of.expert, c0), std::min(run, weights.n - c0), weights.k, of.count(),
           left + of.padded / kRows * panel, product + c0, stride);
+    if (low) low->add(of, of.begin, of.count(), 0, weights.n, product, stride);
     if (bias) add_bias(bias + of.expert * weights.n, weights.n, of.count(), product, stride);
     std::copy_n(product, of.count() * stride, products.get() + of.begin * stride);
   });
@@ -144,14 +125,14 @@ void sum_few_rows_over_experts(
 }
 
 // out[t] = sum over the token's rows, experts ascending, of row_weight * (row of `left` times the expert's weight
-// + bias). A task owns columns of `out`, so that no two threads add to one value and the order is always the same.
+// + low-rank term + bias). A task owns columns of `out`, so that no two threads add to one value and the order is always the same.
 template <class C, class T>
 void sum_over_experts(
-    const Routing& routing, const C* left, const ExpertWeights<T>& weights, const T* bias, const Acc<C>* row_weight,
-    int64_t num_tokens, T* out) {
+    const Routing& routing, const C* left, const ExpertWeights<T>& weights, const T* bias, const LowRankTerm<C, T>* low,
+    const Acc<C>* row_weight, int64_t num_tokens, T* out) {
   using A = Acc<C>;
   if (has_few_rows<C>(routing, weights))
-    return sum_few_rows_over_experts<C, T>(routing, left, weights, bias, row_weight, num_tokens, out);
+    return sum_few_rows_over_experts<C, T>(routing, left, weights, bias, low, row_weight, num_tokens, out);
   constexpr int64_t wide = kColumns<C>;
   const int64_t at_once = columns_at_once<C>(weights), threads = at::get_num_threads();
   const int64_t width = std::min(at_once, round_up((weights.n + threads - 1) / threads, wide));
@@ -171,6 +152,7 @@ void sum_over_experts(
         multiply_columns<C>(
             weights.of(of.expert, c0), columns, weights.k, rows, from, product, stride,
             more && first == of.begin ? &next : nullptr);
+        if (low) low->add(of, first, rows, c0, columns, product, stride);
         if (bias) add_bias(bias + of.expert * weights.n + c0, columns, rows, product, stride);
         add_rows(routing, first, rows, row_weight, product, stride, columns, sum, stride);
       }

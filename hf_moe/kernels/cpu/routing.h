@@ -36,6 +36,8 @@ inline Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return tensor;
 }
 
+enum Slot { kLeft, kRight, kOut, kSum, kLine, kLow, kNumSlots };
+
 // A thread's working memory, kept from call to call; `slot` tells the buffers of one task apart.
 template <class E>
 E* scratch(int slot, int64_t count) {
@@ -43,7 +45,7 @@ E* scratch(int slot, int64_t count) {
     std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
     int64_t bytes = 0;
   };
-  static thread_local Buffer buffers[5];  // one for each Slot
+  static thread_local Buffer buffers[kNumSlots];
   Buffer& buffer = buffers[slot];
   const int64_t bytes = round_up(count * sizeof(E), 4096);
   if (bytes > buffer.bytes) {
@@ -122,6 +124,23 @@ inline Routing sort_rows(const Tensor& index_TK, int64_t num_experts, int64_t nu
     routing.token[row] = n / top_k;
   }
   return routing;
+}
+
+// A weight [E, n, k] (or [E, k, n]) as strides in elements.
+template <class T>
+struct ExpertWeights {
+  const T* base;
+  int64_t e_step, n_step, k_step, n, k;
+  Weight<T> of(int64_t expert, int64_t column = 0) const {
+    return {base + expert * e_step + column * n_step, n_step, k_step};
+  }
+  ExpertWeights swapped() const { return {base, e_step, k_step, n_step, k, n}; }
+};
+
+template <class T>
+ExpertWeights<T> weights_of(const Tensor& w, bool transposed) {
+  const int n = transposed ? 2 : 1, k = transposed ? 1 : 2;
+  return {w.const_data_ptr<T>(), w.stride(0), w.stride(n), w.stride(k), w.size(n), w.size(k)};
 }
 
 // A piece of work: `rows` sorted rows from `first` of an expert, output columns c0..c1, the chunk's number.
