@@ -24,15 +24,17 @@ class ExpertBackend:
             cannot run them, as a sentence that ends with a way out, or None. Slowness and memory are no refusal.
         forward: `(experts, hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]`; None for those
             that the host brings.
+        takes_low_rank: Whether `forward` also takes `low_rank`, the factors of adapters on the experts.
     """
 
     name: str
     refuses: Refusal = accepts
     forward: ExpertsForward | None = None
+    takes_low_rank: bool = False
 
 
 OURS = (
-    *(ExpertBackend(name, refuses, forward_of(name)) for name, refuses in REFUSALS.items()),
+    *(ExpertBackend(name, refuses, forward_of(name), takes_low_rank=True) for name, refuses in REFUSALS.items()),
     ExpertBackend("hf_moe_reference", forward=reference_forward),
 )
 BACKENDS: dict[str, ExpertBackend] = {

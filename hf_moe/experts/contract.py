@@ -23,9 +23,42 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to the weight of every expert, `scale * b @ a`, without that product.
+
+    Attributes:
+        a: `[E, R, in]`: in is H for the up projection, I for the down projection; any strides.
+        b: `[E, out, R]`: out is P for the up projection, H for the down projection; any strides.
+        scale: Of the product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        return LowRank(self.a.to(dtype), self.b.to(dtype), self.scale)
+
+
+class LowRankPair(NamedTuple):
+    """The adapters of one layer's projections; one of them may be None."""
+
+    up: LowRank | None
+    down: LowRank | None
+
+    def to(self, dtype: torch.dtype) -> "LowRankPair":
+        up, down = (None if factors is None else factors.to(dtype) for factors in self)
+        return LowRankPair(up, down)
+
+
+def up_name(experts: Any) -> str:
+    """The parameter of the first projection."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
 def read_weights(experts: Any) -> ExpertWeights:
     """The tensors as the module gives them now; a parametrised weight is computed, once."""
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    up = up_name(experts)
     return ExpertWeights(
         up=getattr(experts, up),
         up_bias=getattr(experts, f"{up}_bias") if experts.has_bias else None,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_moe.experts.contract import expert_shape, read_weights
+from hf_moe.experts.contract import LowRankPair, expert_shape, read_weights
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
 from hf_moe.experts.host import HOST_REFUSALS, Refusal, accepts, delegates
 from hf_moe.experts.pipeline import Engine, run_experts
@@ -74,19 +74,22 @@ class Choice(NamedTuple):
         return f"hf_moe runs {self.name}: {self.reason.rstrip('.')}."
 
 
-def choose(experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool = False) -> Choice:
+def choose(
+    experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool = False, adapted: bool = False
+) -> Choice:
     """What `hf_moe` runs.
 
     Args:
         dtype: Of the experts' weights.
         device: Of the experts' weights.
         many_rows: Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average.
+        adapted: Whether low-rank factors come with the call; the host's kernels cannot take them.
     """
     if device.type == "cpu":
         if (reason := cpu_refuses(experts, dtype, device)) is None:
             return Choice("hf_moe_cpu", "compiled kernels read the weights of each expert once")
         return Choice("hf_moe_grouped", reason, is_second_best=True)
-    for name in delegates():
+    for name in () if adapted else delegates():
         if HOST_REFUSALS[name](experts, dtype, device) is None:
             return Choice(name, "HF_MOE_DELEGATE allows the host's kernel")
     if (reason := triton_refuses(experts, dtype, device)) is not None:
@@ -102,15 +105,24 @@ def _multiplies_fast(device: torch.device) -> bool:
 
 
 def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
-    """The experts forward of the host's contract behind one of our names."""
+    """The experts forward of the host's contract behind one of our names, which also takes low-rank factors."""
 
-    def forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        experts: Any,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        low_rank: LowRankPair | None = None,
+    ) -> Tensor:
         weights = read_weights(experts)
+        dtype, device = weights.down.dtype, weights.down.device
         many_rows = top_k_index.numel() >= MANY_ROWS_PER_EXPERT * len(weights.down)
-        resolved = _resolve(name, experts, weights.down.dtype, weights.down.device, many_rows)
+        resolved = _resolve(name, experts, dtype, device, many_rows, low_rank is not None)
         if resolved in HOST_REFUSALS:
             return _host_forward(resolved)(experts, hidden_states, top_k_index, top_k_weights)
-        return run_experts(_ENGINES[resolved], experts, weights, hidden_states, top_k_index, top_k_weights)
+        routing = (hidden_states, top_k_index, top_k_weights)
+        factors = None if low_rank is None else low_rank.to(dtype)
+        return run_experts(_ENGINES[resolved], experts, weights, *routing, factors)
 
     forward.__name__ = f"{name}_forward"
     return forward
@@ -124,14 +136,16 @@ def _host_forward(name: str) -> Callable[..., Tensor]:
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the answer; it cannot trace the question
-def _resolve(name: str, experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool) -> str:
+def _resolve(
+    name: str, experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool, adapted: bool
+) -> str:
     """The key in `_ENGINES` or `HOST_REFUSALS` of what runs `name`; the choice of `hf_moe` is said once for each kind.
 
     Raises:
         ValueError: If `name` was asked for and cannot run `experts`.
     """
     if name == "hf_moe":
-        choice = _loadable_choice(experts, dtype, device, many_rows)
+        choice = _loadable_choice(experts, dtype, device, many_rows, adapted)
         _say(type(experts).__name__, str(dtype).removeprefix("torch."), device.type, choice)
         name = choice.name
     elif (reason := REFUSALS[name](experts, dtype, device)) is not None:
@@ -142,16 +156,18 @@ def _resolve(name: str, experts: nn.Module, dtype: torch.dtype, device: torch.de
     return name
 
 
-def _loadable_choice(experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool) -> Choice:
+def _loadable_choice(
+    experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool, adapted: bool
+) -> Choice:
     """`choose`, and again without the CPU kernels if a compiler is there but fails."""
-    choice = choose(experts, dtype, device, many_rows)
+    choice = choose(experts, dtype, device, many_rows, adapted)
     try:
         _load(choice.name)
     except RuntimeError as error:
         if choice.name != "hf_moe_cpu":
             raise
         _BROKEN[choice.name] = str(error)
-        choice = choose(experts, dtype, device, many_rows)
+        choice = choose(experts, dtype, device, many_rows, adapted)
     return choice
 
 
@@ -182,4 +198,4 @@ def _load(name: str) -> None:
         _ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts)
     elif name == "hf_moe_triton":
         ops = importlib.import_module("hf_moe.kernels.ops")
-        _ENGINES[name] = Engine(ops.triton_grouped_linear, ops.triton_experts)
+        _ENGINES[name] = Engine(ops.triton_grouped_linear, ops.triton_experts, ops.triton_experts_lora)

@@ -135,7 +135,7 @@ def explain(model: nn.Module) -> Explanation:
         router=_router_state(layers),
         layers=tuple(_groups(layers)),
         backend=", ".join(dict.fromkeys(_backend(layer) for layer in layers)),
-        choices=tuple(dict.fromkeys(choice for layer in layers for choice in _choices(layer))),
+        choices=tuple(dict.fromkeys(choice for layer in layers for choice in _choices(model, layer))),
         refusals=refused,
         warnings=(*warnings, *_undecorated(model, layers, config)),
     )
@@ -256,10 +256,11 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     return refused, [f"{_join_ranges(names)}: {text}" for text, names in warnings.items()]
 
 
-def _choices(layer: MoeLayer) -> Iterable[str]:
+def _choices(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
     weight = _storage(layer)
     if _backend(layer) == "hf_moe" and weight is not None and weight.device.type != "meta":
-        yield str(choose(layer.experts, weight.dtype, weight.device))
+        adapted = getattr(_experts_child(model, layer), "runs_low_rank", False)  # as accelerate_adapters leaves it
+        yield str(choose(layer.experts, weight.dtype, weight.device, adapted=adapted))
 
 
 def _undecorated(model: nn.Module, layers: list[MoeLayer], config: Any) -> list[str]:
