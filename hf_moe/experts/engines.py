@@ -195,7 +195,8 @@ def _load(name: str) -> None:
     elif name == "hf_moe_cpu":
         importlib.import_module("hf_moe.kernels.cpu.build").load_kernels()
         ops = importlib.import_module("hf_moe.kernels.cpu.ops")
-        _ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts)
+        lora = importlib.import_module("hf_moe.kernels.cpu.lora")
+        _ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts, lora.cpu_experts_lora)
     elif name == "hf_moe_triton":
         ops = importlib.import_module("hf_moe.kernels.ops")
         _ENGINES[name] = Engine(ops.triton_grouped_linear, ops.triton_experts, ops.triton_experts_lora)
