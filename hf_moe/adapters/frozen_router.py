@@ -1,28 +1,58 @@
-"""Freeze the routers of a model, and prove that they stayed frozen."""
+"""Freeze the routers of a model, and prove that they stayed frozen.
+
+A router here is its module (weights, biases, correction-bias buffers) and what its block keeps for it: four families
+of transformers 5.23 hold the correction bias of the choice beside the router (AFMoE, HY-V3, LFM2-MoE, MiniMax-M2).
+"""
 
 import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
 from hf_moe.models.moe_layers import MoeLayer, moe_layers
+
+logger = logging.getLogger(__name__)
+
+HASH_FILE = "router_hash.json"
+# what the host's configs and model classes, and hf_moe's, call the weights of the losses that train a router
+AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef")
 
 
 class RouterNotFrozenError(RuntimeError):
     """A router has changed, or something is set up to change it."""
 
 
-def freeze_router(model: nn.Module) -> str:
+def freeze_router(model: nn.Module, *, keep_aux_loss: bool = False) -> str:
     """Stop gradients into every router and return `router_hash(model)`, to compare with later.
+
+    The auxiliary losses can balance nothing through a frozen router; they would only move attention and experts. So
+    they are turned off, in the model and in its configs (and so in saved ones), with a line in the log.
+
+    Args:
+        keep_aux_loss: Leave the auxiliary losses as they are; what is on is logged.
 
     Raises:
         RouterNotFrozenError: If an adapter or a trainable copy is attached to a router.
     """
-    for _, router in _routed_layers(model):
-        router.requires_grad_(False)
-    return verify_router_frozen(model)
+    for layer, router in _routed_layers(model):
+        for tensor in _router_tensors(model, layer, router).values():
+            if tensor.requires_grad:
+                tensor.requires_grad_(False)
+    digest = verify_router_frozen(model)
+    if keep_aux_loss:
+        report_auxiliary_losses(model)
+    else:
+        _turn_off_auxiliary_losses(model)
+    return digest
 
 
 def verify_router_frozen(model: nn.Module, expected_hash: str | None = None) -> str:
@@ -33,16 +63,16 @@ def verify_router_frozen(model: nn.Module, expected_hash: str | None = None) -> 
             copy (`modules_to_save`); or if the hash differs.
     """
     layers = _routed_layers(model)
+    routers = {id(module): layer.name for layer, router in layers for module in router.modules()}
+    if is_peft_available():
+        _refuse_adapters(model, routers)
     for layer, router in layers:
-        for name, parameter in router.named_parameters():
-            if parameter.requires_grad:
+        for name, tensor in _router_tensors(model, layer, router).items():
+            if tensor.requires_grad:
                 raise RouterNotFrozenError(
                     f"router parameter {layer.name}.{name} requires a gradient; a frozen router has none. Call "
                     "freeze_router(model) after the adapter is attached."
                 )
-    routers = {id(module): layer.name for layer, router in layers for module in router.modules()}
-    if is_peft_available():
-        _refuse_adapters(model, routers)
     actual = router_hash(model)
     if expected_hash is not None and actual != expected_hash:
         raise RouterNotFrozenError(
@@ -62,7 +92,7 @@ def router_hash(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for position, (layer, router) in enumerate(_routed_layers(model)):
-        tensors = {**dict(router.named_parameters()), **dict(router.named_buffers())}
+        tensors = _router_tensors(model, layer, router)
         for name in sorted(tensors):
             tensor = tensors[name].detach()
             if tensor.is_meta:
@@ -72,6 +102,88 @@ def router_hash(model: nn.Module) -> str:
             digest.update(f"{position} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def save_router_hash(folder: str | Path, model: nn.Module) -> str:
+    """Write `router_hash(model)` into `folder` as `router_hash.json`, beside an adapter or a model; returns the hash.
+
+    A file of its own, because PEFT writes only the fields that it knows into its config, and warns of others.
+    `Trainer.push_to_hub` uploads the folder with it; `model.push_to_hub` uploads what it saves itself, so add the file
+    (`huggingface_hub.upload_file`).
+    """
+    layers = _routed_layers(model)
+    record = {"router_sha256": router_hash(model), "routers": len(layers), "dtype": _router_dtypes(model)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    temporary = Path(folder, f".{HASH_FILE}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(Path(folder, HASH_FILE))  # an interruption leaves no half of it
+    return str(record["router_sha256"])
+
+
+def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = False) -> bool:
+    """Whether `model` has the routers that the adapter (or checkpoint) in `folder` was trained with.
+
+    Args:
+        folder: Holds `router_hash.json`, which `RouterFreezeCallback` and `save_router_hash` write.
+        model: The base, or the base with the adapter loaded.
+        strict: Raise where the default warns: routers differ, or the folder has no record of them.
+
+    Raises:
+        RouterNotFrozenError: With `strict`.
+        ValueError: If the record is damaged.
+    """
+    path = Path(folder, HASH_FILE)
+    problem: str | None
+    if not path.exists():
+        problem = (
+            f"{str(folder)!r} has no {HASH_FILE}: which routers it was trained with cannot be told. Train with "
+            "RouterFreezeCallback, or write it with save_router_hash."
+        )
+    else:
+        problem = _difference(path, model)
+    if problem is None:
+        return True
+    if strict:
+        raise RouterNotFrozenError(problem)
+    warnings.warn(problem, stacklevel=2)
+    return False
+
+
+def _difference(path: Path, model: nn.Module) -> str | None:
+    """What tells the routers of `model` from those recorded in `path`; None if they are the same."""
+    record = _read_record(path)
+    actual, dtype = router_hash(model), _router_dtypes(model)
+    if actual == record["router_sha256"]:
+        return None
+    problem = f"the routers differ from those that {str(path.parent)!r} was trained with: sha256 {actual}, recorded "
+    problem += f"{record['router_sha256']}. "
+    if dtype != record["dtype"]:
+        return problem + (
+            f"The hash depends on the dtype: recorded in {record['dtype']}, here {dtype}. Load the base with that "
+            "dtype to compare."
+        )
+    return problem + "Load the base that the adapter was trained on."
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no JSON ({type(error).__name__}): take it from the adapter again."
+        ) from error
+    digest = record.get("router_sha256") if isinstance(record, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(
+            f"{str(path)!r} must hold 64 hexadecimal digits under 'router_sha256', got {digest!r:.80}: take it from "
+            "the adapter again."
+        )
+    return {"router_sha256": digest, "dtype": str(record.get("dtype"))}
+
+
+def _router_dtypes(model: nn.Module) -> str:
+    tensors = [t for layer, router in _routed_layers(model) for t in _router_tensors(model, layer, router).values()]
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def verify_adapter_without_router(folder: str | Path, model: nn.Module) -> None:
@@ -89,6 +201,58 @@ def verify_adapter_without_router(folder: str | Path, model: nn.Module) -> None:
                 raise RouterNotFrozenError(
                     f"the adapter in {str(folder)!r} holds {key!r}, a router's tensor. Do not target it."
                 )
+
+
+def report_auxiliary_losses(model: nn.Module) -> bool:
+    """Log a warning if a loss that trains routers is on, and tell whether one is."""
+    coefficients: dict[str, float] = {}
+    is_on = False
+    for owner in _loss_settings(model):
+        found = {name: vars(owner)[name] for name in AUXILIARY_COEFFICIENTS if vars(owner).get(name)}
+        coefficients |= found
+        # the host's models add the loss with the router logits; hf_moe's, which have a z-loss, whenever they train
+        adds = getattr(owner, "output_router_logits", False) or "router_z_loss_coef" in vars(owner)
+        is_on = is_on or bool(found and adds)
+    if is_on:
+        logger.warning(
+            "auxiliary losses are on with a frozen router (%s): they train attention and experts alone. "
+            "freeze_router(model) turns them off.",
+            ", ".join(f"{name}={value}" for name, value in coefficients.items()),
+        )
+    return is_on
+
+
+def _turn_off_auxiliary_losses(model: nn.Module) -> None:
+    changed: dict[str, Any] = {}
+    for owner in _loss_settings(model):
+        for name in AUXILIARY_COEFFICIENTS:
+            if vars(owner).get(name):
+                changed[name] = vars(owner)[name]
+                setattr(owner, name, 0.0)
+        # a model's own property of that name would not be in its attributes
+        if vars(owner).get("output_router_logits"):
+            changed["output_router_logits"] = True
+            owner.output_router_logits = False
+    if changed:
+        logger.warning(
+            "auxiliary losses are off, because the router is frozen (was: %s). keep_aux_loss=True keeps them.",
+            ", ".join(f"{name}={value}" for name, value in changed.items()),
+        )
+
+
+def _loss_settings(model: nn.Module) -> Iterator[Any]:
+    """Every module and config that may hold a coefficient: model classes copy theirs from the config."""
+    seen: set[int] = set()
+    for module in model.modules():
+        yield module
+        config = vars(module).get("config")
+        pending = [config] if isinstance(config, PreTrainedConfig) else []
+        while pending:
+            config = pending.pop()
+            if id(config) not in seen:
+                seen.add(id(config))
+                yield config
+                pending += [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
 
 
 def _refuse_adapters(model: nn.Module, routers: dict[int, str]) -> None:
@@ -124,6 +288,15 @@ def _routed_layers(model: nn.Module) -> list[tuple[MoeLayer, nn.Module]]:
         if layer.router is None:
             raise ValueError(f"the block {layer.name!r} routes by itself: it has no router module to freeze.")
     return [(layer, layer.router) for layer in layers if layer.router is not None]
+
+
+def _router_tensors(model: nn.Module, layer: MoeLayer, router: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the router by name, and those with a value for each expert that its block keeps."""
+    block = model.get_submodule(layer.name)
+    own = {f"block.{name}": tensor for name, tensor in [*block._parameters.items(), *block._buffers.items()]}
+    biases = {name: tensor for name, tensor in own.items() if tensor is not None}
+    biases = {name: tensor for name, tensor in biases.items() if tensor.numel() == layer.num_experts}
+    return {**dict(router.named_parameters()), **dict(router.named_buffers()), **biases}
 
 
 def _plain(name: str | None) -> str:

@@ -1,10 +1,18 @@
 """Callbacks that stop a run which has gone wrong, before it saves what went wrong."""
 
 import math
+from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_moe.adapters.frozen_router import verify_router_frozen
+from hf_moe.adapters.frozen_router import (
+    HASH_FILE,
+    report_auxiliary_losses,
+    save_router_hash,
+    verify_adapter_base,
+    verify_router_frozen,
+)
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -25,9 +33,16 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class RouterFreezeCallback(TrainerCallback):
-    """Check at the start, at every save and at the end of training that the routers are frozen and unchanged.
+    """Prove that a run leaves the routers as they are, and leave the proof beside what it saves.
 
-    Raises RouterNotFrozenError, at a save before the Trainer goes on to train.
+    Refuses to start if a router tensor can be trained (it requires a gradient, carries an adapter or has a trainable
+    copy: `target_modules="all-linear"` does that); hashes all routers before training, at every save and at the end;
+    raises if one value changed, at a save before the Trainer goes on to train. The SHA-256 is written as
+    `router_hash.json` into each checkpoint and into `output_dir`, for `verify_adapter_base`. A resumed run must begin
+    with the routers of its checkpoint. An auxiliary loss that is on is logged.
+
+    Raises:
+        RouterNotFrozenError: From the Trainer's `train`.
     """
 
     def __init__(self) -> None:
@@ -35,12 +50,34 @@ class RouterFreezeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.router_hash = verify_router_frozen(model)
+        report_auxiliary_losses(model)
+        resumed = _checkpoint(args, state)
+        if (resumed / HASH_FILE).exists():
+            verify_adapter_base(resumed, model, strict=True)
+        # already here: every push while training sends this folder
+        self._record(state, model, Path(args.output_dir))
 
     def on_save(self, args, state, control, model=None, **kwargs):
         verify_router_frozen(model, self.router_hash)
+        if _checkpoint(args, state).is_dir():  # a hyperparameter search saves elsewhere
+            self._record(state, model, _checkpoint(args, state))
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        # the Trainer pushes a checkpoint before it says that it was saved
+        self.on_save(args, state, control, model=model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         verify_router_frozen(model, self.router_hash)
+        self._record(state, model, Path(args.output_dir))
+
+    def _record(self, state, model, folder: Path) -> None:
+        if state.is_world_process_zero:
+            save_router_hash(folder, model)
+
+
+def _checkpoint(args, state) -> Path:
+    """The folder of the checkpoint of this step."""
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class BalanceProgress(ProgressCallback):

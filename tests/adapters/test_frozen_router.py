@@ -1,18 +1,26 @@
 """A router is frozen only if nothing can change it, and every way to change it is found."""
 
+import json
+import logging
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_moe.adapters.frozen_router import (
+    HASH_FILE,
     RouterNotFrozenError,
     freeze_router,
+    report_auxiliary_losses,
     router_hash,
+    save_router_hash,
+    verify_adapter_base,
     verify_adapter_without_router,
     verify_router_frozen,
 )
 from hf_moe.models.moe_layers import moe_layers
+from tiny_models import build_tiny
 from tiny_moe import EXPERT_PARAMETERS, MODELS, hf_moe_model, with_expert_lora
 
 
@@ -142,3 +150,160 @@ def test_a_model_without_weights_is_refused():
         model = hf_moe_model()
     with pytest.raises(ValueError, match="meta device"):
         router_hash(model)
+
+
+# where families keep the bias that corrects the choice: in the router, in a module of it, or in the block
+CORRECTIONS = {
+    "deepseek_v3": "gate.e_score_correction_bias",
+    "glm4_moe": "gate.e_score_correction_bias",
+    "ernie4_5_moe": "gate.moe_statics.e_score_correction_bias",
+    "minimax_m2": "e_score_correction_bias",
+    "hy_v3": "e_score_correction_bias",
+    "afmoe": "expert_bias",
+    "lfm2_moe": "expert_bias",
+    "zaya": "gate.balancing_biases",
+    "gpt_oss": "router.bias",
+}
+
+
+@pytest.mark.parametrize("family", CORRECTIONS)
+def test_the_hash_covers_the_bias_wherever_a_family_keeps_it(family):
+    model, _ = build_tiny(family)
+    layer = moe_layers(model)[-1]
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    bias = tensors[f"{layer.name}.{CORRECTIONS[family]}"]
+    expected = freeze_router(model)
+    assert not bias.requires_grad
+    with torch.no_grad():
+        bias.view(-1)[3] += 2.0**-10
+    assert router_hash(model) != expected
+
+
+def test_a_trainable_bias_in_the_block_is_refused():
+    model, _ = build_tiny("minimax_m2")
+    freeze_router(model)
+    moe_layers(model)[1].experts.requires_grad_(True)
+    block = model.get_submodule(moe_layers(model)[1].name)
+    bias = block.e_score_correction_bias
+    del block.e_score_correction_bias
+    block.e_score_correction_bias = nn.Parameter(bias)
+    with pytest.raises(RouterNotFrozenError, match=r"block.e_score_correction_bias requires a gradient"):
+        verify_router_frozen(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+def test_all_linear_trains_the_router_and_is_refused(family):
+    model, _ = build_tiny(family)
+    tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+    with pytest.raises(RouterNotFrozenError, match="all-linear"):
+        verify_router_frozen(tuned)
+    with pytest.raises(RouterNotFrozenError):
+        freeze_router(tuned)
+
+
+# ---- the record beside an adapter
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    """The folder of an adapter that was trained on `model`."""
+    model.save_pretrained(tmp_path / "model")
+    tuned = with_expert_lora(model)
+    freeze_router(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    save_router_hash(tmp_path / "adapter", tuned)
+    return tmp_path / "adapter"
+
+
+def load_base(model, adapter, **settings):
+    return type(model).from_pretrained(adapter.parent / "model", **settings)
+
+
+def test_the_base_of_an_adapter_is_recognised(model, adapter):
+    base = load_base(model, adapter)
+    assert verify_adapter_base(adapter, base, strict=True)
+    assert verify_adapter_base(adapter, PeftModel.from_pretrained(base, adapter), strict=True)
+
+
+def test_another_base_is_refused_or_warned_about(model, adapter):
+    base = load_base(model, adapter)
+    moe_layers(base)[0].router.weight.data[0, 0] += 2.0**-10
+    with pytest.warns(UserWarning, match="the routers differ from those that .*adapter' was trained with"):
+        assert not verify_adapter_base(adapter, base)
+    with pytest.raises(RouterNotFrozenError, match="Load the base that the adapter was trained on"):
+        verify_adapter_base(adapter, base, strict=True)
+
+
+def test_another_dtype_is_named(model, adapter):
+    base = load_base(model, adapter, dtype=torch.bfloat16)
+    with pytest.raises(RouterNotFrozenError, match=r"recorded in float32, here bfloat16\. Load the base with that"):
+        verify_adapter_base(adapter, base, strict=True)
+
+
+def test_an_adapter_without_a_record_cannot_be_checked(model, adapter):
+    (adapter / HASH_FILE).unlink()
+    with pytest.warns(UserWarning, match="cannot be told"):
+        assert not verify_adapter_base(adapter, model)
+    with pytest.raises(RouterNotFrozenError, match="has no router_hash"):
+        verify_adapter_base(adapter, model, strict=True)
+
+
+DAMAGED = ["", "[]", "{", '{"router_sha256": 5}', '{"router_sha256": "ABC"}', "[" * 100_000, json.dumps("a" * 64)]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=lambda text: text[:20])
+def test_a_damaged_record_is_refused(adapter, model, text):
+    (adapter / HASH_FILE).write_text(text)
+    with pytest.raises(ValueError, match=HASH_FILE):
+        verify_adapter_base(adapter, model)
+
+
+# ---- the auxiliary losses
+
+AUXILIARY = {
+    "hf_moe": lambda: hf_moe_model(router_aux_loss_coef=0.5, router_z_loss_coef=0.5),
+    **{
+        family: lambda family=family: build_tiny(family, router_aux_loss_coef=0.5, output_router_logits=True)[0]
+        for family in ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_5_moe")
+    },
+}
+
+
+def losses(model):
+    """The training loss as called by default and with the router logits asked for."""
+    model.train()
+    ids = torch.arange(4, 28).view(2, 12)
+    return [float(model(input_ids=ids, labels=ids, **switch).loss) for switch in ({}, {"output_router_logits": True})]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "peft"])
+@pytest.mark.parametrize("family", AUXILIARY)
+def test_a_frozen_router_turns_the_auxiliary_losses_off(family, wrapped, caplog):
+    model = AUXILIARY[family]()
+    tuned = with_expert_lora(model) if wrapped else model
+    before = losses(tuned)
+    with caplog.at_level(logging.INFO, "hf_moe"):
+        freeze_router(tuned)
+    after = losses(tuned)
+    assert after[0] == after[1] < min(before) - 0.4
+    said = [record.message for record in caplog.records if record.name.startswith("hf_moe")]
+    assert [message[:25] for message in said] == ["auxiliary losses are off,"]
+    assert "router_aux_loss_coef=0.5" in caplog.text
+    assert model.config.get_text_config().router_aux_loss_coef == 0
+    assert not report_auxiliary_losses(tuned)
+
+
+@pytest.mark.parametrize("family", AUXILIARY)
+def test_the_auxiliary_losses_stay_if_asked_for(family, caplog):
+    model = AUXILIARY[family]()
+    before = losses(model)
+    freeze_router(model, keep_aux_loss=True)
+    assert losses(model) == before
+    assert "auxiliary losses are on with a frozen router" in caplog.text
+
+
+def test_nothing_is_said_where_no_auxiliary_loss_is_on(caplog):
+    model, _ = build_tiny("qwen3_moe", router_aux_loss_coef=0.0)
+    freeze_router(model)
+    assert caplog.text == ""
+    assert not report_auxiliary_losses(build_tiny("qwen3_moe", output_router_logits=False)[0])
