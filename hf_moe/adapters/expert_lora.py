@@ -7,19 +7,73 @@ rows by them. Nothing is registered on the weights, so weights behind a parametr
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
+from hf_moe.adapters import lora_targets
 from hf_moe.experts.backends import BACKENDS
-from hf_moe.experts.contract import LowRank, LowRankPair, up_name
+from hf_moe.experts.contract import LowRank, LowRankPair, read_weights, up_name
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def expert_lora_config(
+    model: nn.Module,
+    r: int = 16,
+    *,
+    lora_alpha: float | None = None,
+    attention: bool = False,
+    shared_experts: bool = False,
+    **kwargs: Any,
+) -> LoraConfig:
+    """A LoRA config for both projections of every expert that `moe_layers(model)` finds, and for no router.
+
+    Args:
+        model: Native or hf_moe, also with adapters on it.
+        r: Rank of every expert's factors. An adapter holds `E * r * (in + out)` values for each projection.
+        lora_alpha: The product is scaled by `lora_alpha / r`; without it by 2.
+        attention: Also the projections of the attention in the layers' stack.
+        shared_experts: Also the linear layers of shared experts.
+        **kwargs: Of `LoraConfig`; `target_modules`, a list of names, adds to what the options choose.
+
+    Raises:
+        ValueError: If there are no experts, what was asked for is not there, a target would train a router, or
+            `lora_dropout` is not 0.
+    """
+    if kwargs.get("lora_dropout"):
+        raise ValueError(
+            f"lora_dropout must be 0 on fused experts, got {kwargs['lora_dropout']}: PEFT has no input to drop from "
+            "where a parameter is adapted, and refuses it. Use weight_decay or a lower r."
+        )
+    if kwargs.get("target_parameters"):
+        raise ValueError("expert_lora_config chooses target_parameters: use LoraConfig itself to name others.")
+    named = kwargs.pop("target_modules", None) or []
+    if isinstance(named, str):
+        raise ValueError(
+            f"target_modules must be a list of names, got {named!r}: a pattern (or 'all-linear', which takes the "
+            "router in) cannot be joined with the experts."
+        )
+    model = lora_targets.base_model(model)
+    layers = lora_targets.layers_of(model)
+    wanted = lora_targets.attention_modules(model, layers) if attention else set()
+    wanted |= lora_targets.shared_expert_modules(model, layers) if shared_experts else set()
+    modules, as_parameters = lora_targets.module_targets(model, wanted)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=2 * r if lora_alpha is None else lora_alpha,
+        target_modules=[*modules, *named],
+        target_parameters=[*lora_targets.expert_parameters(model, layers), *as_parameters],
+        **kwargs,
+    )
+    lora_targets.refuse_router_targets(config, model, layers)
+    return config
 
 
 # PEFT compares the name of the class where it adds an adapter to a wrapped parameter
@@ -180,3 +234,102 @@ def _choose_implementation(layers: list[MoeLayer]) -> None:
                 config._experts_implementation,
             )
             config._experts_implementation = "hf_moe"
+
+
+# roundings that an output of a layer goes through, about: two weights, two products each for base and adapter, sums
+_ROUNDINGS_PER_LAYER = 8
+_SAFETY = 4
+
+
+class MergeError(RuntimeError):
+    """A merged model does not compute what the adapted one did."""
+
+
+class _Outputs(NamedTuple):
+    """The same batch through the base, the adapted and the merged model, float64."""
+
+    base: Tensor
+    adapted: Tensor
+    merged: Tensor
+
+
+def merge_and_check(peft_model: PeftModel, **batch: Any) -> nn.Module:
+    """`peft_model.merge_and_unload()`, then check on `batch` that the merged model computes what the adapted one did.
+
+    With the root mean square of the median token, `error` between merged and adapted outputs, `change` between
+    adapted and base, `size` of the adapted, and `u` half a unit in the last place of the weights' dtype:
+
+    - `error <= 4 * u * sqrt(8 * layers) * size`: a merge rounds every weight once, which is the same, relative to a
+      product, as rounding the product; independent roundings of 8 operations a layer add up to their root, and 4 is
+      for luck and for amplification. What is more is no rounding: the wrong delta was merged, or into the wrong
+      place.
+    - `error <= change / 2`: what the adapter does must survive. An update that is small beside the weights disappears
+      in the rounding of 16-bit weights.
+
+    The median, because rounding sends a few tokens to another expert; a wrong merge is wrong for all.
+
+    Args:
+        peft_model: Adapted and in memory; its active adapters are merged. It cannot be used afterwards.
+        batch: What the model's forward takes, tokens that are typical for the adapter.
+
+    Returns:
+        The base model with merged weights, in the mode (training or evaluation) of before.
+
+    Raises:
+        MergeError: With the figures and the way out. The weights are merged by then: load them again.
+        TypeError: If the model is no `PeftModel`.
+        ValueError: If the batch is empty, or an output is not finite.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"merge_and_check takes a PeftModel, got {type(peft_model).__name__}: use get_peft_model.")
+    if not batch:
+        raise ValueError("merge_and_check needs a batch to compare outputs on: pass input_ids=....")
+    was_training = peft_model.training
+    peft_model.eval()
+    with peft_model.disable_adapter():
+        base = _output(peft_model, batch)
+    adapted = _output(peft_model, batch)
+    dtype = read_weights(lora_targets.layers_of(peft_model)[0].experts).down.dtype
+    merged: Any = peft_model.merge_and_unload()
+    _check_merge(_Outputs(base, adapted, _output(merged, batch)), dtype, _num_layers(merged))
+    return merged.train(was_training)
+
+
+@torch.no_grad()
+def _output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    outputs = model(**batch)
+    output = outputs.logits if "logits" in outputs else outputs[0]
+    if not output.isfinite().all():
+        raise ValueError("an output of the batch is not finite: choose another batch, or look at the adapter.")
+    return output.double()
+
+
+def _num_layers(model: Any) -> int:
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    return getattr(config, "num_hidden_layers", None) or len(moe_layers(model))
+
+
+def _check_merge(outputs: _Outputs, dtype: torch.dtype, num_layers: int) -> None:
+    size, change = _rms(outputs.adapted), _rms(outputs.adapted - outputs.base)
+    error = _rms(outputs.merged - outputs.adapted)
+    unit = torch.finfo(dtype).eps / 2
+    allowed = _SAFETY * unit * (_ROUNDINGS_PER_LAYER * num_layers) ** 0.5 * size
+    figures = (
+        f"the merged outputs are off by {error:.3g} (median token), the adapter changes them by {change:.3g}, and "
+        f"rounding to {str(dtype).removeprefix('torch.')} explains {allowed:.3g}"
+    )
+    if error > allowed:
+        raise MergeError(
+            f"{figures}: this is no rounding. Weights that are computed when they are read (4 bits) cannot be merged "
+            "into: load the base unquantised. Use the adapter unmerged otherwise."
+        )
+    if change > 0 and error > change / 2:
+        raise MergeError(
+            f"{figures}: the adapter disappears in the rounding. Merge in float32: load the base with "
+            "dtype=torch.float32, merge, then cast; or keep the adapter unmerged."
+        )
+
+
+def _rms(values: Tensor) -> float:
+    """Root mean square of the median row."""
+    return values.square().mean(-1).flatten().quantile(0.5).sqrt().item()

@@ -114,14 +114,19 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def recorded_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose output the models inside `model` record as `router_logits`, by path.
+    """The modules whose output the models inside `model` record as `router_logits`, by path."""
+    return recorded_modules(model, "router_logits")
+
+
+def recorded_modules(model: nn.Module, output: str) -> dict[str, nn.Module]:
+    """The modules that the models inside `model` record for `output` (`router_logits`, `attentions`), by path.
 
     Source: transformers 5.23, `utils/output_capturing.py::recursively_install_hooks`.
     """
     found: dict[str, nn.Module] = {}
     for path, submodel in model.named_modules():
         if isinstance(submodel, PreTrainedModel):
-            declared: Any = (getattr(submodel, "_can_record_outputs", None) or {}).get("router_logits", [])
+            declared: Any = (getattr(submodel, "_can_record_outputs", None) or {}).get(output, [])
             recorders = declared if isinstance(declared, list) else [declared]
             for name, module in submodel.named_modules():
                 if any(_records(recorder, name, module) for recorder in recorders):

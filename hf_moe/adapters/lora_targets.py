@@ -1,0 +1,173 @@
+"""Which parameters and modules a LoRA config names: experts, attention, shared experts, and never a router."""
+
+import copy
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+
+from hf_moe.experts.contract import up_name
+from hf_moe.models.moe_layers import MoeLayer, moe_layers, recorded_modules
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT's names start from."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def plain_path(path: str) -> str:
+    """A path without what PEFT's wrappers insert."""
+    return path.replace(".base_layer", "")
+
+
+def expert_parameters(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
+    """Names for `target_parameters` that match both projections of every layer's experts, and nothing else.
+
+    Short names (`mlp.experts.down_proj`) where they are unambiguous. PEFT finds parametrised weights by their full
+    names only.
+    """
+    wanted: set[str] = set()
+    parametrised_paths: set[str] = set()
+    for layer in layers:
+        parametrised: Any = layer.experts._modules.get("parametrizations") or {}
+        for name in (up_name(layer.experts), "down_proj"):
+            if name not in layer.experts._parameters and name not in parametrised:
+                raise ValueError(
+                    f"{layer.experts_name} holds no parameter {name}: PEFT adapts experts that are stored as one "
+                    "parameter for each projection. Load the model without this quantisation."
+                )
+            path = f"{plain_path(layer.experts_name)}.{name}"
+            wanted.add(path)
+            parametrised_paths |= {path} if name in parametrised else set()
+    everything = {plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return _compact(wanted, everything, parametrised_paths)
+
+
+def attention_modules(model: nn.Module, layers: list[MoeLayer]) -> set[str]:
+    """Paths of the linear layers in the attention of the stack of layers that has the MoE layers.
+
+    Not those that choose what sparse attention looks at (indexers): a choice has no gradient.
+    """
+    stacks = {_stack(layer.name) for layer in layers}
+    attention = [path for path in recorded_modules(model, "attentions") if _stack(path) in stacks]
+    found = {path for path in _linear_paths(model, attention) if "indexer" not in path.split(".")}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} does not say which modules are its attention: name its projections in "
+            "target_modules instead of attention=True."
+        )
+    return found
+
+
+def shared_expert_modules(model: nn.Module, layers: list[MoeLayer]) -> set[str]:
+    """Paths of the linear layers in shared experts: beside the routed experts, or beside the block that holds them."""
+    modules = dict(model.named_modules())
+    homes = []
+    for layer in layers:
+        for parent in (layer.name, layer.name.rpartition(".")[0]):
+            children = modules[parent].named_children()
+            homes += [f"{parent}.{name}".lstrip(".") for name, _ in children if "shared" in name]
+    # a single column is the gate of a shared expert
+    found = {path for path in _linear_paths(model, homes) if modules[path].out_features != 1}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no shared experts: leave out shared_experts=True.")
+    return found
+
+
+def module_targets(model: nn.Module, wanted: set[str]) -> tuple[list[str], list[str]]:
+    """Names for `target_modules`, and for `target_parameters` where PEFT would take a module's name for an expert's.
+
+    PEFT renames targets that the per-expert checkpoints of transformers 4 had (`gate_proj`, `up_proj`, `down_proj`,
+    `gate`) to the fused parameters, in whatever module they stand.
+    """
+    names = _compact(wanted, {plain_path(path) for path, _ in model.named_modules()})
+    renamed = [name for name in names if _is_renamed(name, model)]
+    return [name for name in names if name not in renamed], [f"{name}.weight" for name in renamed]
+
+
+def refuse_router_targets(config: LoraConfig, model: nn.Module, layers: list[MoeLayer]) -> None:
+    """Raise if the config, as PEFT will read it, trains a router or a part of one.
+
+    Raises:
+        ValueError: Naming the router and the target.
+    """
+    read = copy.deepcopy(config)
+    convert_peft_config_for_transformers(read, model, None)
+    for layer in layers:
+        if layer.router is None or layer.router_name is None:
+            continue
+        root = plain_path(layer.router_name)
+        modules = [plain_path(f"{root}.{name}").rstrip(".") for name, _ in layer.router.named_modules()]
+        parameters = [plain_path(f"{root}.{name}") for name, _ in layer.router.named_parameters()]
+        hit = [path for path in modules if check_target_module_exists(read, path)]
+        hit += [path for path in parameters if _matching(path, read.target_parameters or ())]
+        hit += [path for path in modules for name in read.modules_to_save or () if name in path.split(".")]
+        if hit:
+            raise ValueError(
+                f"the targets would train the router {hit[0]}: an expert adapter leaves the routers as they are. Take "
+                "its name out of target_modules and modules_to_save."
+            )
+
+
+def _matching(path: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that PEFT takes for `path`."""
+    return [name for name in names if path == name or path.endswith(f".{name}")]
+
+
+def _compact(wanted: set[str], everything: set[str], whole: Collection[str] = ()) -> list[str]:
+    """Names that match all of `wanted` and nothing else of `everything`; paths in `whole` are not shortened.
+
+    Raises:
+        ValueError: If even a whole path matches something else.
+    """
+    short = {path: re.sub(r".*\.\d+\.", "", path) for path in wanted}
+    rest = everything - wanted
+    ambiguous = {name for name in set(short.values()) if any(_matching(other, [name]) for other in rest)}
+    names = {path if path in whole or name in ambiguous else name for path, name in short.items()}
+    for other in rest:
+        if name := _matching(other, names):
+            raise ValueError(f"PEFT would take the target {name[0]} for {other} as well: pass the submodel it is in.")
+    return sorted(names)
+
+
+def _stack(path: str) -> str:
+    """Where a layer's list of layers is: `model.layers` of `model.layers.3.mlp`."""
+    found = re.match(r"(.*)\.\d+(\.|$)", path)
+    return "" if found is None else found[1]
+
+
+def _linear_paths(model: nn.Module, homes: list[str]) -> set[str]:
+    """Paths of the linear layers in `homes`, without those that PEFT added."""
+    starts = tuple(f"{home}." for home in homes)
+    linear = {path for path, module in model.named_modules() if _is_linear(module)}
+    return {plain_path(path) for path in linear if f"{path}.".startswith(starts) and ".lora_" not in path}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # a model's own subclass multiplies in some way of its own (DeepSeek-V4's in groups), which PEFT does not know
+    return isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models.")
+
+
+def _is_renamed(name: str, model: nn.Module) -> bool:
+    probe = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # one of two names that are fused into one parameter
+        return True
+    return probe.target_modules != {name}
+
+
+def layers_of(model: nn.Module) -> list[MoeLayer]:
+    """The MoE layers of `model`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layer whose experts an adapter could go on.")
+    return layers
