@@ -122,7 +122,7 @@ class Experts {
     int64_t chunks;
     const int64_t parts = activation_.gated ? 2 : 1;
     const int64_t at_once = round_up(columns_at_once<C>(up_) / parts, kWide);
-    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks);
+    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks, up_term || down_term ? 4 : 6);
     const auto gather = [&](const Task& task) {
       return gather_rows<C, T>(task, given_.hidden_TH.const_data_ptr<T>(), hidden_, hidden_, routing_.token.data());
     };
@@ -181,7 +181,7 @@ class Experts {
     int64_t chunks;
     const ExpertWeights<T> turned = down_.swapped();
     const int64_t at_once = columns_at_once<C>(turned);
-    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks);
+    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks, down_term || up_term ? 4 : 6);
     Tensor d_weights = at::zeros(
         {need_weights ? chunks : 0, given_.index_TK.size(0), given_.index_TK.size(1)},
         given_.hidden_TH.options().dtype(c10::CppTypeToScalarType<A>::value));

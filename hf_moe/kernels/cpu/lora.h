@@ -108,8 +108,9 @@ class LoraExperts : Experts<T> {
   std::tuple<Tensor, Tensor, Tensor, Tensor> forward(bool keep) const {
     const Tensor up_low = this->kept_rows(keep && adapter_up_.a ? adapter_up_.a->size(1) : 0);
     const Tensor down_low = this->kept_rows(keep && adapter_down_.a ? adapter_down_.a->size(1) : 0);
-    const std::optional<Term> up = forward_term(adapter_up_, gate_parts(), up_low), down = forward_term(adapter_down_, 1, down_low);
-    pack_factors(pointer(up), pointer(down));
+    const std::optional<Term> up = forward_term(adapter_up_, up_low);
+    const std::optional<Term> down = forward_term(adapter_down_, down_low);
+    prepare(up, down);
     auto [out, pre] = Base::forward(keep, pointer(up), pointer(down));
     return {out, pre, up_low, down_low};
   }
@@ -124,7 +125,7 @@ class LoraExperts : Experts<T> {
     const Tensor act = this->left_operand(need.down_a ? this->width_ : 0);
     const std::optional<Term> down = backward_term(adapter_down_, need_d_act || need.down_a);
     const std::optional<Term> up = backward_term(adapter_up_, need.hidden || need.up_a);
-    pack_factors(pointer(down), pointer(up));
+    prepare(down, up);
     const Tensor d_weights = this->activate_backward(
         grad_TH.const_data_ptr<T>(), pre.const_data_ptr<T>(), need_pre ? d_pre.data_ptr<C>() : nullptr,
         need.down_a ? act.data_ptr<C>() : nullptr, need_d_act, need.weights, pointer(down), pointer(up));
@@ -144,18 +145,23 @@ class LoraExperts : Experts<T> {
 
  private:
   static const Term* pointer(const std::optional<Term>& term) { return term ? &*term : nullptr; }
-  int64_t gate_parts() const { return this->activation_.gated && !this->activation_.interleaved ? 2 : 1; }
 
-  std::optional<Term> forward_term(const Factors& f, int64_t parts, const Tensor& kept) const {
+  std::optional<Term> forward_term(const Factors& f, const Tensor& kept) const {
     if (!f.a) return std::nullopt;
     T* to = kept.numel() ? kept.data_ptr<T>() : nullptr;
     return Term(
-        this->routing_, weights_of<T>(*f.a, false), weights_of<T>(*f.b, false), parts, f.scale, to, kept.options());
+        this->routing_, Factor<T>(*f.a, false, true), Factor<T>(*f.b, false, false), f.scale, to, kept.options());
   }
   std::optional<Term> backward_term(const Factors& f, bool needed) const {
     if (!f.a || !needed) return std::nullopt;
     return Term(
-        this->routing_, weights_of<T>(*f.b, true), weights_of<T>(*f.a, true), 1, f.scale, nullptr, f.a->options());
+        this->routing_, Factor<T>(*f.b, true, true), Factor<T>(*f.a, true, false), f.scale, nullptr, f.a->options());
+  }
+  void prepare(const std::optional<Term>& first, const std::optional<Term>& second) const {
+    std::vector<const Factor<T>*> factors;
+    for (const std::optional<Term>* term : {&first, &second})
+      if (*term) factors.insert(factors.end(), {&(*term)->narrow(), &(*term)->wide()});
+    take_apart(this->routing_, factors);
   }
 
   GatheredRows<T, C> gathered(const Tensor& rows_TH) const {

@@ -1,90 +1,81 @@
-// A low-rank term of the experts' products: rows times (wide x narrow)^T is computed as (rows times narrow^T) times wide^T.
+// A low-rank term of the experts' products: rows (wide x narrow)^T is computed as (rows x narrow^T) wide^T.
 //
 // Shape suffixes: N sorted rows, E experts, R rank; k inner width of the rows, n columns of the product.
 #pragma once
 
-#include "multiply.h"
-#include "routing.h"
+#include "columns.h"
+
+#include <optional>
 
 namespace hf_moe {
 
-// A factor [E, n, k] of every expert with rows, packed once as right operands. Rank is small, so this costs little, and
-// what is multiplied then no longer depends on the factor's strides.
-template <class C, class T>
-class PackedFactor {
-  static constexpr int64_t kWide = kColumns<C>, kDeep = 64, kTogether = 16;
+// to[expert][i] = values of 16 neighbouring experts at from + i * step, for `count` of 16 i; `experts` of them exist.
+template <class T>
+void turn_experts(const T* from, int64_t step, int64_t count, int64_t experts, T* to) {
+  using W = std::conditional_t<sizeof(T) == 8, double, uint32_t>;
+  alignas(64) W lines[16 * 16], turned[16 * 16];
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (sizeof(T) == sizeof(W)) {
+      std::memcpy(lines + 16 * i, from + i * step, experts * sizeof(T));
+    } else {
+      uint16_t line[16];
+      std::memcpy(line, from + i * step, experts * sizeof(T));
+      for (int e = 0; e < 16; ++e) lines[16 * i + e] = line[e];
+    }
+  }
+  transpose_units(lines, 16, turned, 16);
+  for (int i = 0; i < 16 * 16; ++i) {
+    if constexpr (sizeof(T) == sizeof(W)) std::memcpy(to + i, turned + i, sizeof(T));
+    else reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(turned[i]);
+  }
+}
+
+// A factor of a low-rank term, [E, n, k] or, by its strides, [E, k, n].
+template <class T>
+class Factor {
+  static constexpr int64_t kTogether = 16, kPerTask = 64;
 
  public:
-  // Columns are packed in `parts` equal parts, each padded, so that every part begins with a panel.
-  PackedFactor(const Routing& routing, const ExpertWeights<T>& factor, int64_t parts, const at::TensorOptions& options)
-      : factor_(factor), parts_(parts), part_(factor.n / parts), depth_(round_up(factor.k, kBlock<C>)) {
-    // PEFT keeps B as [n, R * E]: neighbouring values belong to different experts, which are packed together then
-    const bool alternate = factor.e_step < factor.n_step && factor.e_step < factor.k_step;
-    for (const ExpertRows* of : routing.active) {
-      position_.resize(of->expert + 1);
-      position_[of->expert] = static_cast<int64_t>(experts_.size());
-      const bool together = alternate && !experts_.empty() && of->expert / kTogether == experts_.back() / kTogether;
-      if (!together) groups_.push_back(position_[of->expert]);
-      experts_.push_back(of->expert);
-    }
-    expert_size_ = parts * round_up(part_, kWide) * depth_;
-    data_ = at::empty(
-        {static_cast<int64_t>(experts_.size()) * expert_size_},
-        options.dtype(c10::CppTypeToScalarType<C>::value));
+  // `long_k`: whether k and not n is the long one of the two, the other being the rank.
+  Factor(const Tensor& factor, bool transposed, bool long_k)
+      : given_(weights_of<T>(factor, transposed)), weights_(given_), long_k_(long_k) {
+    // PEFT keeps b as [n, R * E]: neighbouring values belong to different experts, and are taken apart first
+    if (given_.e_step != 1 || given_.n_step == 1 || given_.k_step == 1) return;
+    const int64_t experts = factor.size(0), rank = long_k ? given_.n : given_.k, wide = long_k ? given_.k : given_.n;
+    apart_ = fresh({experts, rank, wide}, factor.options());
+    weights_ = weights_of<T>(*apart_, !long_k);
   }
 
-  int64_t num_tasks() const { return static_cast<int64_t>(groups_.size()); }
-  void pack(int64_t task) const {
-    const int64_t begin = groups_[task];
-    const int64_t end = task + 1 < num_tasks() ? groups_[task + 1] : static_cast<int64_t>(experts_.size());
-    for (int64_t p = 0; p < parts_; ++p) {
-      if (end - begin > 1) pack_together(begin, end, p);
-      else pack_weight<C>(factor_.of(experts_[begin], p * part_), part_, factor_.k, part_of(begin, p));
-    }
-  }
+  const ExpertWeights<T>& weights() const { return weights_; }
+  int64_t num_tasks() const { return apart_ ? (apart_->size(2) + kPerTask - 1) / kPerTask : 0; }
 
-  int64_t columns() const { return factor_.n; }
-  int64_t inner() const { return factor_.k; }
-  int64_t units() const { return depth_ / kUnit<C>; }
-  // The panel that begins with a column; columns count from their part's begin in steps of a panel.
-  const C* panel(int64_t expert, int64_t column) const {
-    const int64_t p = parts_ > 1 ? column / part_ : 0;
-    return part_of(position_[expert], p) + (column - p * part_) * depth_;
-  }
-
- private:
-  C* part_of(int64_t position, int64_t p) const {
-    return data_.template data_ptr<C>() + position * expert_size_ + p * round_up(part_, kWide) * depth_;
-  }
-
-  // Tile by tile, so that the lines in which these experts alternate are read once.
-  void pack_together(int64_t begin, int64_t end, int64_t p) const {
-    constexpr int64_t tile_size = kWide * kDeep;
-    T* tile = scratch<T>(kLow, kTogether * tile_size);
-    for (int64_t c = 0; c < part_; c += kWide) {
-      const int64_t columns = std::min(kWide, part_ - c);
-      for (int64_t k0 = 0; k0 < factor_.k; k0 += kDeep) {
-        const int64_t deep = std::min(kDeep, factor_.k - k0);
-        const Weight<T> from = factor_.of(0, p * part_ + c);
-        for (int64_t n = 0; n < columns; ++n) {
-          for (int64_t k = 0; k < deep; ++k) {
-            const T* values = from.base + n * from.n_step + (k0 + k) * from.k_step;
-            T* to = tile + n * kDeep + k;
-            for (int64_t i = begin; i < end; ++i) to[(i - begin) * tile_size] = values[experts_[i] * factor_.e_step];
+  // Takes the experts with rows apart, for some of the long dimension.
+  void take_apart(const Routing& routing, int64_t task) const {
+    const int64_t rank = apart_->size(1), size = apart_->size(2), end = std::min(size, (task + 1) * kPerTask);
+    const int64_t rank_step = long_k_ ? given_.n_step : given_.k_step, step = long_k_ ? given_.k_step : given_.n_step;
+    alignas(64) T turned[kTogether * 16];
+    for (size_t a = 0; a < routing.active.size();) {
+      const int64_t first = routing.active[a]->expert / kTogether * kTogether;
+      const size_t begin = a;
+      while (a < routing.active.size() && routing.active[a]->expert < first + kTogether) ++a;
+      const int64_t experts = std::min(kTogether, apart_->size(0) - first);
+      for (int64_t i = task * kPerTask; i < end; i += 16) {
+        const int64_t count = std::min<int64_t>(16, end - i);
+        for (int64_t r = 0; r < rank; ++r) {
+          turn_experts(given_.base + first + i * step + r * rank_step, step, count, experts, turned);
+          for (size_t b = begin; b < a; ++b) {
+            const int64_t e = routing.active[b]->expert;
+            std::copy_n(turned + (e - first) * 16, count, apart_->template data_ptr<T>() + (e * rank + r) * size + i);
           }
         }
-        for (int64_t i = begin; i < end; ++i)
-          pack_weight<C>(
-              Weight<T>{tile + (i - begin) * tile_size, kDeep, 1}, columns, deep,
-              part_of(i, p) + c * depth_ + k0 * kWide);
       }
     }
   }
 
-  ExpertWeights<T> factor_;
-  int64_t parts_, part_, depth_, expert_size_;
-  std::vector<int64_t> experts_, position_, groups_;  // with rows; expert to number among them; first numbers
-  Tensor data_;
+ private:
+  ExpertWeights<T> given_, weights_;
+  bool long_k_;
+  std::optional<Tensor> apart_;  // [E, R, n or k]
 };
 
 template <class C, class T>
@@ -94,36 +85,30 @@ class LowRankTerm {
  public:
   // `narrow` [E, R, k], `wide` [E, n, R]; `kept` [N, R] takes the scaled low-rank rows, if it is not null.
   LowRankTerm(
-      const Routing& routing, const ExpertWeights<T>& narrow, const ExpertWeights<T>& wide, int64_t parts, double scale,
-      T* kept, const at::TensorOptions& options)
-      : routing_(&routing), narrow_(routing, narrow, 1, options), wide_(routing, wide, parts, options),
-        panel_(panel_size<C>(narrow.n)), scale_(scale), kept_(kept) {
+      const Routing& routing, const Factor<T>& narrow, const Factor<T>& wide, double scale, T* kept,
+      const at::TensorOptions& options)
+      : routing_(&routing), narrow_(narrow), wide_(wide), rank_(narrow.weights().n), panel_(panel_size<C>(rank_)),
+        scale_(static_cast<A>(scale)), kept_(kept) {
     low_ = at::empty(
         {panel_ * (routing.padded_rows / kRows)}, options.dtype(c10::CppTypeToScalarType<C>::value));
   }
 
-  int64_t num_tasks() const { return narrow_.num_tasks() + wide_.num_tasks(); }
-  void pack(int64_t task) const {
-    task < narrow_.num_tasks() ? narrow_.pack(task) : wide_.pack(task - narrow_.num_tasks());
-  }
+  const Factor<T>& narrow() const { return narrow_; }
+  const Factor<T>& wide() const { return wide_; }
 
-  // The low-rank rows scale * rows times narrow^T of a task, from its rows as a left operand.
+  // The low-rank rows scale * rows narrow^T of a task, from its rows as a left operand.
   void compute(const Task& task, const C* rows) const {
-    constexpr int64_t wide = kColumns<C>;
-    const int64_t rank = narrow_.columns(), stride = round_up(rank, wide);
+    const ExpertWeights<T>& narrow = narrow_.weights();
+    const int64_t stride = round_up(rank_, kColumns<C>), row0 = routing_->panel_row[task.first];
     A* product = scratch<A>(kLow, round_up(task.rows, 32) * stride);
-    for (int64_t c = 0; c < rank; c += wide)
-      multiply<C>(
-          task.rows, rows, panel_size<C>(narrow_.inner()), narrow_.panel(task.of->expert, c), narrow_.units(),
-          product + c, stride, false);
+    multiply_columns<C>(narrow.of(task.of->expert), rank_, narrow.k, task.rows, rows, product, stride);
     C* low = low_.template data_ptr<C>();
-    const int64_t row0 = routing_->panel_row[task.first];
     for (int64_t r = 0; r < task.rows; ++r) {
       A* line = product + r * stride;
-      for (int64_t c = 0; c < rank; ++c) line[c] *= scale_;
-      write_row(line, rank, low, panel_, row0 + r);
-      pad_row(low, panel_, row0 + r, rank);
-      if (kept_) convert(line, kept_ + (task.first + r) * rank, rank);
+      for (int64_t c = 0; c < rank_; ++c) line[c] *= scale_;
+      write_row(line, rank_, low, panel_, row0 + r);
+      pad_row(low, panel_, row0 + r, rank_);
+      if (kept_) convert(line, kept_ + (task.first + r) * rank_, rank_);
     }
   }
 
@@ -131,31 +116,28 @@ class LowRankTerm {
   void add(
       const ExpertRows& of, int64_t first, int64_t rows, int64_t column, int64_t columns, A* product,
       int64_t step) const {
-    constexpr int64_t wide = kColumns<C>;
     const C* left = low_.template const_data_ptr<C>() + (of.padded + first - of.begin) / kRows * panel_;
-    const C* right = wide_.panel(of.expert, column);
-    for (int64_t c = 0; c < columns; c += wide)
-      multiply<C>(rows, left, panel_, right + c * wide_.units() * kUnit<C>, wide_.units(), product + c, step, true);
+    add_columns<C>(wide_.weights().of(of.expert, column), columns, rank_, rows, left, product, step);
   }
 
   PanelRows<C> rows() const { return {low_.template const_data_ptr<C>(), routing_->panel_row.data(), panel_}; }
 
  private:
   const Routing* routing_;
-  PackedFactor<C, T> narrow_, wide_;
-  int64_t panel_;
+  Factor<T> narrow_, wide_;
+  int64_t rank_, panel_;
   A scale_;
   T* kept_;
   Tensor low_;
 };
 
-// Packs the factors of terms that need not exist (null).
-template <class C, class T>
-void pack_factors(const LowRankTerm<C, T>* first, const LowRankTerm<C, T>* second) {
-  const int64_t count = first ? first->num_tasks() : 0;
-  run_tasks(count + (second ? second->num_tasks() : 0), [&](int64_t i) {
-    i < count ? first->pack(i) : second->pack(i - count);
-  });
+// Takes apart the factors that need it.
+template <class T>
+void take_apart(const Routing& routing, const std::vector<const Factor<T>*>& factors) {
+  std::vector<std::pair<const Factor<T>*, int64_t>> tasks;
+  for (const Factor<T>* factor : factors)
+    for (int64_t i = 0; i < factor->num_tasks(); ++i) tasks.emplace_back(factor, i);
+  run_tasks(tasks.size(), [&](int64_t i) { tasks[i].first->take_apart(routing, tasks[i].second); });
 }
 
 // Low-rank rows that several tasks need, because each has some of the columns; `rows_of(task)` is a left operand.

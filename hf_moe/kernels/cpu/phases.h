@@ -2,60 +2,8 @@
 #pragma once
 
 #include "low_rank.h"
-#include "stream.h"
 
 namespace hf_moe {
-
-// Up to this many rows of an expert its weights are read once, as they lie; from here on packing them pays. Measured on
-// two cores with AVX512 and a matrix unit, weights [64, 1024, 1024] from memory, GB/s of weights as they lie / packed (a
-// plain read: 22 to 26). float32: 2 rows 25 / 15, 4 rows 22 / 14, 8 rows 22 / 13. bfloat16: 2 rows 23 / 14, 4 rows
-// 18 / 15, 8 rows 17 / 15; further rows cost the matrix unit next to nothing.
-template <class C>
-constexpr int64_t kFewRows = std::is_same_v<C, bf16> ? 8 : 16;
-
-// How many columns to multiply at once, so that memory is read in long runs: 32 where the inner dimension is contiguous,
-// 2 KiB where the columns are.
-template <class C, class T>
-int64_t columns_at_once(const ExpertWeights<T>& weights) {
-  const bool by_columns = weights.n_step == 1 && weights.k_step != 1;
-  return by_columns ? 2048 / sizeof(T) : 32;
-}
-
-// out[rows padded to 16][columns padded to kColumns] = rows of a left operand times columns 0.. of a weight. Columns
-// that do not exist are zero or left alone. `next` are the weights needed soon.
-template <class C, class T>
-void multiply_columns(
-    const Weight<T>& weight, int64_t columns, int64_t k, int64_t rows, const C* left, Acc<C>* out, int64_t step,
-    const Weight<T>* next = nullptr) {
-  using A = Acc<C>;
-  constexpr int64_t wide = kColumns<C>;
-  const int64_t panel = panel_size<C>(k);
-  if (weight.k_step == 1 && rows <= kFewRows<C>) {
-    C* compact = scratch<C>(kRight, kDotRows * round_up(k, kBlock<C>));
-    for (int64_t r = 0; r < rows; r += kDotRows)
-      dot<C, T>(rows - r, panel_run(left, panel, r, 0), weight, columns, k, out + r * step, step, compact);
-    return;
-  }
-  if (weight.n_step == 1 && weight.k_step != 1 && rows <= kStreamedRows<C>) {
-    return stream<C, T>(rows, left, weight, columns, k, out, step);
-  }
-  // where columns are contiguous, some rows of all of them at a time: what is packed stays in the second-level cache
-  const int64_t depth = weight.k_step == 1 ? round_up(k, kBlock<C>) : 256;
-  C* packed = scratch<C>(kRight, depth * round_up(columns, wide));
-  Ahead ahead;
-  if (next && next->k_step == 1) {
-    ahead = {reinterpret_cast<const char*>(next->base), static_cast<int64_t>(wide * next->n_step * sizeof(T) / 64), 0};
-  }
-  for (int64_t k0 = 0; k0 < k; k0 += depth) {
-    const int64_t deep = std::min(depth, k - k0), padded = round_up(deep, kBlock<C>);
-    pack_weight<C>(Weight<T>{weight.base + k0 * weight.k_step, weight.n_step, weight.k_step}, columns, deep, packed);
-    for (int64_t c = 0; c < columns; c += wide) {
-      const C* from = packed + c * padded;
-      multiply<C>(
-          rows, left + k0 * kRows, panel, from, padded / kUnit<C>, out + c, step, k0 > 0, c ? Ahead{} : ahead);
-    }
-  }
-}
 
 // A task's rows, gathered from a matrix in the tensors' dtype into a left operand.
 template <class C, class T>

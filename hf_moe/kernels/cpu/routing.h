@@ -153,10 +153,11 @@ constexpr int64_t kRowsPerTask = 256;  // their left operand stays in the second
 
 // Tasks over row blocks and, where those are too few to keep the threads busy, column chunks; largest first. Chunks are
 // not narrower than `run` columns, which lie together in memory, unless threads would stand idle.
-inline std::vector<Task> plan_tasks(const Routing& routing, int64_t columns, int64_t run, int64_t* num_chunks) {
+inline std::vector<Task> plan_tasks(
+    const Routing& routing, int64_t columns, int64_t run, int64_t* num_chunks, int64_t per_thread = 6) {
   int64_t blocks = 0;
   for (const ExpertRows* of : routing.active) blocks += (of->count() + kRowsPerTask - 1) / kRowsPerTask;
-  const int64_t threads = at::get_num_threads(), wanted = 6 * threads;
+  const int64_t threads = at::get_num_threads(), wanted = per_thread * threads;
   const int64_t narrowest = std::max<int64_t>(blocks < 2 * threads ? 64 : run, 64);
   const int64_t most = std::max<int64_t>(columns / narrowest, 1);
   const int64_t chunks = std::clamp<int64_t>(blocks ? (wanted + blocks - 1) / blocks : 1, 1, most);
