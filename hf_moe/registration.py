@@ -2,14 +2,15 @@
 
 Importing a modeling file costs as much as importing torch and transformers together. So the Auto classes get a
 stand-in that imports ours when a model is first built or loaded, and the experts implementations are registered when
-the first modeling file of the host imports the registry that they go into.
+the first modeling file of the host imports the registry that they go into. In the same way PEFT learns of our adapters
+when it is imported.
 """
 
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -51,47 +52,74 @@ class LazyModelClass:
 
 
 def register() -> None:
-    """Make `hf_moe` known to the Auto classes: `AutoModel*` then needs neither a class name nor remote code."""
+    """Make `hf_moe` known to the Auto classes, our experts implementations to the host and our adapters to PEFT.
+
+    `AutoModel*` and `PeftModel.from_pretrained` then need neither a class name nor remote code.
+    """
     AutoConfig.register(HfMoeConfig.model_type, HfMoeConfig, exist_ok=True)
     for auto_class, name in AUTO_CLASSES.items():
         auto_class.register(HfMoeConfig, LazyModelClass(name), exist_ok=True)
-    if EXPERTS_REGISTRY in sys.modules:
-        _register_backends()
-    elif not any(isinstance(finder, _AfterExpertsRegistry) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterExpertsRegistry())
+    for module, register_ours in _ON_IMPORT_OF.items():
+        if module in sys.modules:
+            register_ours()
+        elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(module, register_ours))
 
 
-EXPERTS_REGISTRY = "transformers.integrations.moe"
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Waits for the import of `module`, lets the usual loader do it, then calls `action` and is gone.
 
+    A question whether the module is installed (`importlib.util.find_spec`) comes here too, and changes nothing.
+    """
 
-class _AfterExpertsRegistry(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Waits for the import of the host's experts registry, lets the usual loader do it, then registers ours."""
-
-    _loader: importlib.abc.Loader
+    def __init__(self, module: str, action: Callable[[], None]):
+        self.module, self.action = module, action
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != EXPERTS_REGISTRY:
+        if fullname != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            self._loader, spec.loader = spec.loader, self
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
+
+class _Loader(importlib.abc.Loader):
+    """The usual loader, whatever is asked of it, and after the import the finder's action."""
+
+    def __init__(self, usual: Any, finder: _AfterImport):
+        self._usual, self._finder = usual, finder
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+        return self._usual.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _register_backends()
+        module.__spec__.loader = module.__loader__ = self._usual
+        self._usual.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        self._finder.action()
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._usual, attribute)
 
 
 def _register_backends() -> None:
     interface = sys.modules[EXPERTS_REGISTRY].ExpertsInterface
     for backend in importlib.import_module("hf_moe.experts.backends").OURS:
         interface.register(backend.name, backend.forward)
+
+
+def _register_adapters() -> None:
+    importlib.import_module("hf_moe.adapters.adapter_experts.tuner").register_peft_method()
+
+
+# what is registered where, as soon as it is there
+EXPERTS_REGISTRY = "transformers.integrations.moe"
+_ON_IMPORT_OF = {EXPERTS_REGISTRY: _register_backends, "peft": _register_adapters}
 
 
 def _register_models() -> dict[str, type]:
