@@ -7,11 +7,11 @@ from typing import Any
 
 NOT_MEASURED = "not measured"
 _NUMBER = re.compile(rf"[-+]?[\d,.]+|{NOT_MEASURED}")
-TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+TEMPLATE = "model_card.md.j2"
 
 
-def render_card(values: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
-    """Fill the template; the metadata becomes the YAML head, dumped and never formatted.
+def render_card(values: Mapping[str, str], metadata: Mapping[str, Any], *, template: str = TEMPLATE) -> str:
+    """Fill a template of this folder; the metadata becomes the YAML head, dumped and never formatted.
 
     Args:
         values: Every name that the template uses, as Markdown. Escape what comes from data: `cell`, `fenced`.
@@ -29,13 +29,11 @@ def render_card(values: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
         raise ImportError('model cards need jinja2. Install it with: pip install "hf-moe[recipes]"') from error
     # Markdown, not HTML: `cell` and `fenced` escape what comes from data; values are not rendered again
     environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    source = Path(__file__).with_name(template).read_text(encoding="utf-8")
     try:
-        return template.render(card_data=ModelCardData(**metadata).to_yaml(), **values)
+        return environment.from_string(source).render(card_data=ModelCardData(**metadata).to_yaml(), **values)
     except UndefinedError as error:
-        raise ValueError(
-            f"the model card lacks a value: {error}. Pass every name that {TEMPLATE.name} uses."
-        ) from error
+        raise ValueError(f"the model card lacks a value: {error}. Pass every name that {template} uses.") from error
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -32,7 +32,9 @@ def plot_loss(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -
     _save(figure, path)
 
 
-def plot_bits_per_byte(path: Path, values: Mapping[str, Mapping[str, float]], *, new_domain: str) -> None:
+def plot_bits_per_byte(
+    path: Path, values: Mapping[str, Mapping[str, float]], *, new_domain: str | None = None
+) -> None:
     """Grouped bars: for every domain the bits per byte of each variant, lower is better.
 
     Args:

@@ -48,17 +48,30 @@ def mix(rows: Mapping[str, Tensor], shares: Mapping[str, float], *, count: int, 
     Raises:
         ValueError: If the shares do not sum to 1 or name an unknown domain.
     """
-    if unknown := sorted(set(shares) - set(rows)):
-        raise ValueError(f"shares name {unknown}, which have no rows; known: {sorted(rows)}.")
+    order = draw({name: len(part) for name, part in rows.items()}, shares, count=count, seed=seed)
+    return torch.stack([rows[name][index] for name, index in order])
+
+
+def draw(available: Mapping[str, int], shares: Mapping[str, float], *, count: int, seed: int) -> list[tuple[str, int]]:
+    """`mix` as places: the domain and the index there of each of `count` rows.
+
+    Args:
+        available: Rows of each domain.
+
+    Raises:
+        ValueError: As `mix`.
+    """
+    if unknown := sorted(set(shares) - set(available)):
+        raise ValueError(f"shares name {unknown}, which have no rows; known: {sorted(available)}.")
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(f"shares must sum to 1, got {sum(shares.values())} from {dict(shares)}.")
     rng = random.Random(seed)
     placed = []
     for name, quota in _quotas(shares, count).items():
-        drawn = _draw(len(rows[name]), quota, rng)
+        drawn = _draw(available[name], quota, rng)
         # the i-th of n rows lies at random in the i-th of n equal parts
         placed += [((place + rng.random()) / quota, name, index) for place, index in enumerate(drawn)]
-    return torch.stack([rows[name][index] for _, name, index in sorted(placed)])
+    return [(name, index) for _, name, index in sorted(placed)]
 
 
 def _quotas(shares: Mapping[str, float], count: int) -> dict[str, int]:

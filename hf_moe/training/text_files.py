@@ -64,9 +64,18 @@ def _read(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
+def read_passages(path: Path) -> list[str]:
+    """A .txt or .md file, cut into passages that count as documents.
+
+    Raises:
+        TextError: If the file is empty or not UTF-8 text.
+    """
+    return [piece for piece in passages(_read(path)) if piece.strip()]
+
+
 def _read_text(path: Path) -> list[tuple[str, str]]:
     name = _domain_of(path)
-    return [(name, piece) for piece in passages(_read(path)) if piece.strip()]
+    return [(name, piece) for piece in read_passages(path)]
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,147 @@
+"""A recipe's choices: a YAML file, each of whose keys is also an option of the command line, which wins."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+class RecipeError(ValueError):
+    """A choice that cannot be used; says which, why, and what to do. Nothing has been done yet."""
+
+
+@dataclass
+class ModelArguments:
+    """What is fine-tuned."""
+
+    model: str = field(metadata={"help": "A model folder, or a name on the Hub."})
+    experts_implementation: str = field(default="hf_moe", metadata={"help": "How experts run; see `hf-moe info`."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto (as saved), float32, bfloat16."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "A Jinja file for conversations, if the tokenizer's will not do."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
+
+    datasets: list[str] = field(
+        default_factory=list, metadata={"help": "Files (.jsonl .json .parquet .txt .md), folders, or Hub names."}
+    )
+    row_length: int = field(default=1024, metadata={"help": "Tokens of a training row."})
+    packing: bool = field(default=True, metadata={"help": "Several examples a row, kept apart by position ids."})
+    assistant_only: bool = field(default=True, metadata={"help": "Learn only the assistant's turns of conversations."})
+    held_out: float = field(default=0.05, metadata={"help": "Share of each data set kept for evaluation."})
+    held_out_records: int = field(default=64, metadata={"help": "At most this many records of each."})
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
+        if self.row_length < 8:
+            raise RecipeError(f"row_length must be at least 8 tokens, got {self.row_length}.")
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
+        if self.held_out_records < 1:
+            raise RecipeError(f"held_out_records must be at least 1, got {self.held_out_records}.")
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """The host's TrainingArguments with the defaults of the recipes, and `smoke`."""
+
+    output_dir: str | None = field(default="finetune-output")
+    learning_rate: float = field(default=1e-3)
+    lr_scheduler_type: str = field(default="cosine")
+    logging_steps: float = field(default=10)
+    logging_nan_inf_filter: bool = field(default=False)  # a NaN loss must not be shown as 0
+    save_steps: float = field(default=100)
+    save_total_limit: int | None = field(default=2)
+    # in the order of the host, whose parser reads unions by position
+    report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    remove_unused_columns: bool | None = field(default=False)
+    train_sampling_strategy: str = field(default="sequential")  # the mixture has put the rows in order
+    smoke: bool = field(default=False, metadata={"help": "Four short steps, to see that everything works."})
+
+    def __post_init__(self) -> None:
+        if self.smoke:
+            self.max_steps, self.logging_steps, self.save_steps = 4, 1, 2
+            self.per_device_train_batch_size = min(self.per_device_train_batch_size, 2)
+        super().__post_init__()
+        if self.save_steps % self.logging_steps:
+            raise RecipeError(
+                f"save_steps must be a multiple of logging_steps, got {self.save_steps} and {self.logging_steps}: a "
+                "loss that is not finite is seen when it is logged, and must be seen before a save."
+            )
+
+
+def parse_recipe(kinds: Sequence[type], arguments: Sequence[str] | None = None) -> list[Any]:
+    """One instance of each dataclass, from `--config FILE` and options of the command line.
+
+    Raises:
+        RecipeError: For a file that cannot be read, an unknown or repeated key, or a value of the wrong type.
+        SystemExit: For a wrong command line, as argparse does.
+    """
+    parser = HfArgumentParser(list(kinds), allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="A YAML file; options of the command line win over it.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    config = first.parse_known_args(arguments)[0].config
+    if config is not None:
+        _set_defaults(parser, read_yaml(config), config)
+    try:
+        return list(parser.parse_args_into_dataclasses(arguments))[: len(kinds)]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(str(error)) from error
+
+
+def _set_defaults(parser: HfArgumentParser, given: dict[str, Any], config: Path) -> None:
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    for key, value in given.items():
+        if key not in actions:
+            near = get_close_matches(str(key), actions, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else " --help lists the keys."
+            raise RecipeError(f"{config}: unknown key {key!r}.{hint}")
+        if key != "datasets" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)  # argparse gives strings their type: YAML reads 1e-4 as a string too
+        parser.set_defaults(**{key: value})
+        actions[key].required = False
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that comes twice: YAML would take the last in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} comes twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        RecipeError: If the file is missing, no YAML, no mapping, or has a key twice.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise RecipeError(f"the config {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise RecipeError(f"the config {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"the config {str(path)!r} must be a mapping of keys to values, got {type(value).__name__}.")
+    return value

@@ -1,0 +1,264 @@
+"""What the fine-tuning recipes share: loading, data, the banner, and the run with the ordinary Trainer."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+
+from hf_moe.adapters.frozen_router import RouterNotFrozenError
+from hf_moe.models.moe_layers import moe_layers
+from hf_moe.observability.explain import explain
+from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
+from hf_moe.training.callbacks import StopOnNonFinite
+from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed
+from hf_moe.training.corpus import TextError
+from hf_moe.training.encoding import Encoder, Encoding, Example
+from hf_moe.training.packing import draw
+from hf_moe.training.rows import Mixture, Rows, pack_examples, pad_examples
+from hf_moe.training.sources import DataError, Source, hold_out, read_source
+from hf_moe.training.trainer import MoeTrainer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer.
+
+    Raises:
+        RecipeError: If the model is no Mixture-of-Experts, or a choice is unknown.
+        OSError: If it cannot be found.
+    """
+    if arguments.dtype not in DTYPES:
+        raise RecipeError(f"dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}.")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if arguments.chat_template is not None:
+        tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=arguments.dtype, experts_implementation=arguments.experts_implementation
+    )
+    if not moe_layers(model):
+        raise RecipeError(
+            f"{arguments.model!r} ({type(model).__name__}) has no MoE layer. Name a Mixture-of-Experts model."
+        )
+    model.config.use_cache = False
+    return model, tokenizer
+
+
+@dataclass
+class Data:
+    """What to learn from and what to measure on, by domain; shares sum to 1."""
+
+    shares: dict[str, float]
+    encodings: dict[str, Encoding]
+    rows: dict[str, Rows]
+    held_out_encodings: dict[str, Encoding]
+    held_out: dict[str, Rows]
+
+    def mixture(self, count: int, seed: int) -> Mixture:
+        """`count` rows with each domain's share, spread evenly."""
+        available = {name: len(rows) for name, rows in self.rows.items()}
+        return Mixture(self.rows, draw(available, self.shares, count=count, seed=seed))
+
+    def probe(self, domain: str, row_length: int, most: int = 8) -> torch.Tensor:
+        """Up to `most` rows of held-out tokens without padding, int64 `[rows, row_length]`; if few, a shorter one."""
+        ids = [token for example in self.held_out_encodings[domain].examples for token in example.input_ids]
+        row_length = min(row_length, len(ids))
+        count = min(most, len(ids) // row_length)
+        return torch.tensor(ids[: count * row_length]).view(count, row_length)
+
+
+def prepare_data(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Data:
+    """Read, split, tokenise and pack every data set.
+
+    Raises:
+        DataError, TextError: For a data set that cannot be used.
+        RecipeError: If two data sets have one domain.
+    """
+    sources = [Source.parse(value) for value in arguments.datasets]
+    names = [source.domain for source in sources]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise RecipeError(f"two data sets have the domain {repeated.pop()!r}. Give each a domain of its own.")
+    encoder = Encoder(tokenizer, max_length=arguments.row_length, assistant_only=arguments.assistant_only)
+    total = sum(source.weight for source in sources)
+    data = Data({source.domain: source.weight / total for source in sources}, {}, {}, {}, {})
+    for source in sources:
+        name = source.domain
+        train, held_out = hold_out(
+            read_source(source), share=arguments.held_out, most=arguments.held_out_records, where=source.path
+        )
+        data.encodings[name] = encoder.encode(train, source.path)
+        data.rows[name] = _rows(data.encodings[name].examples, tokenizer, arguments)
+        data.held_out_encodings[name] = encoder.encode(held_out, source.path)
+        data.held_out[name] = _rows(data.held_out_encodings[name].examples, tokenizer, arguments)
+    return data
+
+
+def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Rows:
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    make = pack_examples if arguments.packing else pad_examples
+    return make(examples, row_length=arguments.row_length, padding=padding)
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Check that the model keeps packed examples apart, by what it computes: recurrent layers do not.
+
+    Raises:
+        RecipeError: If an example's logits depend on the example before it in the row.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(2, 34, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    half = ids.shape[1] // 2
+    apart = torch.cat([torch.arange(half), torch.arange(half)]).to(model.device)[None]
+    alone = model(input_ids=ids[:, half:], use_cache=False).logits
+    packed = model(input_ids=ids, position_ids=apart, use_cache=False).logits[:, half:]
+    joined = model(input_ids=ids, use_cache=False).logits[:, half:]
+    model.train(was_training)
+    leak, whole = (float((logits - alone).float().norm()) for logits in (packed, joined))
+    if leak > 0.1 * whole:
+        raise RecipeError(
+            f"{type(model).__name__} does not keep packed examples apart (recurrent layers carry state over). Set "
+            "packing: false."
+        )
+
+
+def trained_rows(arguments: RecipeTrainingArguments, data: Data) -> int:
+    """Rows of the whole run, over all processes."""
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if arguments.max_steps > 0:
+        return arguments.max_steps * per_step
+    epoch = sum(map(len, data.rows.values()))
+    return max(per_step, round(arguments.num_train_epochs * epoch) // per_step * per_step)
+
+
+def banner(model: nn.Module, data: Data, arguments: RecipeTrainingArguments, method: str) -> None:
+    """Say what is about to happen, before it does."""
+    rows = trained_rows(arguments, data)
+    row_length = next(iter(data.rows.values())).columns["input_ids"].shape[1]
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    size = explain(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trainable)
+    table = Table(title=method, title_justify="left", show_header=False)
+    table.add_row(
+        "parameters", f"{size.total_parameters:,} total, {size.active_parameters:,} active, {count:,} trained"
+    )
+    table.add_row("trained tensors", _kinds(model))
+    table.add_row("weights and optimizer", f"{memory_bytes(model) / 2**30:.2f} GiB, activations beside")
+    table.add_row("steps", f"{rows // per_step:,} of {per_step} rows of {row_length} tokens")
+    table.add_row("data", "\n".join(f"{name} {data.shares[name]:.0%}: {e}" for name, e in data.encodings.items()))
+    table.add_row("experts", "\n".join(map(str, size.choices)) or "as the host chooses")
+    table.add_row("device, seed", f"{arguments.device}, {arguments.seed}")
+    table.add_row("versions", ", ".join(f"{name} {value}" for name, value in versions().items()))
+    if arguments.process_index == 0:
+        Console().print(table)
+
+
+def _kinds(model: nn.Module) -> str:
+    """The last two parts of the names of trained tensors, each with how many there are."""
+    kinds: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = [part for part in name.split(".") if not part.isdigit() and part not in ("default", "weight")]
+            kind = ".".join(parts[-2:])
+            kinds[kind] = kinds.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Weights, gradients, and two AdamW moments of what is trained."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights + 3 * trained
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+class MetricsFile(TrainerCallback):
+    """Every log of the Trainer as a line of `metrics.jsonl` in the output folder."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def run(
+    model: nn.Module,
+    data: Data,
+    arguments: RecipeTrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> MoeTrainer:
+    """The ordinary Trainer over the mixture.
+
+    `resume_from_checkpoint: auto` goes on from the newest checkpoint that is whole.
+    """
+    set_seed(arguments.seed)
+    trainer = MoeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.mixture(trained_rows(arguments, data), arguments.seed),
+        callbacks=[SealCheckpoints(), StopOnNonFinite(), MetricsFile(), *callbacks],
+    )
+    resume: Any = arguments.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=newest_sealed(arguments.output_dir) if resume == "auto" else resume)
+    return trainer
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def refuse_used_folder(arguments: RecipeTrainingArguments) -> None:
+    """Raises RecipeError if the output folder holds an earlier run that is not to be resumed."""
+    folder = Path(str(arguments.output_dir))
+    if arguments.resume_from_checkpoint is None and folder.exists() and os.listdir(folder):
+        raise RecipeError(
+            f"the output folder {str(folder)!r} is not empty. Choose another, or go on with what is there: "
+            "--resume_from_checkpoint auto."
+        )
+
+
+def shown(name: str) -> str:
+    """A model's or a file's name for a report: of a local path the last part, so that no folder shows."""
+    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def command_line(recipe: str, arguments: Sequence[str] | None) -> str:
+    """How the recipe was called, without folders of this machine."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return " ".join(["python", f"recipes/{Path(recipe).name}", *map(shown, given)])
+
+
+@contextmanager
+def recipe_errors() -> Iterator[None]:
+    """Say what cannot be used in one line, and exit with 2."""
+    try:
+        yield
+    except (DataError, OSError, RecipeError, RouterNotFrozenError, TextError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
