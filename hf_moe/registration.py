@@ -76,10 +76,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self.module, self.action = module, action
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.module:
+        finders = list(sys.meta_path)
+        if fullname != self.module or self not in finders:
             return None
-        others = (finder for finder in list(sys.meta_path) if finder is not self)
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        # those after this one: the import has asked those before it
+        specs = (finder.find_spec(fullname, path, target) for finder in finders[finders.index(self) + 1 :])
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)

@@ -7,9 +7,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging import version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -24,6 +26,9 @@ from tiny_hf_moe import DECODERS, encoder_config
 from tiny_models import FAMILIES as NATIVE
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, qwen_model
+
+if version.parse(peft.__version__) < version.parse("0.21"):
+    pytest.skip("adapter experts need peft 0.21", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("hf_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "nemotron_h")
@@ -536,6 +541,12 @@ def test_a_deep_copy_is_independent():
 
 
 # ---- refusals
+
+
+def test_a_peft_that_could_not_save_is_refused(monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.20.0")
+    with pytest.raises(ImportError, match=r"need peft 0\.21 or newer, this is 0\.20\.0: .* pip install -U peft"):
+        AdapterExpertsConfig()
 
 
 @pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter"])

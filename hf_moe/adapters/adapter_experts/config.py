@@ -5,6 +5,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import peft
 from peft import PeftConfig
 
 
@@ -31,6 +32,7 @@ class AdapterExpertsConfig(PeftConfig):
 
     Raises:
         ValueError, TypeError: Naming the value and the rule.
+        ImportError: If PEFT is too old to save adapters of a method that is not its own.
     """
 
     num_adapter_experts: int = field(default=2, metadata={"help": "Adapter experts in each MoE layer."})
@@ -44,6 +46,7 @@ class AdapterExpertsConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        _check_peft()
         super().__post_init__()
         self.peft_type = AdapterExpertsType.ADAPTER_EXPERTS
         for name in ("num_adapter_experts", "adapter_width", "top_k"):
@@ -87,6 +90,15 @@ class AdapterExpertsConfig(PeftConfig):
         for layer in self.layers or ():
             _check_layer(layer, tuple(base_layers), model)
         self.base_layers = base_layers
+
+
+def _check_peft() -> None:
+    # 0.20 writes "Unknown PEFT type" for every type beyond its enum, and only when the trained adapter is saved
+    if tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21):
+        raise ImportError(
+            f"adapter experts need peft 0.21 or newer, this is {peft.__version__}: older versions cannot save them. "
+            "Upgrade with: pip install -U peft"
+        )
 
 
 def _check_positive(name: str, value: object) -> None:
