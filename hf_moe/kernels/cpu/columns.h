@@ -40,6 +40,10 @@ void multiply_columns(
   if (weight.n_step == 1 && weight.k_step != 1 && rows <= kStreamedRows<C>) {
     return stream<C, T>(rows, left, weight, columns, k, out, step);
   }
+  if constexpr (std::is_same_v<C, T> && kUnit<C> == 1) {  // it lies as if packed
+    if (weight.n_step == 1 && weight.k_step == wide && columns == wide && k % kBlock<C> == 0)
+      return multiply<C>(rows, left, panel, weight.base, k, out, step, false);
+  }
   // where columns are contiguous, some rows of all of them at a time: what is packed stays in the second-level cache
   const int64_t depth = weight.k_step == 1 ? round_up(k, kBlock<C>) : 256;
   C* packed = scratch<C>(kRight, depth * round_up(columns, wide));

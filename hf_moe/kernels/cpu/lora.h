@@ -29,12 +29,56 @@ struct WeightedRows {
 
 constexpr int64_t kFactorColumns = 512;  // of a factor gradient's task
 
+// sum[rank j0..j0+count][kColumns] (+)= low[r][j] * rows[r][c] over rows r0..r1 of values; nothing is packed.
+template <class C, int count, class Rows>
+void add_outer_products(
+    const Acc<C>* low, int64_t low_step, const Rows& rows, int64_t r0, int64_t r1, int64_t column, bool whole,
+    Acc<C>* out, int64_t step) {
+  using A = Acc<C>;
+  constexpr int lanes = kLanes<A>, n = kColumns<C> / lanes;
+  Vec<A> sum[count][n] = {};
+  alignas(64) C part[kColumns<C>];
+  for (int64_t r = r0; r < r1; ++r, low += low_step) {
+    Vec<A> value[n];
+    if (whole) {
+      const auto* from = rows.at(r, column);
+#pragma GCC unroll 4
+      for (int j = 0; j < n; ++j) value[j] = load_wide<A>(from + j * lanes);
+    } else {
+      rows.read(r, column, part);
+#pragma GCC unroll 4
+      for (int j = 0; j < n; ++j) value[j] = load_wide<A>(part + j * lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < n; ++j) sum[i][j] += low[i] * value[j];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < n; ++j) store(out + i * step + j * lanes, sum[i][j]);
+}
+
 // Columns c0..c0+count of product[R padded to 32][count padded] = low^T rows over an expert's rows.
 template <class C, class Low, class Rows>
 void factor_gradient_block(
     const Low& low, int64_t rank, const Rows& rows, const ExpertRows& of, int64_t c0, int64_t count, Acc<C>* product) {
+  using A = Acc<C>;
   constexpr int64_t wide = kColumns<C>;
-  const int64_t deep = std::min(of.count(), kDepth), stride = round_up(count, wide);
+  const int64_t stride = round_up(count, wide);
+  if constexpr (kUnit<C> == 1) {
+    const int64_t low_step = round_up(rank, 16);
+    A* dense = scratch<A>(kLeft, of.count() * low_step);
+    for (int64_t r = 0; r < of.count(); ++r)
+      for (int64_t j = 0; j < rank; j += 16) low.read(of.begin + r, j, dense + r * low_step + j);
+    for (int64_t c = 0; c < count; c += wide)
+      for (int64_t j = 0; j < low_step; j += kTile<C>)
+        add_outer_products<C, kTile<C>>(
+            dense + j, low_step, rows, of.begin, of.end, c0 + c, count - c >= wide, product + j * stride + c, stride);
+    return;
+  }
+  const int64_t deep = std::min(of.count(), kDepth);
   C* turned = scratch<C>(kLeft, panel_size<C>(deep) * (round_up(rank, 32) / kRows));
   C* packed = scratch<C>(kRight, round_up(deep, kBlock<C>) * wide);
   for (int64_t r0 = of.begin; r0 < of.end; r0 += kDepth) {

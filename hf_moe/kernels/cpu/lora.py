@@ -1,4 +1,4 @@
-"""The CPU engine's experts under low-rank adapters: rows go through the factors, `W + BA` and its gradient never exist.
+"""Experts under low-rank adapters on the CPU: rows go through the factors, `W + BA` and its gradient never exist.
 
 Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H hidden, I expert width, P pre-activation
 width (2I gated, I ungated), R rank.
@@ -197,12 +197,12 @@ def _check_factors(name: str, weight: Tensor, a: Tensor | None, b: Tensor | None
     if a is None and b is None:
         return
     experts, out, inner = weight.permute((0, 2, 1) if transposed else (0, 1, 2)).shape
-    rank = a.shape[1] if a is not None and a.dim() == 3 else 0
     got = [None if factor is None else tuple(factor.shape) for factor in (a, b)]
+    rank = a.shape[1] if a is not None and a.dim() == 3 else 0
     if rank < 1 or got != [(experts, rank, inner), (experts, out, rank)]:
         raise ValueError(
             f"{name}_a must be [{experts}, R, {inner}] and {name}_b [{experts}, {out}, R] with R >= 1, or both None, "
             f"got {got[0]} and {got[1]}."
         )
-    for factor, tensor in ((f"{name}_a", a), (f"{name}_b", b)):
-        _check_shape(factor, tensor, tuple(tensor.shape), weight.dtype)
+    _check_shape(f"{name}_a", a, (experts, rank, inner), weight.dtype)
+    _check_shape(f"{name}_b", b, (experts, out, rank), weight.dtype)

@@ -13,7 +13,11 @@ namespace hf_moe {
 template <class T>
 void turn_experts(const T* from, int64_t step, int64_t count, int64_t experts, T* to) {
   using W = std::conditional_t<sizeof(T) == 8, double, uint32_t>;
-  alignas(64) W lines[16 * 16], turned[16 * 16];
+  if constexpr (sizeof(T) == sizeof(W)) {
+    if (count == 16 && experts == 16)
+      return transpose_units(reinterpret_cast<const W*>(from), step, reinterpret_cast<W*>(to), 16);
+  }
+  alignas(64) W lines[16 * 16] = {}, turned[16 * 16];
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (sizeof(T) == sizeof(W)) {
       std::memcpy(lines + 16 * i, from + i * step, experts * sizeof(T));
@@ -49,30 +53,41 @@ class Factor {
   const ExpertWeights<T>& weights() const { return weights_; }
   int64_t num_tasks() const { return apart_ ? (apart_->size(2) + kPerTask - 1) / kPerTask : 0; }
 
-  // Takes the experts with rows apart, for some of the long dimension.
+  // Takes the experts with rows apart, for some of the long dimension; in the order in which memory is read.
   void take_apart(const Routing& routing, int64_t task) const {
-    const int64_t rank = apart_->size(1), size = apart_->size(2), end = std::min(size, (task + 1) * kPerTask);
-    const int64_t rank_step = long_k_ ? given_.n_step : given_.k_step, step = long_k_ ? given_.k_step : given_.n_step;
-    alignas(64) T turned[kTogether * 16];
-    for (size_t a = 0; a < routing.active.size();) {
-      const int64_t first = routing.active[a]->expert / kTogether * kTogether;
-      const size_t begin = a;
-      while (a < routing.active.size() && routing.active[a]->expert < first + kTogether) ++a;
-      const int64_t experts = std::min(kTogether, apart_->size(0) - first);
-      for (int64_t i = task * kPerTask; i < end; i += 16) {
-        const int64_t count = std::min<int64_t>(16, end - i);
-        for (int64_t r = 0; r < rank; ++r) {
-          turn_experts(given_.base + first + i * step + r * rank_step, step, count, experts, turned);
-          for (size_t b = begin; b < a; ++b) {
-            const int64_t e = routing.active[b]->expert;
-            std::copy_n(turned + (e - first) * 16, count, apart_->template data_ptr<T>() + (e * rank + r) * size + i);
-          }
+    const int64_t rank = apart_->size(1), end = std::min(apart_->size(2), (task + 1) * kPerTask);
+    for (int64_t i = task * kPerTask; i < end; i += 16)
+      for (int64_t r = 0; r < rank; ++r)
+        for (size_t a = 0; a < routing.active.size();) {
+          const size_t begin = a;
+          const int64_t first = routing.active[a]->expert / kTogether * kTogether;
+          while (a < routing.active.size() && routing.active[a]->expert < first + kTogether) ++a;
+          turn_tile(&routing.active[begin], a - begin, first, i, std::min<int64_t>(16, end - i), r);
         }
-      }
-    }
   }
 
  private:
+  // The values i..i+count at rank r of some of the 16 experts from `first` on.
+  INLINE void turn_tile(
+      const ExpertRows* const* active, int64_t num_active, int64_t first, int64_t i, int64_t count, int64_t r) const {
+    const int64_t rank = apart_->size(1), size = apart_->size(2), step = long_k_ ? given_.k_step : given_.n_step;
+    const T* from = given_.base + first + i * step + r * (long_k_ ? given_.n_step : given_.k_step);
+    T* to = apart_->template data_ptr<T>() + r * size + i;
+    if (num_active < 4) {
+      for (int64_t a = 0; a < num_active; ++a) {
+        const int64_t e = active[a]->expert;
+        for (int64_t c = 0; c < count; ++c) to[e * rank * size + c] = from[c * step + e - first];
+      }
+      return;
+    }
+    alignas(64) T turned[kTogether * 16];
+    turn_experts(from, step, count, std::min(kTogether, apart_->size(0) - first), turned);
+    for (int64_t a = 0; a < num_active; ++a) {
+      const int64_t e = active[a]->expert;
+      std::memcpy(to + e * rank * size, turned + (e - first) * 16, count * sizeof(T));
+    }
+  }
+
   ExpertWeights<T> given_, weights_;
   bool long_k_;
   std::optional<Tensor> apart_;  // [E, R, n or k]

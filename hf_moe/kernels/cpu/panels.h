@@ -110,9 +110,10 @@ struct GatheredRows {  // row r is row index[r] of a matrix in the tensor's dtyp
   const T* base;
   const int64_t* index;
   int64_t step, width;
+  INLINE const T* at(int64_t row, int64_t column) const { return base + index[row] * step + column; }
   INLINE void read(int64_t row, int64_t column, C* to) const {
     const int64_t valid = std::min<int64_t>(16, width - column);
-    convert(base + index[row] * step + column, to, valid);
+    convert(at(row, column), to, valid);
     std::fill(to + valid, to + 16, C(0.0f));
   }
 };
@@ -121,8 +122,9 @@ struct PanelRows {  // row index[r] of a left operand
   const C* base;
   const int64_t* index;
   int64_t panel;
+  INLINE const C* at(int64_t row, int64_t column) const { return panel_run(base, panel, index[row], column); }
   INLINE void read(int64_t row, int64_t column, C* to) const {
-    std::memcpy(to, panel_run(base, panel, index[row], column), 16 * sizeof(C));
+    std::memcpy(to, at(row, column), 16 * sizeof(C));
   }
 };
 
