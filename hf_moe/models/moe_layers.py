@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 _DECORATOR_MARKS = ("config", "has_gate", "has_bias", "is_transposed", "is_concatenated")
 # where PyTorch and PEFT wrappers keep the module they wrap
 _WRAPPED_AS = (
-    "base_layer",  # PEFT tuner layers, ParamWrapper among them
+    "base_layer",  # PEFT tuner layers, ParamWrapper among them; experts of which some are trained
+    "trained_slices",  # the latter's copy of those: the base, which comes first, stands for both
     "original_module",  # PEFT modules_to_save
     "modules_to_save",
     "module",  # DistributedDataParallel
