@@ -332,6 +332,13 @@ def test_loading_onto_16_bits_keeps_what_was_saved(saved, low_cpu_mem_usage):
             assert torch.equal(parameter, tensors[name.removesuffix(".default")]), name
 
 
+def test_loaded_weights_follow_the_experts_to_their_device(saved, monkeypatch):
+    monkeypatch.setattr(AdapterExpertsLayer, "_base_device", lambda layer: torch.device("meta"))
+    folder, _ = saved
+    loaded = PeftModel.from_pretrained(base_of(folder), folder / "adapter", low_cpu_mem_usage=True)
+    assert all(parameter.is_meta for parameter in adapter_parameters(loaded).values())
+
+
 def test_the_hosts_own_adapter_methods(saved):
     folder, expected = saved
     model = base_of(folder)

@@ -111,12 +111,13 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         return down.dtype if is_computed_with else rows
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Called after weights were loaded. PEFT would cast them to 16 bits on the way: these keep what was saved."""
+        """PEFT calls it after loading. Its own looks for a `weight`, which experts lack; dtypes stay as loaded."""
         target = device or self._base_device()
         for attribute in self.adapter_layer_names:
             parameters = getattr(self, attribute)
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name].data = parameters[adapter_name].data.to(target)
+            loaded = parameters[adapter_name] if adapter_name in parameters else None
+            if loaded is not None and not loaded.is_meta and loaded.device != target:
+                parameters[adapter_name] = nn.Parameter(loaded.detach().to(target), loaded.requires_grad)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NO_MERGE)
