@@ -89,7 +89,14 @@ class ParamWrapper(peft_layer.ParamWrapper):
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("adapter_names", None)
         base: Any = self.get_base_layer()
-        factors = {wrapper.parameter_name: low_rank for wrapper in nested(self) if (low_rank := _active(wrapper))}
+        # loops that torch.compile can trace
+        factors: dict[str, LowRank] = {}
+        wrapper: Any = self
+        while isinstance(wrapper, peft_layer.ParamWrapper):
+            low_rank = _active(wrapper)
+            if low_rank is not None:
+                factors[wrapper.parameter_name] = low_rank
+            wrapper = wrapper.base_layer
         if not factors:
             return base(x, *args, **kwargs)
         if not is_experts(base):

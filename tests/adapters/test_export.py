@@ -1,0 +1,210 @@
+"""An exported adapter computes what the adapter computes, and nothing half-written or unfit is left behind."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize
+
+import hf_moe
+from hf_moe.adapters import export
+from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
+from hf_moe.adapters.export import AdapterExportError, export_adapter
+from tiny_lora import RANK, adapted, build, fill, outputs
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NAMES = {
+    "qwen3_moe": ("mlp.experts.7.", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("block_sparse_moe.experts.7.", ("w1", "w3", "w2")),
+    "olmoe": ("mlp.experts.7.", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def saved(tmp_path, family="qwen3_moe", **options):
+    """A saved adapter, the model under it, its inputs and the adapter's outputs."""
+    model, inputs = build(family)
+    tuned = adapted(model, **options)
+    tuned.save_pretrained(tmp_path / "adapter")
+    return model, inputs, outputs(tuned, inputs)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_stock_peft_loads_it_with_equal_outputs(family, tmp_path):
+    model, inputs, expected = saved(tmp_path, family, attention=True)
+    assert export_adapter(tmp_path / "adapter", tmp_path / "out" / "per_expert") == tmp_path / "out" / "per_expert"
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out" / "per_expert")
+    torch.testing.assert_close(outputs(loaded, inputs), expected)
+    accelerate_adapters(loaded)
+    torch.testing.assert_close(outputs(loaded, inputs), expected)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_expert_has_factors_of_its_own(family, tmp_path):
+    saved(tmp_path, family, attention=True)
+    export_adapter(tmp_path / "adapter", tmp_path / "out")
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("adapter", "out"))
+    path, names = NAMES[family]
+    prefix = "base_model.model.model.layers.2." + path
+    shapes = {name: [tuple(after[f"{prefix}{name}.lora_{f}.weight"].shape) for f in "AB"] for name in names}
+    up = [(RANK, 32), (24, RANK)]
+    assert shapes == dict(zip(names, (up, up, [(RANK, 24), (32, RANK)]), strict=True))
+    assert len([key for key in after if ".experts." in key]) == 3 * 8 * 3 * 2
+    attention = {key for key in before if "self_attn" in key}
+    assert attention
+    assert all(torch.equal(after[key], before[key]) for key in attention)
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert set(names) <= set(config["target_modules"])
+    assert config["target_parameters"] is None
+
+
+def test_shared_experts_stay_targeted_parameters(tmp_path):
+    model, inputs, expected = saved(tmp_path, "deepseek_v3", shared_experts=True)
+    export_adapter(tmp_path / "adapter", tmp_path / "out")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out")
+    torch.testing.assert_close(outputs(loaded, inputs), expected)
+
+
+def test_a_process_without_hf_moe_reads_it(tmp_path):
+    model, inputs, expected = saved(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    export_adapter(tmp_path / "adapter", tmp_path / "out")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = """
+import sys
+sys.modules["hf_moe"] = None  # whoever imports it fails
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("model", dtype="float64", experts_implementation="eager")
+model = PeftModel.from_pretrained(model, "out")
+torch.save(model(**torch.load("inputs.pt")).logits, "logits.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_the_other_nesting_is_read_from_the_shapes(tmp_path):
+    """Over parametrised weights PEFT nests the projections the other way round, and keys name neither."""
+    model, inputs = build("qwen3_moe")
+    plain = copy.deepcopy(model)
+    for layer in hf_moe.moe_layers(model):
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.register_parametrization(layer.experts, name, torch.nn.Identity(), unsafe=True)
+    tuned = fill(get_peft_model(model, expert_lora_config(model, r=RANK)))
+    accelerate_adapters(tuned)
+    expected = outputs(tuned, inputs)
+    tuned.save_pretrained(tmp_path / "adapter")
+    export_adapter(tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(outputs(PeftModel.from_pretrained(plain, tmp_path / "out"), inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["hf_moe", "nemotron_h"])
+def test_other_families_are_named_as_their_checkpoints_are(family, tmp_path):
+    saved(tmp_path, family)
+    export_adapter(tmp_path / "adapter", tmp_path / "out")
+    keys = load_file(tmp_path / "out" / WEIGHTS).keys()
+    assert any(key.endswith("experts.7.down_proj.lora_B.weight") for key in keys)
+    assert any(key.endswith("experts.0.up_proj.lora_A.weight") for key in keys)
+
+
+def test_the_model_type_comes_from_the_base_or_the_caller(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "adapter" / CONFIG
+    config = json.loads(path.read_text()) | {"auto_mapping": None}
+    for base, message in ((None, "give its model_type"), (str(tmp_path / "gone"), "cannot be read")):
+        path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(AdapterExportError, match=message):
+            export_adapter(tmp_path / "adapter", tmp_path / "out")
+    export_adapter(tmp_path / "adapter", tmp_path / "given", model_type="qwen3_moe")
+    build("qwen3_moe")[0].config.save_pretrained(tmp_path / "gone")
+    export_adapter(tmp_path / "adapter", tmp_path / "found")
+    assert (tmp_path / "given" / WEIGHTS).read_bytes() == (tmp_path / "found" / WEIGHTS).read_bytes()
+
+
+# What is refused, and that nothing is left
+
+
+def edit_config(**changes):
+    def edit(folder):
+        path = folder / CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        tensors = load_file(folder / WEIGHTS)
+        save_file({key: change(key, value).contiguous() for key, value in tensors.items()}, folder / WEIGHTS)
+
+    return edit
+
+
+BROKEN = {
+    "no_config": (lambda folder: (folder / CONFIG).unlink(), "holds no adapter_config.json"),
+    "no_weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds no adapter_model.safetensors"),
+    "no_json": (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
+    "rank_pattern": (edit_config(rank_pattern={"down_proj": 2}), "take one rank and one alpha"),
+    "alpha_pattern": (edit_config(alpha_pattern={"down_proj": 2}), "take one rank and one alpha"),
+    "another_rank": (edit_config(r=3), r"experts \* r rows or columns, r=3"),
+    "a_pattern": (edit_config(target_modules=".*q_proj"), "only a list can take the experts in"),
+    "another_width": (
+        edit_weights(lambda key, value: value[:5] if key.endswith("base_layer.lora_B.weight") else value),
+        "fit no experts of two projections",
+    ),
+    "fused_on_disk": (
+        edit_config(auto_mapping={"parent_library": "transformers.models.gpt_oss.modeling_gpt_oss"}),
+        "checkpoints of 'gpt_oss' hold no expert by itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_unfit_folders_are_refused(case, tmp_path):
+    saved(tmp_path)
+    spoil, message = BROKEN[case]
+    spoil(tmp_path / "adapter")
+    with pytest.raises(AdapterExportError, match=message):
+        export_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_adapters_without_experts_or_of_another_method_are_refused(tmp_path):
+    model, _ = build("qwen3_moe")
+    get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "attention")
+    with pytest.raises(AdapterExportError, match="no factors of two projections of fused experts"):
+        export_adapter(tmp_path / "attention", tmp_path / "out")
+    ia3 = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    get_peft_model(copy.deepcopy(model), ia3).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(AdapterExportError, match="an adapter of type 'IA3', not LORA"):
+        export_adapter(tmp_path / "ia3", tmp_path / "out")
+    with pytest.raises(ValueError, match="format must be one of per_expert, got 'fused'"):
+        export_adapter(tmp_path / "attention", tmp_path / "out", format="fused")
+
+
+def test_existing_files_are_never_touched(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for target in (tmp_path / "out", tmp_path / "out" / "notes.txt", tmp_path / "adapter"):
+        with pytest.raises(FileExistsError, match="name a new folder"):
+            export_adapter(tmp_path / "adapter", target)
+    (tmp_path / "empty").mkdir()
+    export_adapter(tmp_path / "adapter", tmp_path / "empty")
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    saved(tmp_path)
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.json, "dumps", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
