@@ -115,7 +115,7 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         target = device or self._base_device()
         for attribute in self.adapter_layer_names:
             parameters = getattr(self, attribute)
-            loaded = parameters[adapter_name] if adapter_name in parameters else None
+            loaded = parameters.get(adapter_name)
             if loaded is not None and not loaded.is_meta and loaded.device != target:
                 parameters[adapter_name] = nn.Parameter(loaded.detach().to(target), loaded.requires_grad)
 
