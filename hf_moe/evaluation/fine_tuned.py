@@ -1,20 +1,34 @@
 """What fine-tuning did: every domain's held-out figures and routing, before and after."""
 
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.evaluation.held_out import HeldOut, evaluate_rows
 from hf_moe.observability.explain import explain
 from hf_moe.observability.routing_agreement import RoutingChoices, record_choices, routing_agreement
-from hf_moe.training.finetuning import Data, versions
+from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeTrainingArguments
+from hf_moe.training.finetuning import (
+    Data,
+    banner,
+    check_packing,
+    folder_bytes,
+    load,
+    prepare_data,
+    refuse_used_folder,
+    run,
+    shown,
+    versions,
+)
 
 
 @dataclass(frozen=True)
@@ -74,39 +88,80 @@ def print_domains(domains: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def fine_tuning_report(
-    method: str,
-    command: str,
-    data: Data,
-    before: Measurement,
-    after: Measurement,
-    router_hashes: tuple[str, str],
-    trainer: Trainer,
-    choices: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What a recipe did, as JSON values.
+class FineTuning:
+    """What every fine-tuning recipe does around its method: load, measure, train, measure again, report.
+
+    On entry everything that cannot be used is refused, and the held-out figures before training are taken.
 
     Args:
-        router_hashes: `router_hash` before and after.
-        choices: The recipe's arguments that matter.
+        method: The method's name, for people.
+        command: How the recipe was called.
+        own: The recipe's own arguments, a dataclass.
+
+    Raises:
+        RecipeError, DataError, TextError, OSError: Before any training.
     """
-    log = trainer.state.log_history
-    size = explain(trainer.model)
-    return {
-        "recipe": method,
-        "date": date.today().isoformat(),
-        "command": command,
-        "choices": dict(choices),
-        "versions": versions(),
-        "machine": {"architecture": platform.machine(), "device": trainer.args.device.type},
-        "parameters": {
-            "total": size.total_parameters,
-            "active": size.active_parameters,
-            "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        },
-        "router_sha256": dict(zip(("before", "after"), router_hashes, strict=True)),
-        "domains": domain_report(data, before, after),
-        "steps": trainer.state.global_step,
-        "seconds_per_step": log[-1]["train_runtime"] / trainer.state.global_step,
-        "log": [record for record in log if "loss" in record],
-    }
+
+    def __init__(
+        self,
+        method: str,
+        command: str,
+        own: Any,
+        base: ModelArguments,
+        texts: DataArguments,
+        training: RecipeTrainingArguments,
+    ):
+        refuse_used_folder(training)
+        set_seed(training.seed)  # new adapter weights are drawn before the Trainer sets it
+        self.method, self.command, self.training, self.texts = method, command, training, texts
+        self.choices = {**asdict(own), "model": shown(base.model), "row_length": texts.row_length}
+        self.folder = Path(str(training.output_dir))
+        self.model, self.tokenizer = load(base)
+        self.data = prepare_data(self.tokenizer, texts)
+        if texts.packing:
+            check_packing(self.model)
+        self.router_hash = router_hash(self.model)
+        self.before = self._measure(self.model)
+
+    def train(self, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        """Say what will be trained, train it, and measure again."""
+        banner(model, self.data, self.training, self.method)
+        self.trainer = run(model, self.data, self.training, callbacks)
+        self.after = self._measure(model)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the results."""
+        return self.trainer.is_world_process_zero()
+
+    def report(self, saved: str) -> dict[str, Any]:
+        """What was done, as JSON values.
+
+        Args:
+            saved: The folder in the output folder that holds the result, for its size.
+        """
+        model, log = self.trainer.model, self.trainer.state.log_history
+        size, steps = explain(model), self.trainer.state.global_step
+        return {
+            "recipe": self.method,
+            "date": date.today().isoformat(),
+            "command": self.command,
+            "choices": self.choices,
+            "versions": versions(),
+            "machine": {"architecture": platform.machine(), "device": self.training.device.type},
+            "parameters": {
+                "total": size.total_parameters,
+                "active": size.active_parameters,
+                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            },
+            "saved_bytes": folder_bytes(self.folder / saved),
+            "router_sha256": {"before": self.router_hash, "after": router_hash(model)},
+            "domains": domain_report(self.data, self.before, self.after),
+            "steps": steps,
+            "seconds_per_step": log[-1]["train_runtime"] / steps,
+            "log": [record for record in log if "loss" in record],
+        }
+
+    def _measure(self, model: nn.Module) -> Measurement:
+        batch_size = self.training.per_device_eval_batch_size
+        return measure(model, self.tokenizer, self.data, row_length=self.texts.row_length, batch_size=batch_size)

@@ -80,6 +80,9 @@ class RecipeTrainingArguments(TrainingArguments):
             )
 
 
+RECIPE = (ModelArguments, DataArguments, RecipeTrainingArguments)
+
+
 def parse_recipe(kinds: Sequence[type], arguments: Sequence[str] | None = None) -> list[Any]:
     """One instance of each dataclass, from `--config FILE` and options of the command line.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,12 +25,12 @@ from transformers import (
     set_seed,
 )
 
-from hf_moe.adapters.frozen_router import RouterNotFrozenError
+from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash, verify_adapter_without_router
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
 from hf_moe.training.callbacks import StopOnNonFinite
-from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed
+from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed, whole_folder
 from hf_moe.training.corpus import TextError
 from hf_moe.training.encoding import Encoder, Encoding, Example
 from hf_moe.training.packing import draw
@@ -227,6 +228,27 @@ def run(
     resume: Any = arguments.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=newest_sealed(arguments.output_dir) if resume == "auto" else resume)
     return trainer
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter and the routers' hash, whole or not at all.
+
+    Raises:
+        RouterNotFrozenError: If the adapter would hold a router's tensor.
+    """
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        (temporary / "README.md").unlink()  # PEFT's empty card; ours is one level up
+        verify_adapter_without_router(temporary, model)
+        save_router_hash(temporary, model)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model, its tokenizer and the routers' hash, whole or not at all."""
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        save_router_hash(temporary, model)
 
 
 def folder_bytes(folder: Path) -> int:

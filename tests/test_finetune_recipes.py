@@ -1,0 +1,167 @@
+"""The fine-tuning recipes, tiny, on classes of several families: what they save, prove, refuse and resume."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import hf_moe  # noqa: F401 (registers)
+from hf_moe.adapters.frozen_router import router_hash
+from hf_moe.training.arguments import RecipeError
+from tiny_models import build_tiny
+from tiny_moe import hf_moe_model, tiny_tokenizer, words
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ("finetune_expert_lora", "finetune_adapter_experts", "finetune_esft", "finetune_full")
+FAMILIES = ("hf_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Saved tiny models by family, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny_tokenizer()
+    for family in FAMILIES:
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+        model = hf_moe_model(**sizes) if family == "hf_moe" else build_tiny(family, **sizes)[0]
+        model.save_pretrained(folder / family)
+        tokenizer.save_pretrained(folder / family)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    records = {
+        "notes": [{"text": words(60, seed)} for seed in range(24)],
+        "sums": [{"prompt": words(4, seed), "completion": words(8, seed + 50)} for seed in range(24)],
+    }
+    for name, rows in records.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder / "notes.jsonl"), str(folder / "sums.jsonl")]
+
+
+def options(models, data, output, family="hf_moe", *more):
+    return [
+        "--model", str(models / family), "--datasets", *data, "--output_dir", str(output), "--row_length", "32",
+        "--use_cpu", "--dataloader_pin_memory", "False", "--disable_tqdm", "True", "--smoke", *more,
+    ]  # fmt: skip
+
+
+def run(recipe, arguments):
+    return importlib.import_module(f"hf_moe.recipes.{recipe}").main(arguments)
+
+
+def loaded(models, output, report, family):
+    """What the recipe saved, read back from disk."""
+    if (output / "model").exists():
+        return AutoModelForCausalLM.from_pretrained(output / "model")
+    base = AutoModelForCausalLM.from_pretrained(models / family)
+    return PeftModel.from_pretrained(base, output / "adapter")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recipe_runs_on_every_family(recipe, family, models, data, tmp_path):
+    report = run(recipe, options(models, data, tmp_path / "out", family))
+    assert report["steps"] == 4
+    assert report["router_sha256"]["before"] == report["router_sha256"]["after"]
+    assert set(report["domains"]) == {"notes", "sums"}
+    assert all(domain["before"]["loss"] > 0 for domain in report["domains"].values())
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    model = loaded(models, tmp_path / "out", report, family)
+    assert router_hash(model) == report["router_sha256"]["after"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card + json.dumps(report)
+    assert str(models) not in card + json.dumps(report)
+
+
+def test_what_is_loaded_back_has_the_figures_of_the_report(models, data, tmp_path):
+    from hf_moe.evaluation.held_out import evaluate_rows
+    from hf_moe.training.arguments import DataArguments
+    from hf_moe.training.finetuning import prepare_data
+
+    report = run("finetune_expert_lora", options(models, data, tmp_path / "out"))
+    rows = prepare_data(tiny_tokenizer(), DataArguments(datasets=data, row_length=32)).held_out["notes"]
+    model = loaded(models, tmp_path / "out", report, "hf_moe")
+    figures = evaluate_rows(model, tiny_tokenizer(), rows)
+    assert figures.to_dict() == pytest.approx(report["domains"]["notes"]["after"], rel=1e-5)
+
+
+def test_training_learns(models, data, tmp_path):
+    arguments = options(models, data, tmp_path / "out")
+    arguments.remove("--smoke")
+    more = ["--max_steps", "40", "--learning_rate", "1e-2", "--per_device_train_batch_size", "4"]
+    report = run("finetune_full", [*arguments, *more])
+    for domain in report["domains"].values():
+        assert domain["after"]["bits_per_byte"] < 0.9 * domain["before"]["bits_per_byte"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(models, data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("finetune_expert_lora", options(models, data, whole))
+    run("finetune_expert_lora", options(models, data, parts))
+    (parts / "checkpoint-4" / "manifest.json").unlink()  # as if killed while saving
+    report = run("finetune_expert_lora", [*options(models, data, parts), "--resume_from_checkpoint", "auto"])
+    assert report["steps"] == 4
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_used_folder_is_refused(models, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(RecipeError, match="not empty"):
+        run("finetune_full", options(models, data, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_dense_model_is_refused(data, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    with pytest.raises(RecipeError, match="no MoE layer"):
+        run("finetune_full", options(tmp_path, data, tmp_path / "out", "dense"))
+
+
+def test_two_data_sets_of_one_domain_are_refused(models, data, tmp_path):
+    with pytest.raises(RecipeError, match="two data sets have the domain 'notes'"):
+        run("finetune_full", options(models, [data[0], data[0]], tmp_path / "out"))
+
+
+def test_the_program_says_what_is_wrong_in_one_line(models, tmp_path):
+    arguments = options(models, [str(tmp_path / "none.jsonl")], tmp_path / "out")
+    command = [sys.executable, str(ROOT / "recipes" / "finetune_full.py"), *arguments]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert ended.returncode == 2
+    assert "error: the data file" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(models, data, tmp_path):
+    arguments = options(models, data, tmp_path / "two")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(ROOT / "recipes" / "finetune_expert_lora.py"), *arguments, "--per_device_train_batch_size", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    run("finetune_expert_lora", options(models, data, tmp_path / "one"))
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    for name in one:  # AdamW moves a weight by the learning rate (1e-3) however small its gradient, so rounding shows
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
