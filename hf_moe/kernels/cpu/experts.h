@@ -154,8 +154,9 @@ class Experts {
       const Term* term) const {
     const int64_t e = task.of->expert;
     const Weight<T> next = up_.of(e, std::min(column + columns, up_.n - 1));
-    multiply_columns<C>(up_.of(e, column), columns, hidden_, task.rows, left, product, step, more ? &next : nullptr);
-    if (term) term->add(*task.of, task.first, task.rows, column, columns, product, step);
+    const auto added = columns_of(term, *task.of, task.first, column);
+    multiply_columns<C, T>(
+        up_.of(e, column), columns, hidden_, task.rows, left, product, step, more ? &next : nullptr, pointer(added));
     if (given_.up_bias) add_bias(bias(given_.up_bias) + e * up_.n + column, columns, task.rows, product, step);
   }
 
@@ -202,8 +203,9 @@ class Experts {
       for (int64_t i0 = task.c0; i0 < task.c1; i0 += at_once) {
         const int64_t n = std::min(at_once, task.c1 - i0);
         if (need_d_act) {
-          multiply_columns<C>(turned.of(task.of->expert, i0), n, hidden_, task.rows, left, product, at_once);
-          if (down_term) down_term->add(*task.of, task.first, task.rows, i0, n, product, at_once);
+          const auto added = columns_of(down_term, *task.of, task.first, i0);
+          multiply_columns<C, T>(
+              turned.of(task.of->expert, i0), n, hidden_, task.rows, left, product, at_once, nullptr, pointer(added));
         } else {
           std::fill(product, product + task.rows * at_once, A(0));
         }

@@ -42,7 +42,7 @@ void multiply_rows_by_expert(
     for (int64_t c0 = task.c0; c0 < task.c1; c0 += at_once) {
       const int64_t columns = std::min(at_once, task.c1 - c0);
       const Weight<T> next = weights.of(e, std::min(c0 + columns, weights.n - 1));
-      multiply_columns<C>(
+      multiply_columns<C, T>(
           weights.of(e, c0), columns, weights.k, task.rows, left, product, at_once,
           c0 + columns < task.c1 ? &next : nullptr);
       if (bias) add_bias(bias + e * weights.n + c0, columns, task.rows, product, at_once);

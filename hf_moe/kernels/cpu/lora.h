@@ -29,14 +29,20 @@ struct WeightedRows {
 
 constexpr int64_t kFactorColumns = 512;  // of a factor gradient's task
 
-// sum[rank j0..j0+count][kColumns] (+)= low[r][j] * rows[r][c] over rows r0..r1 of values; nothing is packed.
+constexpr int64_t kOuterRows = 32;  // at a time, which are read along the columns
+
+// out[rank j0..j0+count][kColumns] (+)= low[r][j] * rows[r][c] over rows r0..r1; nothing is packed.
 template <class C, int count, class Rows>
 void add_outer_products(
     const Acc<C>* low, int64_t low_step, const Rows& rows, int64_t r0, int64_t r1, int64_t column, bool whole,
-    Acc<C>* out, int64_t step) {
+    Acc<C>* out, int64_t step, bool add) {
   using A = Acc<C>;
   constexpr int lanes = kLanes<A>, n = kColumns<C> / lanes;
-  Vec<A> sum[count][n] = {};
+  Vec<A> sum[count][n];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < n; ++j) sum[i][j] = add ? load(out + i * step + j * lanes) : Vec<A>{};
   alignas(64) C part[kColumns<C>];
   for (int64_t r = r0; r < r1; ++r, low += low_step) {
     Vec<A> value[n];
@@ -72,10 +78,15 @@ void factor_gradient_block(
     A* dense = scratch<A>(kLeft, of.count() * low_step);
     for (int64_t r = 0; r < of.count(); ++r)
       for (int64_t j = 0; j < rank; j += 16) low.read(of.begin + r, j, dense + r * low_step + j);
-    for (int64_t c = 0; c < count; c += wide)
-      for (int64_t j = 0; j < low_step; j += kTile<C>)
-        add_outer_products<C, kTile<C>>(
-            dense + j, low_step, rows, of.begin, of.end, c0 + c, count - c >= wide, product + j * stride + c, stride);
+    for (int64_t r0 = of.begin; r0 < of.end; r0 += kOuterRows) {
+      const int64_t r1 = std::min(r0 + kOuterRows, of.end);
+      for (int64_t r = r1; r < std::min(r1 + kOuterRows, of.end); ++r) rows.fetch(r, c0, count);
+      for (int64_t c = 0; c < count; c += wide)
+        for (int64_t j = 0; j < low_step; j += kTile<C>)
+          add_outer_products<C, kTile<C>>(
+              dense + (r0 - of.begin) * low_step + j, low_step, rows, r0, r1, c0 + c, count - c >= wide,
+              product + j * stride + c, stride, r0 > of.begin);
+    }
     return;
   }
   const int64_t deep = std::min(of.count(), kDepth);
@@ -188,7 +199,6 @@ class LoraExperts : Experts<T> {
   }
 
  private:
-  static const Term* pointer(const std::optional<Term>& term) { return term ? &*term : nullptr; }
 
   std::optional<Term> forward_term(const Factors& f, const Tensor& kept) const {
     if (!f.a) return std::nullopt;

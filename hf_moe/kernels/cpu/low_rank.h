@@ -116,7 +116,7 @@ class LowRankTerm {
     const ExpertWeights<T>& narrow = narrow_.weights();
     const int64_t stride = round_up(rank_, kColumns<C>), row0 = routing_->panel_row[task.first];
     A* product = scratch<A>(kLow, round_up(task.rows, 32) * stride);
-    multiply_columns<C>(narrow.of(task.of->expert), rank_, narrow.k, task.rows, rows, product, stride);
+    multiply_columns<C, T>(narrow.of(task.of->expert), rank_, narrow.k, task.rows, rows, product, stride);
     C* low = low_.template data_ptr<C>();
     for (int64_t r = 0; r < task.rows; ++r) {
       A* line = product + r * stride;
@@ -127,12 +127,10 @@ class LowRankTerm {
     }
   }
 
-  // product[rows padded to 16][columns] += low-rank rows from sorted row `first` times columns column.. of wide^T.
-  void add(
-      const ExpertRows& of, int64_t first, int64_t rows, int64_t column, int64_t columns, A* product,
-      int64_t step) const {
+  // What is added to columns column.. of the product of an expert's rows from sorted row `first` on.
+  LowColumns<C, T> columns(const ExpertRows& of, int64_t first, int64_t column) const {
     const C* left = low_.template const_data_ptr<C>() + (of.padded + first - of.begin) / kRows * panel_;
-    add_columns<C>(wide_.weights().of(of.expert, column), columns, rank_, rows, left, product, step);
+    return {left, wide_.weights().of(of.expert, column), rank_};
   }
 
   PanelRows<C> rows() const { return {low_.template const_data_ptr<C>(), routing_->panel_row.data(), panel_}; }
@@ -145,6 +143,17 @@ class LowRankTerm {
   T* kept_;
   Tensor low_;
 };
+
+// The same of a term that need not exist (null).
+template <class C, class T>
+std::optional<LowColumns<C, T>> columns_of(
+    const LowRankTerm<C, T>* term, const ExpertRows& of, int64_t first, int64_t column) {
+  return term ? std::optional(term->columns(of, first, column)) : std::nullopt;
+}
+template <class X>
+const X* pointer(const std::optional<X>& value) {
+  return value ? &*value : nullptr;
+}
 
 // Takes apart the factors that need it.
 template <class T>

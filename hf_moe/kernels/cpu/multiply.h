@@ -41,10 +41,19 @@ struct Ahead {
   }
 };
 
+// A second pair of operands, whose product is added: a further inner dimension that lies elsewhere.
+template <class C>
+struct Second {
+  const C *left = nullptr, *right = nullptr;
+  int64_t panel = 0, units = 0;
+  INLINE Second rows(int64_t r) const { return {left ? panel_run(left, panel, r, 0) : nullptr, right, panel, units}; }
+};
+
 // out[rows][kColumns] (+)= `rows` rows of a panel times a column panel, over `units` units.
 template <class C, int rows>
 void multiply_rows(
-    const C* left, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add, Ahead& ahead) {
+    const C* left, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add, Ahead& ahead,
+    const Second<C>& second) {
   using A = Acc<C>;
   constexpr int n = kColumns<C> / kLanes<A>;
   Vec<A> sum[rows][n];
@@ -52,8 +61,9 @@ void multiply_rows(
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
     for (int j = 0; j < n; ++j) sum[i][j] = add ? load(out + i * step + j * kLanes<A>) : Vec<A>{};
-  for (int64_t u0 = 0; u0 < units; u0 += kUnits, left += kRows * kBlock<C>) {
+  for (int64_t u0 = 0; u0 < units + second.units; u0 += kUnits, left += kRows * kBlock<C>) {
     ahead.step();
+    if (u0 == units) left = second.left, right = second.right;
 #pragma GCC unroll 16
     for (int u = 0; u < kUnits; ++u, right += kColumns<C> * kUnit<C>) {
       Vec<A> column[n];
@@ -80,18 +90,19 @@ constexpr int kTile = VECTOR_BYTES < 64 ? 4 : kColumns<C> / kLanes<Acc<C>> == 1 
 
 template <class C>
 void multiply_tile(
-    int64_t rows, const C* left, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add, Ahead& ahead) {
-  if (rows >= kTile<C>) return multiply_rows<C, kTile<C>>(left, right, units, out, step, add, ahead);
+    int64_t rows, const C* left, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add, Ahead& ahead,
+    const Second<C>& second) {
+  if (rows >= kTile<C>) return multiply_rows<C, kTile<C>>(left, right, units, out, step, add, ahead, second);
   switch (rows) {
-    case 1: return multiply_rows<C, 1>(left, right, units, out, step, add, ahead);
-    case 2: return multiply_rows<C, 2>(left, right, units, out, step, add, ahead);
-    case 3: return multiply_rows<C, 3>(left, right, units, out, step, add, ahead);
-    case 4: return multiply_rows<C, 4>(left, right, units, out, step, add, ahead);
+    case 1: return multiply_rows<C, 1>(left, right, units, out, step, add, ahead, second);
+    case 2: return multiply_rows<C, 2>(left, right, units, out, step, add, ahead, second);
+    case 3: return multiply_rows<C, 3>(left, right, units, out, step, add, ahead, second);
+    case 4: return multiply_rows<C, 4>(left, right, units, out, step, add, ahead, second);
     case 5:
     case 6:
     case 7:
-    case 8: return multiply_rows<C, 8>(left, right, units, out, step, add, ahead);
-    default: return multiply_rows<C, kTile<C>>(left, right, units, out, step, add, ahead);
+    case 8: return multiply_rows<C, 8>(left, right, units, out, step, add, ahead, second);
+    default: return multiply_rows<C, kTile<C>>(left, right, units, out, step, add, ahead, second);
   }
 }
 
@@ -113,7 +124,7 @@ inline bool matrix_unit_allowed() {
 template <bool two>
 void multiply_tiles(
     const bf16* left, int64_t panel, const bf16* right, int64_t units, float* out, int64_t step, bool add,
-    Ahead& ahead) {
+    Ahead& ahead, const Second<bf16>& second) {
   const int64_t bytes = step * 4, column_bytes = kColumns<bf16> * 4;
   if (add) {
     _tile_loadd(0, out, bytes);
@@ -130,8 +141,10 @@ void multiply_tiles(
       _tile_zero(3);
     }
   }
-  for (int64_t u = 0; u < units; u += kUnits, left += kRows * kBlock<bf16>, right += kUnits * kColumns<bf16> * 2) {
+  const int64_t all = units + second.units, block = kRows * kBlock<bf16>;
+  for (int64_t u = 0; u < all; u += kUnits, left += block, right += kUnits * kColumns<bf16> * 2) {
     ahead.step();
+    if (u == units) left = second.left, right = second.right, panel = second.panel;
     _tile_loadd(4, left, 64);
     _tile_loadd(6, right, column_bytes);
     _tile_loadd(7, (right + 32), column_bytes);
@@ -156,7 +169,7 @@ void multiply_tiles(
 template <class C>
 void multiply(
     int64_t rows, const C* left, int64_t panel, const C* right, int64_t units, Acc<C>* out, int64_t step, bool add,
-    Ahead ahead = {}) {
+    Ahead ahead = {}, const Second<C>& second = {}) {
 #if MATRIX_UNIT
   if constexpr (std::is_same_v<C, bf16>) {
     if (matrix_unit_allowed()) {
@@ -165,8 +178,8 @@ void multiply(
       asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
       _tile_loadconfig(&shape);
       for (int64_t r = 0; r < rows; r += 32, left += 2 * panel, out += 32 * step) {
-        if (rows - r > 16) multiply_tiles<true>(left, panel, right, units, out, step, add, ahead);
-        else multiply_tiles<false>(left, panel, right, units, out, step, add, ahead);
+        if (rows - r > 16) multiply_tiles<true>(left, panel, right, units, out, step, add, ahead, second.rows(r));
+        else multiply_tiles<false>(left, panel, right, units, out, step, add, ahead, second.rows(r));
       }
       _tile_release();
       return;
@@ -180,7 +193,8 @@ void multiply(
     for (int64_t r = 0; r < rows; r += kTile<C>) {
       const C* from = panel_run(left, panel, r, u * kUnit<C>);
       const C* panel_part = right + u * kUnit<C> * kColumns<C>;
-      multiply_tile<C>(rows - r, from, panel_part, depth, out + r * step, step, add || u, ahead);
+      const Second<C> last = u + depth == units ? second.rows(r) : Second<C>{};
+      multiply_tile<C>(rows - r, from, panel_part, depth, out + r * step, step, add || u, ahead, last);
     }
   }
 }

@@ -111,6 +111,10 @@ struct GatheredRows {  // row r is row index[r] of a matrix in the tensor's dtyp
   const int64_t* index;
   int64_t step, width;
   INLINE const T* at(int64_t row, int64_t column) const { return base + index[row] * step + column; }
+  INLINE void fetch(int64_t row, int64_t column, int64_t columns) const {  // into the second-level cache
+    const char* from = reinterpret_cast<const char*>(at(row, column));
+    for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
   INLINE void read(int64_t row, int64_t column, C* to) const {
     const int64_t valid = std::min<int64_t>(16, width - column);
     convert(at(row, column), to, valid);
@@ -123,6 +127,7 @@ struct PanelRows {  // row index[r] of a left operand
   const int64_t* index;
   int64_t panel;
   INLINE const C* at(int64_t row, int64_t column) const { return panel_run(base, panel, index[row], column); }
+  INLINE void fetch(int64_t, int64_t, int64_t) const {}  // lies in the order in which it is read
   INLINE void read(int64_t row, int64_t column, C* to) const {
     std::memcpy(to, at(row, column), 16 * sizeof(C));
   }

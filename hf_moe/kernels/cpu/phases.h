@@ -55,11 +55,12 @@ void sum_few_rows_over_experts(
   run_tasks(routing.active.size(), [&](int64_t i) {
     const ExpertRows& of = *routing.active[i];
     A* product = scratch<A>(kOut, round_up(of.count(), 32) * stride);
-    for (int64_t c0 = 0; c0 < weights.n; c0 += run)
-      multiply_columns<C>(
+    for (int64_t c0 = 0; c0 < weights.n; c0 += run) {
+      const auto added = columns_of(low, of, of.begin, c0);
+      multiply_columns<C, T>(
           weights.of(of.expert, c0), std::min(run, weights.n - c0), weights.k, of.count(),
-          left + of.padded / kRows * panel, product + c0, stride);
-    if (low) low->add(of, of.begin, of.count(), 0, weights.n, product, stride);
+          left + of.padded / kRows * panel, product + c0, stride, nullptr, pointer(added));
+    }
     if (bias) add_bias(bias + of.expert * weights.n, weights.n, of.count(), product, stride);
     std::copy_n(product, of.count() * stride, products.get() + of.begin * stride);
   });
@@ -97,10 +98,10 @@ void sum_over_experts(
       for (int64_t first = of.begin; first < of.end; first += kRowsPerTask) {
         const int64_t rows = std::min(kRowsPerTask, of.end - first);
         const C* from = left + (of.padded + first - of.begin) / kRows * panel;
-        multiply_columns<C>(
+        const auto added = columns_of(low, of, first, c0);
+        multiply_columns<C, T>(
             weights.of(of.expert, c0), columns, weights.k, rows, from, product, stride,
-            more && first == of.begin ? &next : nullptr);
-        if (low) low->add(of, first, rows, c0, columns, product, stride);
+            more && first == of.begin ? &next : nullptr, pointer(added));
         if (bias) add_bias(bias + of.expert * weights.n + c0, columns, rows, product, stride);
         add_rows(routing, first, rows, row_weight, product, stride, columns, sum, stride);
       }
