@@ -140,6 +140,24 @@ def test_two_data_sets_of_one_domain_are_refused(models, data, tmp_path):
         run("finetune_full", options(models, [data[0], data[0]], tmp_path / "out"))
 
 
+def test_a_data_set_of_weight_zero_is_measured_and_not_trained_on(models, data, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"datasets:\n  - {data[0]}\n  - {{path: {data[1]}, weight: 0}}\n")
+    arguments = options(models, [], tmp_path / "out", "hf_moe", "--config", str(config))
+    arguments.remove("--datasets")
+    report = run("finetune_full", arguments)
+    assert [domain["share"] for domain in report["domains"].values()] == [1, 0]
+
+
+def test_nothing_to_train_on_is_refused(models, data, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"datasets:\n  - {{path: {data[1]}, weight: 0}}\n")
+    arguments = options(models, [], tmp_path / "out", "hf_moe", "--config", str(config))
+    arguments.remove("--datasets")
+    with pytest.raises(RecipeError, match="weight 0"):
+        run("finetune_full", arguments)
+
+
 def test_the_program_says_what_is_wrong_in_one_line(models, tmp_path):
     arguments = options(models, [str(tmp_path / "none.jsonl")], tmp_path / "out")
     command = [sys.executable, str(ROOT / "recipes" / "finetune_full.py"), *arguments]

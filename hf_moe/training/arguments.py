@@ -71,7 +71,8 @@ class RecipeTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.smoke:
             self.max_steps, self.logging_steps, self.save_steps = 4, 1, 2
-            self.per_device_train_batch_size = min(self.per_device_train_batch_size, 2)
+            batch_size: int = self.per_device_train_batch_size  # type: ignore[has-type]
+            self.per_device_train_batch_size = min(batch_size, 2)
         super().__post_init__()
         if self.save_steps % self.logging_steps:
             raise RecipeError(

@@ -101,6 +101,8 @@ def prepare_data(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -
         raise RecipeError(f"two data sets have the domain {repeated.pop()!r}. Give each a domain of its own.")
     encoder = Encoder(tokenizer, max_length=arguments.row_length, assistant_only=arguments.assistant_only)
     total = sum(source.weight for source in sources)
+    if not total:
+        raise RecipeError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
     data = Data({source.domain: source.weight / total for source in sources}, {}, {}, {}, {})
     for source in sources:
         name = source.domain
@@ -223,10 +225,11 @@ def run(
         model=model,
         args=arguments,
         train_dataset=data.mixture(trained_rows(arguments, data), arguments.seed),
-        callbacks=[SealCheckpoints(), StopOnNonFinite(), MetricsFile(), *callbacks],
+        # sealed last: what the others write belongs to the checkpoint
+        callbacks=[StopOnNonFinite(), MetricsFile(), *callbacks, SealCheckpoints()],
     )
     resume: Any = arguments.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=newest_sealed(arguments.output_dir) if resume == "auto" else resume)
+    trainer.train(resume_from_checkpoint=newest_sealed(str(arguments.output_dir)) if resume == "auto" else resume)
     return trainer
 
 

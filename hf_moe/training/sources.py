@@ -28,7 +28,7 @@ class Source:
     Attributes:
         path: A local .jsonl, .json, .parquet, .txt or .md file, a local folder of a data set, or a name on the Hub.
         domain: What its figures are reported under; the file's name if not given.
-        weight: Its share of the training rows, relative to the other sources.
+        weight: Its share of the training rows, relative to the other sources; 0 measures it and does not train on it.
         config: Of a data set with several configurations.
         split: Of a data set with several splits.
     """
@@ -47,8 +47,8 @@ class Source:
             raise DataError(
                 f"the domain of {self.path!r} must be 1 to 32 of the characters A-Z a-z 0-9 _ -, got {self.domain!r}."
             )
-        if not 0 < self.weight < float("inf"):
-            raise DataError(f"the weight of {self.path!r} must be positive and finite, got {self.weight}.")
+        if not 0 <= self.weight < float("inf"):
+            raise DataError(f"the weight of {self.path!r} must be 0 or more and finite, got {self.weight}.")
 
     @classmethod
     def parse(cls, value: "str | Mapping[str, Any] | Source") -> "Source":
