@@ -2,8 +2,8 @@
 
     python benchmarks/finetuning.py --base quickstart-output/model --new french=candide.txt
 
-The base is the quickstart's, the old domains are those that it was trained on (the text that every Python carries), the
-new one is a text that it has not seen. One run and one seed for each method; seconds are the process's CPU time.
+The base is the quickstart's, the old domains are those that it was trained on (the text that every Python carries),
+the new one is a text that it has not seen. One run and one seed for each method; seconds are the process's CPU time.
 """
 
 import argparse

@@ -5,10 +5,10 @@ Why the host's implementations are slow, and what is done instead (measured on t
 - Every expert's product is a call of its own that splits few rows over all threads. Here a thread has an expert (or
   columns of all experts) for itself, and several experts are under way at once.
 - Few rows: time is the weights' bytes over the memory's speed. Up to 16 rows of an expert are multiplied with the
-  weights as they lie, each read once and fetched ahead (16 tokens: 21 GB/s, where a plain read reaches 22 to 26). Where
-  the inner dimension is not contiguous (the hidden gradient), whole weight rows are added up instead.
-- Many rows: one vector of columns times 16 rows, which the multiply-add takes from memory itself, is 1.1 to 1.2 times as
-  fast as the usual tile of two vectors times 8 rows (AVX512 float32); packing and gathering happen once per 256 rows.
+  weights as they lie, each read once and fetched ahead (16 tokens: 21 GB/s, where a plain read reaches 22 to 26).
+  Where the inner dimension is not contiguous (the hidden gradient), whole weight rows are added up instead.
+- Many rows: one vector of columns times 16 rows, which the multiply-add takes from memory itself, is 1.1 to 1.2 times
+  as fast as the usual tile of two vectors times 8 rows (AVX512 float32); rows are packed and gathered 256 at a time.
 - bfloat16: the library turns every weight into its own layout on every call. Here it is packed block by block in the
   cache, for the matrix unit where there is one.
 - Training: the gradients of all weights are fresh memory, and the first touch of 4 KiB pages is dear (400 MB: 350 ms
