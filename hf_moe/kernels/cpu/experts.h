@@ -52,7 +52,8 @@ class Experts {
 
   // out [T, H] and, if kept, the pre-activations [N, P] of the sorted rows, zeros for sentinels. The terms are added to
   // the two products, if they are not null.
-  std::tuple<Tensor, Tensor> forward(bool keep_pre, const Term* up_term = nullptr, const Term* down_term = nullptr) const {
+  std::tuple<Tensor, Tensor> forward(
+      bool keep_pre, const Term* up_term = nullptr, const Term* down_term = nullptr) const {
     Tensor pre = kept_rows(keep_pre ? up_.n : 0);
     const Tensor act = left_operand(width_);
     activate(keep_pre ? pre.data_ptr<T>() : nullptr, act.data_ptr<C>(), up_term, down_term);
@@ -109,6 +110,9 @@ class Experts {
     return activation_.gated ? line + (activation_.interleaved ? 1 : apart) : nullptr;
   }
 
+  // Low-rank rows are computed in a task that has all columns; where there is none, in a phase of its own.
+  static int64_t tasks_per_thread(bool low_rank) { return low_rank ? 4 : 6; }
+
   // Calls f(first column, columns, offset in a line) for the pre-activations of activations i0..i0+n; in a line gate
   // and up lie `apart` or alternate.
   template <class F>
@@ -122,7 +126,7 @@ class Experts {
     int64_t chunks;
     const int64_t parts = activation_.gated ? 2 : 1;
     const int64_t at_once = round_up(columns_at_once<C>(up_) / parts, kWide);
-    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks, up_term || down_term ? 4 : 6);
+    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks, tasks_per_thread(up_term || down_term));
     const auto gather = [&](const Task& task) {
       return gather_rows<C, T>(task, given_.hidden_TH.const_data_ptr<T>(), hidden_, hidden_, routing_.token.data());
     };
@@ -182,7 +186,7 @@ class Experts {
     int64_t chunks;
     const ExpertWeights<T> turned = down_.swapped();
     const int64_t at_once = columns_at_once<C>(turned);
-    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks, down_term || up_term ? 4 : 6);
+    const std::vector<Task> tasks = plan_tasks(routing_, width_, at_once, &chunks, tasks_per_thread(down_term || up_term));
     Tensor d_weights = at::zeros(
         {need_weights ? chunks : 0, given_.index_TK.size(0), given_.index_TK.size(1)},
         given_.hidden_TH.options().dtype(c10::CppTypeToScalarType<A>::value));

@@ -46,7 +46,7 @@ class Factor {
     // PEFT keeps b as [n, R * E]: neighbouring values belong to different experts, and are taken apart first
     if (given_.e_step != 1 || given_.n_step == 1 || given_.k_step == 1) return;
     const int64_t experts = factor.size(0), rank = long_k ? given_.n : given_.k, wide = long_k ? given_.k : given_.n;
-    apart_ = fresh({experts, rank, wide}, factor.options());
+    apart_ = at::empty({experts, rank, wide}, factor.options());
     weights_ = weights_of<T>(*apart_, !long_k);
   }
 

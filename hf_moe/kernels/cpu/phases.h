@@ -74,7 +74,8 @@ void sum_few_rows_over_experts(
 }
 
 // out[t] = sum over the token's rows, experts ascending, of row_weight * (row of `left` times the expert's weight
-// + low-rank term + bias). A task owns columns of `out`, so that no two threads add to one value and the order is always the same.
+// + low-rank term + bias). A task owns columns of `out`, so that no two threads add to one value and the order is always
+// the same.
 template <class C, class T>
 void sum_over_experts(
     const Routing& routing, const C* left, const ExpertWeights<T>& weights, const T* bias, const LowRankTerm<C, T>* low,
