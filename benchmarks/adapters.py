@@ -265,7 +265,7 @@ def _line(case: str, results: dict[str, Any]) -> str:
 def parser() -> ArgumentParser:
     found = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    found.add_argument("--seconds", type=float, default=20.0, help="budget of a case's rounds")
+    found.add_argument("--seconds", type=float, default=12.0, help="budget of a case's rounds")
     found.add_argument("--threads", type=int, help="default: every core that the process may use")
     found.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     found.add_argument("--output", type=Path, help="default: benchmarks/results/adapters_DEVICE.json")

@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--new", required=True, help="NAME=FILE, UTF-8 text")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", choices=METHODS, help="measure one method again, and keep the others' figures")
     given = parser.parse_args()
     name, path = given.new.split("=", 1)
     result: dict[str, Any] = {
@@ -139,7 +140,11 @@ def main() -> None:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         sources = write_sources(Path(folder), name, Path(path))
+        if given.only:
+            result = json.loads(RESULT.read_text())
         for title, method in METHODS.items():
+            if given.only not in (None, title):
+                continue
             result["methods"][title] = run(title, method, given.base, sources, Path(folder), given.steps)
             RESULT.write_text(json.dumps(result, indent=2) + "\n")
             print(title, json.dumps(result["methods"][title]["domains"]), flush=True)

@@ -73,6 +73,7 @@ def loaded(models, output, report, family):
 def test_a_recipe_runs_on_every_family(recipe, family, models, data, tmp_path):
     report = run(recipe, options(models, data, tmp_path / "out", family))
     assert report["steps"] == 4
+    assert 0 < report["parameters"]["trained"] < report["parameters"]["total"]
     assert report["router_sha256"]["before"] == report["router_sha256"]["after"]
     assert set(report["domains"]) == {"notes", "sums"}
     assert all(domain["before"]["loss"] > 0 for domain in report["domains"].values())

@@ -126,6 +126,7 @@ class FineTuning:
     def train(self, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Say what will be trained, train it, and measure again."""
         banner(model, self.data, self.training, self.method)
+        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.trainer = run(model, self.data, self.training, callbacks)
         self.after = self._measure(model)
 
@@ -152,7 +153,7 @@ class FineTuning:
             "parameters": {
                 "total": size.total_parameters,
                 "active": size.active_parameters,
-                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "trained": self.num_trained,
             },
             "saved_bytes": folder_bytes(self.folder / saved),
             "router_sha256": {"before": self.router_hash, "after": router_hash(model)},
