@@ -46,37 +46,37 @@ class Factor {
     // PEFT keeps b as [n, R * E]: neighbouring values belong to different experts, and are taken apart first
     if (given_.e_step != 1 || given_.n_step == 1 || given_.k_step == 1) return;
     const int64_t experts = factor.size(0), rank = long_k ? given_.n : given_.k, wide = long_k ? given_.k : given_.n;
-    apart_ = at::empty({experts, rank, wide}, factor.options());
-    weights_ = weights_of<T>(*apart_, !long_k);
+    apart_ = at::empty({experts, wide, rank}, factor.options());
+    weights_ = weights_of<T>(*apart_, long_k);
   }
 
   const ExpertWeights<T>& weights() const { return weights_; }
-  int64_t num_tasks() const { return apart_ ? (apart_->size(2) + kPerTask - 1) / kPerTask : 0; }
+  int64_t num_tasks() const { return apart_ ? (apart_->size(1) + kPerTask - 1) / kPerTask : 0; }
 
   // Takes the experts with rows apart, for some of the long dimension; in the order in which memory is read.
   void take_apart(const Routing& routing, int64_t task) const {
-    const int64_t rank = apart_->size(1), end = std::min(apart_->size(2), (task + 1) * kPerTask);
-    for (int64_t i = task * kPerTask; i < end; i += 16)
-      for (int64_t r = 0; r < rank; ++r)
-        for (size_t a = 0; a < routing.active.size();) {
-          const size_t begin = a;
-          const int64_t first = routing.active[a]->expert / kTogether * kTogether;
-          while (a < routing.active.size() && routing.active[a]->expert < first + kTogether) ++a;
-          turn_tile(&routing.active[begin], a - begin, first, i, std::min<int64_t>(16, end - i), r);
-        }
+    const int64_t end = std::min(apart_->size(1), (task + 1) * kPerTask);
+    for (int64_t i = task * kPerTask; i < end; ++i)
+      for (size_t a = 0; a < routing.active.size();) {
+        const size_t begin = a;
+        const int64_t first = routing.active[a]->expert / kTogether * kTogether;
+        while (a < routing.active.size() && routing.active[a]->expert < first + kTogether) ++a;
+        for (int64_t r = 0; r < apart_->size(2); r += 16) turn_tile(&routing.active[begin], a - begin, first, i, r);
+      }
   }
 
  private:
-  // The values i..i+count at rank r of some of the 16 experts from `first` on.
+  // The values at i and up to 16 ranks from r on, of some of the 16 experts from `first` on.
   INLINE void turn_tile(
-      const ExpertRows* const* active, int64_t num_active, int64_t first, int64_t i, int64_t count, int64_t r) const {
-    const int64_t rank = apart_->size(1), size = apart_->size(2), step = long_k_ ? given_.k_step : given_.n_step;
-    const T* from = given_.base + first + i * step + r * (long_k_ ? given_.n_step : given_.k_step);
-    T* to = apart_->template data_ptr<T>() + r * size + i;
+      const ExpertRows* const* active, int64_t num_active, int64_t first, int64_t i, int64_t r) const {
+    const int64_t rank = apart_->size(2), size = apart_->size(1) * rank, count = std::min<int64_t>(16, rank - r);
+    const int64_t step = long_k_ ? given_.n_step : given_.k_step;
+    const T* from = given_.base + first + i * (long_k_ ? given_.k_step : given_.n_step) + r * step;
+    T* to = apart_->template data_ptr<T>() + i * rank + r;
     if (num_active < 4) {
       for (int64_t a = 0; a < num_active; ++a) {
         const int64_t e = active[a]->expert;
-        for (int64_t c = 0; c < count; ++c) to[e * rank * size + c] = from[c * step + e - first];
+        for (int64_t c = 0; c < count; ++c) to[e * size + c] = from[c * step + e - first];
       }
       return;
     }
@@ -84,13 +84,13 @@ class Factor {
     turn_experts(from, step, count, std::min(kTogether, apart_->size(0) - first), turned);
     for (int64_t a = 0; a < num_active; ++a) {
       const int64_t e = active[a]->expert;
-      std::memcpy(to + e * rank * size, turned + (e - first) * 16, count * sizeof(T));
+      std::memcpy(to + e * size, turned + (e - first) * 16, count * sizeof(T));
     }
   }
 
   ExpertWeights<T> given_, weights_;
   bool long_k_;
-  std::optional<Tensor> apart_;  // [E, R, n or k]
+  std::optional<Tensor> apart_;  // [E, n or k, R]
 };
 
 template <class C, class T>
