@@ -322,6 +322,14 @@ def distributed(model):
         setattr(experts, name, nn.Parameter(getattr(experts, name)[:4].detach()))
 
 
+@pytest.fixture(autouse=True)
+def _registry_as_it_was():
+    yield
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    type(ALL_EXPERTS_FUNCTIONS)._global_mapping.pop("somebodys", None)
+
+
 def unknown_implementation(model):
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
