@@ -284,6 +284,6 @@ def recipe_errors() -> Iterator[None]:
     """Say what cannot be used in one line, and exit with 2."""
     try:
         yield
-    except (DataError, OSError, RecipeError, RouterNotFrozenError, TextError) as error:
+    except (DataError, ImportError, OSError, RecipeError, RouterNotFrozenError, TextError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         sys.exit(2)
