@@ -147,6 +147,7 @@ class FineTuning:
             "recipe": self.method,
             "date": date.today().isoformat(),
             "command": self.command,
+            "model_type": self.model.config.model_type,
             "choices": self.choices,
             "versions": versions(),
             "machine": {"architecture": platform.machine(), "device": self.training.device.type},

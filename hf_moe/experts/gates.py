@@ -116,7 +116,7 @@ def _tried(function: Any, x: Tensor, shape: torch.Size) -> Tensor | None:
     """`function(x)`; None if it cannot take float64 numbers on the CPU, or returns another shape."""
     try:
         out = function(x)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):  # what torch raises for a dtype or device that a kernel lacks
         return None
     return out.double() if out.shape == shape else None
 

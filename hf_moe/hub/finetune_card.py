@@ -37,7 +37,7 @@ def write_results(folder: Path, report: Report, *, saved: str, needs_hf_moe: boo
 
     Args:
         saved: What lies beside them: `adapter` or `model`.
-        needs_hf_moe: Whether loading it takes `import hf_moe`.
+        needs_hf_moe: Whether loading an adapter takes `import hf_moe`, whatever the base.
 
     Raises:
         ImportError: If jinja2 or matplotlib is not installed.
@@ -57,8 +57,8 @@ def finetune_card(report: Report, *, saved: str, needs_hf_moe: bool = False) -> 
     """The card as Markdown with a YAML head, from the report alone."""
     base = report["choices"]["model"]
     code = _LOAD_ADAPTER.format(base=base) if saved == "adapter" else _LOAD_MODEL
-    if needs_hf_moe:
-        code = f"import hf_moe  # registers the adapter's PEFT method\n{code}"
+    if needs_hf_moe or report["model_type"] == "hf_moe":
+        code = f"import hf_moe  # registers\n{code}"
     values = {
         "title": f"{cell(report['recipe'])} on {cell(base)}",
         "summary": _summary(report),

@@ -42,7 +42,7 @@ def plot_bits_per_byte(
     """
     variants, domains = list(values), list(next(iter(values.values())))
     colours = dict(zip(variants, (GREY, ORANGE, BLUE, "#5a9e6f"), strict=False))
-    figure, (axis,) = _figure(1, 1, width=1.6 * len(domains) + 1.5, height=3.8)
+    figure, (axis,) = _figure(1, 1, width=max(7, 1.6 * len(domains) + 1.5), height=3.8)
     width = 0.8 / len(variants)
     for position, variant in enumerate(variants):
         centres = [place + (position - (len(variants) - 1) / 2) * width for place in range(len(domains))]
