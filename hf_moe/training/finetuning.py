@@ -146,9 +146,14 @@ def check_packing(model: PreTrainedModel) -> None:
         )
 
 
+def rows_per_step(arguments: RecipeTrainingArguments) -> int:
+    """Rows of one optimizer step, over all processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
 def trained_rows(arguments: RecipeTrainingArguments, data: Data) -> int:
     """Rows of the whole run, over all processes."""
-    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    per_step = rows_per_step(arguments)
     if arguments.max_steps > 0:
         return arguments.max_steps * per_step
     epoch = sum(map(len, data.rows.values()))
@@ -159,7 +164,7 @@ def banner(model: nn.Module, data: Data, arguments: RecipeTrainingArguments, met
     """Say what is about to happen, before it does."""
     rows = trained_rows(arguments, data)
     row_length = next(iter(data.rows.values())).columns["input_ids"].shape[1]
-    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    per_step = rows_per_step(arguments)
     size = explain(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
