@@ -1,0 +1,3 @@
+from hf_moe.cli import main
+
+main()

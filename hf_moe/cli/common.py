@@ -1,0 +1,49 @@
+"""What every command shares: the application, how an error is said, how a missing extra is named."""
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="hf-moe",
+    help="Mixture-of-Experts for the Hugging Face stack.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    app(args=arguments)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hf-moe {version('hf-moe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def require(extra: str, *modules: str) -> None:
+    """Exit with the command that installs what is missing of `modules`."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in modules if find_spec(name) is None]:
+        fail(f'this command needs {", ".join(missing)}. Install it with: pip install "hf-moe[{extra}]"')
+
+
+def fail(message: str, *, code: int = 2) -> NoReturn:
+    """Say what cannot be done in one line, and exit."""
+    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
+    sys.exit(code)

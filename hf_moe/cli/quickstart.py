@@ -1,0 +1,38 @@
+"""hf-moe quickstart"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_moe.cli.common import app, fail, require
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for the results; a new, empty or interrupted one.")] = Path(
+        "quickstart-output"
+    ),
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Your own .txt, .md or .jsonl file (field 'text'), or a folder of them. Repeatable."),
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="The new domain that the adapter learns: one of yours, or an embedded one.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="About how long it may take on 2 cores; sets the steps.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same figures on one machine.")] = 0,
+) -> None:
+    """Train a small MoE on real text, adapt it to a new domain with its router frozen, evaluate, save, load back."""
+    require("recipes", "accelerate", "peft", "tokenizers", "matplotlib", "jinja2")
+    from hf_moe.recipes import quickstart as recipe
+    from hf_moe.training.corpus import TextError
+    from hf_moe.training.stages import RunRefusedError
+
+    chosen = recipe.Quickstart(output=output, data=data or [], domain=domain, minutes=minutes, seed=seed)
+    try:
+        recipe.main(chosen)
+    except (RunRefusedError, TextError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted. Give the same command again to continue.", code=130)
