@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_moe.adapters.expert_selection import ExpertSelection, LayerSelection, called_experts
+from hf_moe.adapters.expert_selection import ExpertSelection, LayerSelection
 from hf_moe.experts.backends import BACKENDS
 from hf_moe.models.moe_layers import MoeLayer
 
@@ -112,7 +112,7 @@ def train_selected_experts(model: nn.Module, selection: ExpertSelection) -> nn.M
             raise ValueError(f"the experts of {layer.name!r} cannot be trained slice by slice: {reason}")
     model.requires_grad_(False)
     for layer, chosen in matched:
-        _replace(model, called_experts(layer), SelectedExperts(layer.experts, chosen.experts))
+        _replace(model, layer.called_experts_name, SelectedExperts(layer.experts, chosen.experts))
     logger.info("training %d parameters, %.1f %% of the experts'.", selection.num_parameters, 100 * selection.share)
     return model
 
@@ -170,7 +170,7 @@ def _split_loaded(module: SelectedExperts, state_dict: dict[str, Any], prefix: s
 def _refusal(model: nn.Module, layer: MoeLayer) -> str | None:
     """Why the layer's experts cannot be split, as a sentence that ends with a way out."""
     experts: Any = layer.experts
-    called = model.get_submodule(called_experts(layer))
+    called = model.get_submodule(layer.called_experts_name)
     if isinstance(called, SelectedExperts):
         return "they already are; call fold_selected_experts(model) first."
     if called is not experts:
@@ -294,7 +294,7 @@ def _lora_wrappers(model: nn.Module, layer: MoeLayer, adapter_name: str) -> list
     from peft.tuners.lora.layer import ParamWrapper
 
     wrappers = []
-    module: Any = model.get_submodule(called_experts(layer))
+    module: Any = model.get_submodule(layer.called_experts_name)
     while isinstance(module, ParamWrapper):
         if adapter_name in module.lora_A:
             wrappers.append(module)

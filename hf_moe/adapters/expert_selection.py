@@ -87,7 +87,7 @@ class ExpertSelection:
         Raises:
             ValueError: For a layer that `model` lacks, or an id out of range.
         """
-        found = {_plain(layer.name): layer for layer in moe_layers(model)}
+        found = {layer.plain_name: layer for layer in moe_layers(model)}
         if unknown := sorted(set(experts) - set(found)):
             raise ValueError(f"the model has no MoE layer {unknown[0]!r:.80}. It has {_some(found)}.")
         layers = {
@@ -162,7 +162,7 @@ class ExpertSelection:
         Raises:
             ValueError: If the selection was made for another architecture.
         """
-        found = {_plain(layer.name): layer for layer in moe_layers(model)}
+        found = {layer.plain_name: layer for layer in moe_layers(model)}
         if set(found) != set(self.layers):
             name = min(set(found) ^ set(self.layers))
             where = "the model lacks it" if name in self.layers else "the selection lacks it"
@@ -240,7 +240,7 @@ def select_experts(
     rows = _cut(_rows(dataset, tokenizer, max_length), max_tokens)
     _measure(model, scores, rows, batch_size, max_tokens if progress else None)
     chosen = {
-        _plain(layer.name): LayerSelection(
+        layer.plain_name: LayerSelection(
             layer.num_experts, layer.num_expert_parameters, _smallest_set(share_E, budget), tuple(share_E)
         )
         for layer, share_E in zip(layers, scores.shares(), strict=True)
@@ -330,7 +330,7 @@ def _measure(
     model.eval()
     try:
         for position, layer in enumerate(scores.layers):
-            experts = model.get_submodule(called_experts(layer))
+            experts = model.get_submodule(layer.called_experts_name)
             hooks.append(experts.register_forward_pre_hook(partial(scores.add, position), with_kwargs=True))
         body = _without_head(model, scores.layers)
         device = next(model.parameters()).device
@@ -347,11 +347,6 @@ def _measure(
             hook.remove()
         for module in was_training:
             module.training = True
-
-
-def called_experts(layer: MoeLayer) -> str:
-    """Path of the module that the block calls as its experts, with whatever wraps them."""
-    return f"{layer.name}.{layer.experts_name[len(layer.name) :].strip('.').split('.')[0]}".strip(".")
 
 
 def _without_head(model: nn.Module, layers: Sequence[MoeLayer]) -> Any:
@@ -421,11 +416,6 @@ def _tokens(row: Any, tokenizer: Any, number: int) -> tuple[Any, Any]:
 
 
 # ---- file and plot
-
-
-def _plain(name: str) -> str:
-    """A layer's name without the prefixes that PEFT and torch.compile add."""
-    return name.replace("_orig_mod.", "").removeprefix("base_model.model.")
 
 
 def _some(names: Iterable[Any]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
+from hf_moe.models.moe_layers import MoeLayer, moe_layers, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +194,10 @@ def verify_adapter_without_router(folder: str | Path, model: nn.Module) -> None:
     """
     from safetensors import safe_open
 
-    routers = {_plain(layer.router_name) for layer, _ in _routed_layers(model)}
+    routers = {plain_name(layer.router_name or "") for layer, _ in _routed_layers(model)}
     with safe_open(Path(folder, "adapter_model.safetensors"), framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a dict)
-            if any(f"{name}." in _plain(key) + "." for name in routers):
+            if any(f"{name}." in plain_name(key) + "." for name in routers):
                 raise RouterNotFrozenError(
                     f"the adapter in {str(folder)!r} holds {key!r}, a router's tensor. Do not target it."
                 )
@@ -297,8 +297,3 @@ def _router_tensors(model: nn.Module, layer: MoeLayer, router: nn.Module) -> dic
     biases = {name: tensor for name, tensor in own.items() if tensor is not None}
     biases = {name: tensor for name, tensor in biases.items() if tensor.numel() == layer.num_experts}
     return {**dict(router.named_parameters()), **dict(router.named_buffers()), **biases}
-
-
-def _plain(name: str | None) -> str:
-    """A module path without the prefix that PEFT adds."""
-    return (name or "").removeprefix("base_model.model.")

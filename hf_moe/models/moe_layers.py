@@ -73,6 +73,17 @@ class MoeLayer:
     experts_name: str
 
     @property
+    def plain_name(self) -> str:
+        """The block's path in the model without the prefixes that wrappers add."""
+        return plain_name(self.name)
+
+    @property
+    def called_experts_name(self) -> str:
+        """Path of the module that the block calls as its experts, with whatever wraps them."""
+        child = self.experts_name[len(self.name) :].strip(".").split(".")[0]
+        return _join(self.name, child)
+
+    @property
     def num_expert_parameters(self) -> int:
         """Parameters of one routed expert, biases included; from the geometry, so that packed weights count fully."""
         projections = 2 if self.experts.has_gate else 1
@@ -200,6 +211,11 @@ def _range_check_hook(layer: MoeLayer) -> Any:
         check_index_range(layer, kwargs["top_k_index"] if "top_k_index" in kwargs else args[1])
 
     return check
+
+
+def plain_name(path: str) -> str:
+    """A module's path without the prefixes that PEFT, `torch.compile` and DistributedDataParallel add."""
+    return path.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
 
 
 def _join(*path: str) -> str:

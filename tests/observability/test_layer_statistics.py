@@ -1,0 +1,45 @@
+"""Figures of balance from hand-made counts."""
+
+import math
+
+import pytest
+import torch
+
+from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
+
+
+def statistics(counts, **values):
+    counts = torch.tensor(counts)
+    given = {"tokens": int(counts.sum()), "weight_mass": counts.double(), **values}
+    return LayerStatistics("layer", len(counts), 1, counts=counts, **given)
+
+
+def test_balance_and_its_opposite():
+    even, one = statistics([5, 5, 5, 5]), statistics([0, 20, 0, 0])
+    assert (even.load_cv, even.max_violation, even.load_entropy, even.dead_experts) == (0, 0, 1, ())
+    assert (one.max_violation, one.load_entropy, one.dead_experts, one.busiest_expert) == (3, 0, (0, 2, 3), 1)
+    assert one.load_cv == pytest.approx(math.sqrt(3))
+
+
+def test_sums_add_up():
+    both = statistics([1, 3], scored_tokens=4, entropy_sum=2 * math.log(2), margin_sum=1.0, dropped=1, empty_slots=2)
+    both = both + statistics([3, 1], dropped=2, empty_slots=2)
+    assert both.counts.tolist() == [4, 4]
+    assert both.weight_mass.tolist() == [4.0, 4.0]
+    assert (both.tokens, both.scored_tokens, both.dropped, both.empty_share) == (8, 4, 3, 0.5)
+    assert (both.router_entropy, both.margin) == (0.5, 0.25)
+
+
+def test_what_one_side_does_not_know_the_sum_does_not_know():
+    assert (statistics([1, 1], dropped=1) + statistics([1, 1])).dropped is None
+
+
+def test_nothing_seen_is_not_called_balanced():
+    nothing = empty_statistics("layer", 4, 2)
+    assert all(math.isnan(getattr(nothing, name)) for name in ("load_cv", "max_violation", "load_entropy", "margin"))
+    assert len(nothing.dead_experts) == 4
+
+
+def test_different_layers_cannot_be_added():
+    with pytest.raises(ValueError, match="different layers"):
+        statistics([1, 1]) + statistics([1, 1, 1])
