@@ -17,9 +17,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .moe_layers import MoeLayer, moe_layers
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCall:
+    """What the model was called with; the same object for all layers of a forward.
+
+    Attributes:
+        input_ids: `[B, S]`, None if it was called with embeddings.
+        shape: `(B, S)`, None if neither ids nor embeddings were found.
+        mask: `[B, P + S]` bool, False for padding; P positions are in a cache. None without a 2-D attention mask.
+        cached: P, positions that the model saw in earlier calls and keeps in a cache.
+    """
+
+    input_ids: Tensor | None
+    shape: tuple[int, int] | None
+    mask: Tensor | None
+    cached: int
+
+    def token_mask(self, num_tokens: int) -> Tensor | None:
+        """`[T]`, of the tokens of this call; None for layers that see other rows than the tokens."""
+        if self.mask is None or self.shape is None or num_tokens != self.shape[0] * self.shape[1]:
+            return None
+        return self.mask[:, self.mask.shape[1] - self.shape[1] :].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,9 @@ class Routing:
             assignment dropped over capacity.
         mask: `[T]` bool, False for padding; None if every token counts or the model got no 2-D attention mask.
         is_recomputation: Whether gradient checkpointing runs this forward a second time, inside the backward.
+        choice: `[T, K]`, what an hf_moe router chose before capacity dropped any: ids in `[num_experts, X)` are null
+            experts, X is an unused slot. None for other routers.
+        call: What the model was called with, None if its forward was entered in another way.
     """
 
     layer: MoeLayer
@@ -43,11 +69,17 @@ class Routing:
     index: Tensor
     mask: Tensor | None
     is_recomputation: bool
+    choice: Tensor | None = None
+    call: ModelCall | None = None
 
 
 @contextmanager
-def watch_routing(model: nn.Module, on_routing: Callable[[Routing], None]) -> Iterator[list[MoeLayer]]:
+def watch_routing(
+    model: nn.Module, on_routing: Callable[[Routing], tuple[Tensor, Tensor] | None]
+) -> Iterator[list[MoeLayer]]:
     """While the block runs, call `on_routing` with each decision, before the layer's experts run.
+
+    If it returns `(index, weights)`, both `[T, K]`, the experts get these instead; the router's own output stays.
 
     `model` may be wrapped (PEFT, DDP). The hooks are Python: install them before `torch.compile` first runs the model,
     or the compiled graph leaves them out.
@@ -86,18 +118,20 @@ def is_recomputation() -> bool:
 class _Watch:
     """The hooks, and what they remember between the model's call, a router's and its experts'."""
 
-    def __init__(self, on_routing: Callable[[Routing], None]):
+    def __init__(self, on_routing: Callable[[Routing], tuple[Tensor, Tensor] | None]):
         self.on_routing = on_routing
-        self.mask_BS: Tensor | None = None
+        self.call: ModelCall | None = None
         self.returned: dict[str, Any] = {}
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mask_BS = _attention_mask(model, args, kwargs)
+        self.call = _model_call(model, args, kwargs)
 
     def routed(self, layer: MoeLayer, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.returned[layer.name] = output
 
-    def called(self, layer: MoeLayer, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def called(
+        self, layer: MoeLayer, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         returned = self.returned.pop(layer.name, None)
         index, weights = _decision(layer, args, kwargs, returned)
         if index.dtype.is_floating_point:
@@ -105,26 +139,58 @@ class _Watch:
                 f"the experts of layer {layer.name!r} must be called with (hidden_states, top_k_index, "
                 f"top_k_weights), got ids of {index.dtype}."
             )
-        self.on_routing(
+        instead = self.on_routing(
             Routing(
                 layer=layer,
                 logits=_logits(returned, len(index)),
                 weights=weights.reshape(index.shape),
                 index=index,
-                mask=_token_mask(self.mask_BS, len(index)),
+                mask=None if self.call is None else self.call.token_mask(len(index)),
                 is_recomputation=is_recomputation(),
+                choice=getattr(returned[3], "choice", None) if _is_long(returned, 4) else None,
+                call=self.call,
             )
         )
+        return None if instead is None else _with(layer, instead, args, kwargs)
 
 
 def _decision(layer: MoeLayer, args: Any, kwargs: Any, returned: Any) -> tuple[Tensor, Tensor]:
     """Ids and weights, `[T, K]`."""
-    if getattr(layer.experts, "_is_expert_parallel", False) and isinstance(returned, tuple) and len(returned) >= 3:
-        weights, index = returned[1], returned[2]
-    else:
-        index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        weights = kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2]
-    return index.reshape(-1, index.shape[-1]), weights
+    index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+    weights = kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2]
+    index = index.reshape(-1, index.shape[-1])
+    if getattr(layer.experts, "_is_expert_parallel", False) and _is_long(returned, 3):
+        # hf_moe also sets the flag where slots may be empty: nothing is split then
+        is_split = vars(layer.experts).get("num_experts") != getattr(layer.router, "num_experts", None)
+        is_packed = index.shape != returned[2].shape
+        if is_split or is_packed:
+            return returned[2], returned[1]
+    return index, weights
+
+
+def _is_long(returned: Any, length: int) -> bool:
+    return isinstance(returned, tuple) and len(returned) >= length
+
+
+def _with(
+    layer: MoeLayer, instead: tuple[Tensor, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The experts' arguments with other ids and weights, in the shape and the dtype of those that they replace."""
+    args_list, kwargs = list(args), dict(kwargs)
+    for position, name, value in zip((1, 2), ("top_k_index", "top_k_weights"), instead, strict=True):
+        old = kwargs[name] if name in kwargs else args[position]
+        if value.numel() != old.numel():
+            raise ValueError(
+                f"the experts of layer {layer.name!r} are called with {name} of shape {list(old.shape)}, not with one "
+                "row for each token (expert parallelism, or experts that choose their tokens): their routing cannot "
+                "be replaced."
+            )
+        value = value.reshape(old.shape).to(old.dtype)
+        if name in kwargs:
+            kwargs[name] = value
+        else:
+            args_list[position] = value
+    return tuple(args_list), kwargs
 
 
 def _logits(returned: Any, num_tokens: int) -> Tensor | None:
@@ -138,20 +204,31 @@ def _logits(returned: Any, num_tokens: int) -> Tensor | None:
     return None
 
 
-def _attention_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    if mask is None and len(args) > 1:
-        names = list(inspect.signature(model.forward).parameters)
-        position = names.index("attention_mask") if "attention_mask" in names else len(args)
-        mask = args[position] if position < len(args) else None
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def _model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+    ids, embeddings, mask, cache = (
+        _argument(model, name, args, kwargs)
+        for name in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values")
+    )
+    given = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeddings
+    shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) and given.dim() >= 2 else None
+    if not (isinstance(mask, Tensor) and mask.dim() == 2 and shape is not None and mask.shape[1] >= shape[1]):
+        mask = None
+    if mask is not None and shape is not None:
+        cached = mask.shape[1] - shape[1]
+    else:
+        # a cache that the model has just begun to fill counts none
+        cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    return ModelCall(
+        input_ids=given if given is ids else None,
+        shape=shape,
+        mask=None if mask is None else mask.bool(),
+        cached=cached,
+    )
 
 
-def _token_mask(mask_BS: Tensor | None, num_tokens: int) -> Tensor | None:
-    """`[T]` of the tokens of this forward: with a cache the mask also covers the positions before them."""
-    if mask_BS is None or mask_BS.shape[0] == 0 or num_tokens % mask_BS.shape[0]:
-        return None
-    positions = num_tokens // mask_BS.shape[0]
-    if positions > mask_BS.shape[1]:
-        return None
-    return mask_BS[:, mask_BS.shape[1] - positions :].reshape(-1).bool()
+def _argument(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = list(inspect.signature(model.forward).parameters)
+    position = names.index(name) if name in names else len(args)
+    return args[position] if position < len(args) else None

@@ -4,8 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from hf_moe.models.modeling_hf_moe import HfMoeModel
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.models.watch_routing import watch_routing
+from tiny_hf_moe import encoder_config
 from tiny_models import FAMILIES, build_tiny
 from tiny_moe import hf_moe_model
 
@@ -75,6 +77,75 @@ def test_a_recomputed_forward_says_so(reentrant):
         model(**inputs).logits.sum().backward()
     layers = len(moe_layers(model))
     assert [event.is_recomputation for event in heard] == [False] * layers + [True] * layers
+
+
+def test_the_experts_get_what_the_listener_returns():
+    model, inputs = build_tiny("olmoe")
+    given = []
+    moe_layers(model)[1].experts.register_forward_hook(lambda module, args, output: given.append(args))
+    name = moe_layers(model)[1].name
+
+    def choose_the_first(routing):
+        if routing.layer.name == name:
+            return torch.zeros_like(routing.index), routing.weights * 2
+        return None
+
+    heard = []
+    with watch_routing(model, choose_the_first), watch_routing(model, heard.append):
+        model(**inputs)
+    _, index, weights = given[0]
+    assert not index.any()
+    assert heard[1].weights.equal(weights.reshape(heard[1].weights.shape)), "who listens later hears what is used"
+    assert heard[0].index.any()
+    too_few = watch_routing(model, lambda routing: (routing.index[:1], routing.weights[:1]))
+    with too_few, pytest.raises(ValueError, match="their routing cannot be replaced"):
+        model(**inputs)
+
+
+def test_what_the_model_was_called_with():
+    model = hf_moe_model().eval()
+    ids = torch.arange(8).view(2, 4)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    heard = []
+    with torch.no_grad(), watch_routing(model, heard.append):
+        cache = model(input_ids=ids, attention_mask=mask).past_key_values
+        grown = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+        model(input_ids=ids[:, :1], attention_mask=grown, past_key_values=cache)
+        model(inputs_embeds=torch.zeros(2, 4, 32))
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    calls = [event.call for event in heard[:: len(moe_layers(model))]]
+    assert heard[0].call is heard[1].call
+    assert torch.equal(calls[0].input_ids, ids)
+    assert [call.shape for call in calls] == [(2, 4), (2, 1), (2, 4), (2, 1)]
+    assert [call.cached for call in calls] == [0, 4, 0, 5]
+    assert calls[1].token_mask(2).tolist() == [True, True]
+    assert calls[0].token_mask(6) is None, "a layer that sees other rows"
+    assert calls[2].input_ids is None
+
+
+def test_choices_before_the_capacity_and_of_null_experts():
+    model = hf_moe_model(num_null_experts=4, capacity_factor=0.5).train()
+    heard = []
+    with watch_routing(model, heard.append):
+        model(input_ids=torch.arange(24).view(2, 12))
+    for event in heard:
+        used = event.index < 8
+        assert torch.equal(event.index[used], event.choice[used])
+        assert ((event.choice < 8) & ~used).any(), "dropped"
+        assert ((event.choice >= 8) & ~used).any(), "null"
+
+
+def test_experts_that_choose_tokens_are_heard_by_token():
+    model = build_encoder()
+    heard = []
+    with watch_routing(model, heard.append):
+        model(input_ids=torch.arange(24).view(2, 12))
+    assert [event.index.shape for event in heard] == [(24, 8)] * 3
+
+
+def build_encoder():
+    torch.manual_seed(0)
+    return HfMoeModel(encoder_config(routing="expert_choice")).eval()
 
 
 def test_nothing_is_left_behind():
