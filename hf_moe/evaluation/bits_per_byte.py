@@ -20,6 +20,9 @@ class BitsPerByte:
     bytes: int
     tokens: int
 
+    def __add__(self, other: "BitsPerByte") -> "BitsPerByte":
+        return BitsPerByte(self.bits + other.bits, self.bytes + other.bytes, self.tokens + other.tokens)
+
     @property
     def value(self) -> float:
         return self.bits / self.bytes
@@ -32,11 +35,11 @@ class BitsPerByte:
 
 @dataclass(frozen=True)
 class _Window:
+    document: int
     tokens: Sequence[int]
     first_target: int  # index in `tokens` of the first token that no earlier window predicted
 
 
-@torch.no_grad()
 def bits_per_byte(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,27 +58,53 @@ def bits_per_byte(
         ValueError: If `stride` is not in [1, window - 1], the window exceeds the model's context, the documents hold
             no text, or the tokenizer has neither a bos nor an eos token.
     """
+    parts = bits_by_document(model, tokenizer, documents, window=window, stride=stride, batch_size=batch_size)
+    return sum(parts, start=BitsPerByte(0.0, 0, 0))
+
+
+@torch.no_grad()
+def bits_by_document(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    window: int,
+    stride: int,
+    batch_size: int = 16,
+) -> list[BitsPerByte]:
+    """`bits_per_byte` of every document by itself, in order; an empty one has 0 of everything.
+
+    Raises:
+        ValueError: As `bits_per_byte`.
+    """
     _check(model, documents, window, stride)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError("the tokenizer has no bos_token and no eos_token to begin a text with. Set one of them.")
     encoded = encode_documents(tokenizer, documents)
-    windows = [part for tokens in encoded for part in _windows([start, *tokens], window, stride)]
+    windows = [part for i, tokens in enumerate(encoded) for part in _windows(i, [start, *tokens], window, stride)]
+    nats = [0.0] * len(documents)
     was_training = model.training
     model.eval()
     try:
         batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
-        nats = sum(_nats(model, batch, padding=start) for batch in batches)
+        for batch in batches:
+            for part, value in zip(batch, _nats(model, batch, padding=start), strict=True):
+                nats[part.document] += value
     finally:
         model.train(was_training)
-    return BitsPerByte(nats / math.log(2), sum(len(text.encode()) for text in documents), sum(map(len, encoded)))
+    return [
+        BitsPerByte(value / math.log(2), len(text.encode()), len(tokens))
+        for value, text, tokens in zip(nats, documents, encoded, strict=True)
+    ]
 
 
 def _check(model: PreTrainedModel, documents: Sequence[str], window: int, stride: int) -> None:
     if not 1 <= stride < window:
         raise ValueError(f"stride must be in [1, {window - 1}] (below the window of {window} tokens), got {stride}.")
-    limit = model.config.max_position_embeddings
-    if window > limit:
+    # a model without learned or scaled positions declares none
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and window > limit:
         raise ValueError(f"window must be at most {limit} (the model's max_position_embeddings), got {window}.")
     if not any(documents):
         raise ValueError(
@@ -83,18 +112,18 @@ def _check(model: PreTrainedModel, documents: Sequence[str], window: int, stride
         )
 
 
-def _windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[_Window]:
+def _windows(document: int, tokens: Sequence[int], window: int, stride: int) -> Iterator[_Window]:
     """Windows that together predict tokens[1:], each once."""
     predicted = 1
     for begin in range(0, len(tokens), stride):
         end = min(begin + window, len(tokens))
         if end > predicted:
-            yield _Window(tokens[begin:end], predicted - begin)
+            yield _Window(document, tokens[begin:end], predicted - begin)
             predicted = end
 
 
-def _nats(model: PreTrainedModel, batch: list[_Window], *, padding: int) -> float:
-    """Negative log-likelihood of the windows' new tokens: logits in float32, the sum in float64."""
+def _nats(model: PreTrainedModel, batch: list[_Window], *, padding: int) -> list[float]:
+    """Negative log-likelihood of each window's new tokens: logits in float32, the sum in float64."""
     length = max(len(part.tokens) for part in batch)
     input_ids = torch.full((len(batch), length), padding)
     attention_mask = torch.zeros_like(input_ids)
@@ -111,4 +140,4 @@ def _nats(model: PreTrainedModel, batch: list[_Window], *, padding: int) -> floa
     nats = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten().to(device), ignore_index=-100, reduction="none"
     )
-    return float(nats.double().sum())
+    return nats.double().view(len(batch), -1).sum(-1).tolist()

@@ -1,0 +1,1 @@
+"""Metric module `expert_utilization` of the `evaluate` library."""

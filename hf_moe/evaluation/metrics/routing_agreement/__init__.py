@@ -1,0 +1,1 @@
+"""Metric module `routing_agreement` of the `evaluate` library."""
