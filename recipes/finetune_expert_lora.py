@@ -13,7 +13,7 @@ The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`,
 option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from peft import get_peft_model
@@ -22,19 +22,9 @@ from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.evaluation.fine_tuned import FineTuning, print_domains
 from hf_moe.hub.finetune_card import write_results
-from hf_moe.training.arguments import RECIPE, parse_recipe
+from hf_moe.training.arguments import RECIPE, ExpertLoraArguments, parse_recipe
 from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import command_line, recipe_errors, save_adapter
-
-
-@dataclass
-class ExpertLoraArguments:
-    """The adapter."""
-
-    r: int = field(default=16, metadata={"help": "Rank for each expert."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Twice the rank if not given."})
-    attention: bool = field(default=False, metadata={"help": "Adapt the attention projections as well."})
-    shared_experts: bool = field(default=False, metadata={"help": "Adapt the shared experts as well."})
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -52,6 +52,16 @@ class DataArguments:
 
 
 @dataclass
+class ExpertLoraArguments:
+    """The adapter."""
+
+    r: int = field(default=16, metadata={"help": "Rank for each expert."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Twice the rank if not given."})
+    attention: bool = field(default=False, metadata={"help": "Adapt the attention projections as well."})
+    shared_experts: bool = field(default=False, metadata={"help": "Adapt the shared experts as well."})
+
+
+@dataclass
 class RecipeTrainingArguments(TrainingArguments):
     """The host's TrainingArguments with the defaults of the recipes, and `smoke`."""
 

@@ -201,9 +201,9 @@ def memory_bytes(model: nn.Module) -> int:
     return weights + 3 * trained
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
     """Of what a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    return {"python": platform.python_version(), **{name: version(name) for name in (*LIBRARIES, *more)}}
 
 
 class MetricsFile(TrainerCallback):

@@ -81,6 +81,17 @@ def read_source(source: Source) -> list[dict[str, Any]]:
     Raises:
         DataError: If it is missing, empty, unreadable, or its columns are none of the known formats.
     """
+    records = read_records(source)
+    format_of(records[0], source.path)
+    return records
+
+
+def read_records(source: Source) -> list[dict[str, Any]]:
+    """The records of a source, in order, whatever their columns.
+
+    Raises:
+        DataError: If it is missing, empty or unreadable.
+    """
     path = Path(source.path)
     if path.suffix in DOCUMENTS and path.exists():
         records = [{"text": text} for text in read_passages(path)]
@@ -88,7 +99,6 @@ def read_source(source: Source) -> list[dict[str, Any]]:
         records = _load(source, path)
     if not records:
         raise DataError(f"the data set {source.path!r} has no records. Give one with data, or leave it out.")
-    format_of(records[0], source.path)
     return records
 
 

@@ -1,0 +1,219 @@
+"""TRL's trainers on a Mixture-of-Experts: what they need, and what they would drop. Needs the extra `trl`.
+
+TRL 1.16 runs the backbone and multiplies by the language model's head itself (`fused_lm_head`), so that the loss of
+the model's `forward` is never computed. With a frozen router nothing is lost: the auxiliary losses are off, and the
+cross entropy is the same (`tests/training/test_trl.py` holds TRL to it). With a trained router TRL computes Mixtral's
+balancing loss from the router's logits, over all layers at once: a router z-loss, balancing per layer or over the
+global batch, sigmoid scores and selection biases are dropped without a word. `MoeSFTTrainer` takes the model's own
+loss there; DPO with a trained router has no such way out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer
+
+from hf_moe.adapters.frozen_router import router_hash
+from hf_moe.observability.explain import explain
+from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, RecipeError
+from hf_moe.training.checkpoints import newest_sealed, write_json
+from hf_moe.training.finetuning import folder_bytes, save_adapter, shown, versions
+from hf_moe.training.sources import DataError, Source, hold_out, read_records
+
+try:
+    from trl import DPOConfig, SFTConfig, SFTTrainer
+    from trl.trainer.utils import get_trackio_space_url
+except ImportError as error:
+    raise ImportError('TRL is not installed. Install it with: pip install "hf-moe[trl]"') from error
+
+SFT_COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
+PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+
+
+class MoeSFTTrainer(SFTTrainer):
+    """SFTTrainer with the loss that the model computes, its balancing losses in it. For a router that is trained.
+
+    Every step builds the logits `[batch, sequence, vocab]`, which SFTTrainer spares, and TRL's `entropy`,
+    `mean_token_accuracy` and `num_tokens` are not logged. With a frozen router SFTTrainer computes the same loss.
+
+    Raises:
+        ValueError: For another `loss_type` than `nll`, or a `router_aux_loss_coef`: the model has its own.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.loss_type != "nll":
+            raise ValueError(f"the model's own loss is 'nll', got loss_type {self.args.loss_type!r}. Use SFTTrainer.")
+        if self.args.router_aux_loss_coef is not None:
+            raise ValueError(
+                f"router_aux_loss_coef must be None, got {self.args.router_aux_loss_coef}: the model weighs its "
+                "balancing losses itself. Set it in the model's config before the model is built."
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+@dataclass
+class TrlDataArguments:
+    """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
+
+    datasets: list[str] = field(
+        default_factory=list, metadata={"help": "Files (.jsonl .json .parquet .txt .md), folders, or Hub names."}
+    )
+    held_out: float = field(default=0.05, metadata={"help": "Share of each data set kept for evaluation."})
+    held_out_records: int = field(default=64, metadata={"help": "At most this many records of each."})
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
+
+
+def _shorten(arguments: Any) -> None:
+    """Four short steps if `smoke` is set."""
+    if arguments.smoke:
+        arguments.max_steps, arguments.logging_steps, arguments.save_steps = 4, 1, 2
+        arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, 2)
+
+
+@dataclass
+class SftArguments(SFTConfig):
+    """TRL's SFTConfig for a frozen router: its auxiliary loss, which TRL turns on by itself, is off."""
+
+    output_dir: str | None = field(default="sft-trl-output")
+    router_aux_loss_coef: float | None = field(default=0.0)
+    report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    smoke: bool = field(default=False, metadata={"help": "Four short steps, to see that everything works."})
+
+    def __post_init__(self) -> None:
+        _shorten(self)
+        super().__post_init__()
+
+
+@dataclass
+class DpoArguments(DPOConfig):
+    """TRL's DPOConfig for a frozen router: its auxiliary loss, which TRL turns on by itself, is off."""
+
+    output_dir: str | None = field(default="dpo-trl-output")
+    router_aux_loss_coef: float | None = field(default=0.0)
+    report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    smoke: bool = field(default=False, metadata={"help": "Four short steps, to see that everything works."})
+
+    def __post_init__(self) -> None:
+        _shorten(self)
+        super().__post_init__()
+
+
+def refuse_broken_trackio() -> None:
+    """TRL asks trackio, where it is installed, for the card of every checkpoint: fail now and not at the first.
+
+    Raises:
+        RecipeError: If trackio is there and cannot be imported.
+    """
+    try:
+        get_trackio_space_url()
+    except ImportError as error:
+        raise RecipeError(
+            f"trackio is installed but cannot be imported ({error}), and TRL imports it for every checkpoint's card. "
+            'Mend it (pip install "trackio>=0.43" "pillow<13"), or uninstall it.'
+        ) from error
+
+
+def read_for_trl(arguments: TrlDataArguments, formats: Sequence[Sequence[str]], seed: int) -> tuple[Any, Any]:
+    """Training and held-out `datasets.Dataset` with the columns of one of `formats`; weights mix the training part.
+
+    Raises:
+        DataError: If a data set cannot be used, or two have different columns.
+    """
+    from datasets import Dataset, concatenate_datasets, interleave_datasets
+
+    sources = [Source.parse(value) for value in arguments.datasets]
+    parts, columns = [], None
+    for source in sources:
+        records = read_records(source)
+        columns = columns or _columns(records[0], formats, source.path)
+        kept = [{name: _value(record, name, source.path) for name in columns} for record in records]
+        parts.append(hold_out(kept, share=arguments.held_out, most=arguments.held_out_records, where=source.path))
+    total = sum(source.weight for source in sources)
+    if not total:
+        raise DataError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
+    used = [(source.weight / total, train) for source, (train, _) in zip(sources, parts, strict=True) if source.weight]
+    mixed = interleave_datasets(
+        [Dataset.from_list(train) for _, train in used], probabilities=[share for share, _ in used], seed=seed,
+        stopping_strategy="all_exhausted",
+    )  # fmt: skip
+    return mixed, concatenate_datasets([Dataset.from_list(held_out) for _, held_out in parts])
+
+
+def _columns(record: Mapping[str, Any], formats: Sequence[Sequence[str]], where: str) -> Sequence[str]:
+    found = next((columns for columns in formats if set(columns) <= set(record)), None)
+    if found is None:
+        wanted = ", or ".join(" and ".join(map(repr, columns)) for columns in formats)
+        raise DataError(f"the data set {where!r} has the columns {', '.join(map(repr, record))}; it needs {wanted}.")
+    return found
+
+
+def _value(record: Mapping[str, Any], name: str, where: str) -> Any:
+    if record.get(name) is None:
+        raise DataError(
+            f"a record of {where!r} has no {name!r}, which the first record of the first data set has. All data sets "
+            "of a run need the same columns."
+        )
+    return record[name]
+
+
+def train_and_save(
+    trainer: Trainer, recipe: str, command: str, base: ModelArguments, adapter: ExpertLoraArguments
+) -> dict[str, Any]:
+    """Measure, train, measure again, save `adapter/` and `report.json`; returns the report."""
+    folder, resume = Path(str(trainer.args.output_dir)), trainer.args.resume_from_checkpoint
+    hash_before, before = router_hash(trainer.model), trainer.evaluate()
+    trainer.train(resume_from_checkpoint=newest_sealed(str(folder)) if resume == "auto" else resume)
+    after = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.model, folder / "adapter")
+    size = explain(trainer.model)
+    log = [record for record in trainer.state.log_history if "loss" in record]
+    report = {
+        "recipe": recipe,
+        "date": date.today().isoformat(),
+        "command": command,
+        "choices": {**asdict(adapter), "model": shown(base.model)},
+        "versions": versions("trl"),
+        "parameters": {
+            "total": size.total_parameters,
+            "active": size.active_parameters,
+            "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        },
+        "router_sha256": {"before": hash_before, "after": router_hash(trainer.model)},
+        "held_out": {"before": _measures(before), "after": _measures(after)},
+        "steps": trainer.state.global_step,
+        "log": log,
+    }
+    if trainer.is_world_process_zero():
+        report["saved_bytes"] = folder_bytes(folder / "adapter")
+        write_json(folder / "report.json", report)
+        print_measures(report["held_out"])
+    return report
+
+
+def _measures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the Trainer's evaluation measured, without how long it took."""
+    timing = ("runtime", "per_second", "_time", "num_tokens", "epoch")
+    return {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(timing)}
+
+
+def print_measures(held_out: Mapping[str, Mapping[str, float]]) -> None:
+    table = Table(title="Held-out records", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, value in held_out["before"].items():
+        table.add_row(name, f"{value:.4g}", f"{held_out['after'][name]:.4g}")
+    Console().print(table)

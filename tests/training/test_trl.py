@@ -1,0 +1,219 @@
+"""What TRL does to the loss of a Mixture-of-Experts, and what is done about it, as `training/trl.py` says."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("trl", reason="needs TRL: pip install hf-moe[trl]")
+
+from datasets import Dataset
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
+from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.training.arguments import RecipeError
+from hf_moe.training.sources import DataError
+from hf_moe.training.trl import (
+    PREFERENCE_COLUMNS,
+    SFT_COLUMNS,
+    MoeSFTTrainer,
+    SftArguments,
+    SFTTrainer,
+    TrlDataArguments,
+    read_for_trl,
+    refuse_broken_trackio,
+)
+from tiny_moe import MODELS, tiny_tokenizer, words
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Dataset.from_list([{"text": words(20, seed)} for seed in range(4)])
+
+
+def build(family, tokenizer, **overrides):
+    if family == "qwen3_moe":
+        model = MODELS[family]()
+        model.resize_token_embeddings(len(tokenizer))
+        for name, value in overrides.items():
+            setattr(model.config, name, value)
+            setattr(model, name, value)  # native classes copy the coefficient when they are built
+        return model
+    return MODELS[family](vocab_size=len(tokenizer), max_position_embeddings=64, **overrides)
+
+
+def trainer_for(kind, model, tokenizer, data, folder, **options):
+    arguments = SftArguments(
+        str(folder), use_cpu=True, bf16=False, max_length=32, gradient_checkpointing=False, disable_tqdm=True,
+        per_device_train_batch_size=4, dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    made = kind(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    made.model.train()
+    return made
+
+
+def batch_of(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def cross_entropy(model, batch):
+    """By the definition, from the logits."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_with_a_frozen_router_nothing_of_the_loss_is_lost(family, tokenizer, data, tmp_path):
+    from peft import get_peft_model
+
+    model = build(family, tokenizer)
+    freeze_router(model)
+    model = get_peft_model(model, expert_lora_config(model, r=2))
+    accelerate_adapters(model)
+    trainer = trainer_for(SFTTrainer, model, tokenizer, data, tmp_path)
+    batch = batch_of(trainer)
+    own = model(**copy.deepcopy(batch)).loss
+    own.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = trainer.compute_loss(model, copy.deepcopy(batch))
+    loss.backward()
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.double(), cross_entropy(model, batch), rtol=1e-5, atol=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_with_a_trained_router_sft_computes_mixtrals_balancing_and_drops_the_models_own(tokenizer, data, tmp_path):
+    own = {"router_scoring": "sigmoid", "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.3}
+    model = build("hf_moe", tokenizer, **own)
+    trainer = trainer_for(SFTTrainer, model, tokenizer, data, tmp_path, router_aux_loss_coef=0.5)
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(model, copy.deepcopy(batch))
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True)
+    config = model.config
+    mixtral = load_balancing_loss_func(
+        outputs.router_logits, config.num_experts, config.num_experts_per_tok, batch["attention_mask"]
+    )
+    ours = model(**batch).loss
+    torch.testing.assert_close(loss, cross_entropy(model, batch).float() + 0.5 * mixtral, rtol=1e-4, atol=1e-5)
+    assert abs(float((ours - loss).detach())) > 0.05
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_moe_sft_trainer_takes_the_models_own_loss(family, tokenizer, data, tmp_path):
+    model = build(family, tokenizer, router_aux_loss_coef=0.5)
+    trainer = trainer_for(MoeSFTTrainer, model, tokenizer, data, tmp_path, router_aux_loss_coef=None)
+    batch = batch_of(trainer)
+    own = model(**copy.deepcopy(batch)).loss
+    assert float(own.detach()) > float(cross_entropy(model, batch).detach()) + 0.1  # its balancing is on
+    torch.testing.assert_close(trainer.compute_loss(model, copy.deepcopy(batch)), own, rtol=1e-6, atol=1e-6)
+
+
+def test_moe_sft_trainer_trains_the_router_and_logs(tokenizer, data, tmp_path):
+    model = build("hf_moe", tokenizer, router_aux_loss_coef=0.5, router_z_loss_coef=0.3)
+    before = copy.deepcopy(model.model.layers[0].mlp.gate.state_dict())
+    options = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"}
+    trainer = trainer_for(MoeSFTTrainer, model, tokenizer, data, tmp_path, router_aux_loss_coef=None, **options)
+    trainer.train()
+    assert [record["step"] for record in trainer.state.log_history if "loss" in record] == [1, 2]
+    assert not torch.equal(model.model.layers[0].mlp.gate.state_dict()["weight"], before["weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "dft", "router_aux_loss_coef": None}, "Use SFTTrainer"),
+        ({"router_aux_loss_coef": 0.1}, "must be None, got 0.1"),
+    ],
+)
+def test_moe_sft_trainer_refuses_what_the_model_does_not_compute(options, message, tokenizer, data, tmp_path):
+    model = build("hf_moe", tokenizer)
+    with pytest.raises(ValueError, match=message):
+        trainer_for(MoeSFTTrainer, model, tokenizer, data, tmp_path, **options)
+
+
+def test_trl_turns_the_auxiliary_loss_on_by_itself_and_our_arguments_do_not(tokenizer, data, tmp_path):
+    model = build("hf_moe", tokenizer, router_aux_loss_coef=0.5)
+    assert trainer_for(SFTTrainer, model, tokenizer, data, tmp_path, router_aux_loss_coef=None).aux_loss_enabled
+    assert not trainer_for(SFTTrainer, model, tokenizer, data, tmp_path).aux_loss_enabled
+
+
+def test_packed_examples_do_not_see_each_other(tokenizer, data, tmp_path):
+    """The loss of a packed row is that of its examples, each alone."""
+    short = Dataset.from_list([{"text": words(3, seed)} for seed in range(6)])
+    model = build("hf_moe", tokenizer)
+    packed = trainer_for(SFTTrainer, model, tokenizer, short, tmp_path, packing=True)
+    alone = trainer_for(SFTTrainer, model, tokenizer, short, tmp_path, packing=False)
+    assert len(packed.train_dataset) < len(alone.train_dataset)
+    totals = []
+    for trainer in (packed, alone):
+        trainer.args.per_device_train_batch_size = 1
+        trainer.model.eval()
+        nats = tokens = 0
+        for batch in trainer.get_train_dataloader():
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            nats += float(trainer.compute_loss(trainer.model, batch).detach()) * count
+            tokens += count
+        totals.append(nats / tokens)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-4)
+
+
+# ---- data
+
+
+def write(folder, name, records):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_weights_mix_the_training_records(tmp_path):
+    ours = write(tmp_path, "ours", [{"text": f"a{i}", "id": i} for i in range(60)])
+    known = write(tmp_path, "known", [{"text": f"b{i}"} for i in range(60)])
+    sources = [{"path": ours, "weight": 3}, {"path": known, "weight": 1}]
+    train, held_out = read_for_trl(TrlDataArguments(sources, held_out=0.1), SFT_COLUMNS, seed=0)
+    share = sum(record["text"].startswith("a") for record in train) / len(train)
+    assert 0.6 < share < 0.9
+    assert train.column_names == ["text"]
+    assert len(held_out) == 12
+    assert not {record["text"] for record in train} & {record["text"] for record in held_out}
+
+
+@pytest.mark.parametrize(
+    ("records", "more", "message"),
+    [
+        ([{"body": "a"}] * 3, [], "it needs 'prompt' and 'chosen' and 'rejected', or 'chosen' and 'rejected'"),
+        ([{"chosen": "a", "rejected": "b"}] * 3, [{"chosen": "a"}] * 3, "has no 'rejected'"),
+        ([{"chosen": "a", "rejected": None}] * 3, [], "has no 'rejected'"),
+    ],
+)
+def test_records_without_the_columns_are_refused(records, more, message, tmp_path):
+    sources = [write(tmp_path, "one", records)] + ([write(tmp_path, "two", more)] if more else [])
+    with pytest.raises(DataError, match=message):
+        read_for_trl(TrlDataArguments(sources), PREFERENCE_COLUMNS, seed=0)
+
+
+def test_nothing_to_train_on_is_refused(tmp_path):
+    path = write(tmp_path, "one", [{"text": "a"}] * 3)
+    with pytest.raises(DataError, match="weight 0"):
+        read_for_trl(TrlDataArguments([{"path": path, "weight": 0}]), SFT_COLUMNS, seed=0)
+    with pytest.raises(RecipeError, match="no data"):
+        TrlDataArguments()
+
+
+def test_a_trackio_that_does_not_import_is_refused_before_training(monkeypatch):
+    def broken():
+        raise ModuleNotFoundError("No module named 'gradio_client'")
+
+    monkeypatch.setattr("hf_moe.training.trl.get_trackio_space_url", broken)
+    with pytest.raises(RecipeError, match=r"gradio_client.*uninstall it"):
+        refuse_broken_trackio()
