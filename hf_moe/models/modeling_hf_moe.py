@@ -43,6 +43,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_layout import VerifiedCheckpointMixin, register_conversion_mapping
 from .configuration_hf_moe import HfMoeConfig
+from .hub_upload import OneCommitPushMixin
 from .losses import GlobalBatchCounts, count_assignments, load_balancing_loss, router_z_loss
 from .routing import (
     RouterOutput,
@@ -322,7 +323,7 @@ class HfMoeQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
     router_logits: tuple[Tensor, ...] | None = None
 
 
-class HfMoePreTrainedModel(VerifiedCheckpointMixin, PreTrainedModel):
+class HfMoePreTrainedModel(VerifiedCheckpointMixin, OneCommitPushMixin, PreTrainedModel):
     config: HfMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -1,0 +1,67 @@
+"""What the Hub and the line to it answer, in one line each."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+class HubError(RuntimeError):
+    """The Hub refused, or could not be reached; says what it means and the way out."""
+
+
+@contextmanager
+def plain_errors(endpoint: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Raise what the client raises as `HubError`, with the cause kept."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name of a repository (owner/name): {error}") from error
+    except HfHubHTTPError as error:
+        raise HubError(_explain(error, endpoint, repo_id, revision)) from error
+    except LocalTokenNotFoundError as error:
+        raise HubError("there is no token. Log in with `hf auth login`, or set HF_TOKEN.") from error
+    except OfflineModeIsEnabled as error:
+        raise HubError("HF_HUB_OFFLINE is set: nothing is sent. Unset it to push.") from error
+    except (HTTPError, ConnectionError) as error:
+        raise HubError(f"{endpoint} cannot be reached ({type(error).__name__}: {error}). {_AGAIN}") from error
+    except RuntimeError as error:  # what uploads of large files raise
+        raise HubError(f"the upload broke off ({error}). {_AGAIN}") from error
+
+
+_AGAIN = "Give the same command again: what has arrived is not sent twice."
+_STATUS = {
+    409: "{repo} is being changed by somebody else. Give the same command again.",
+    412: "{repo} was changed after its files were compared with yours; nothing was sent. Give the same command again.",
+    413: "the Hub refuses a commit of this size ({said}). Split the weights into smaller shards (max_shard_size).",
+    429: "the Hub asks to wait ({said}). " + _AGAIN,
+}
+
+
+def _explain(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None) -> str:
+    status, said = error.response.status_code, error.server_message or error.response.reason_phrase
+    if isinstance(error, GatedRepoError):
+        return f"{repo} is gated and this account has no access. Ask for it at {endpoint}/{repo}."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no branch, tag or commit {revision!r}."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo} does not exist, or it is private and this account may not see it. Check `hf auth whoami`."
+    if status == 401:
+        return f"{endpoint} does not accept the token ({said}). Log in with `hf auth login`, or set a valid HF_TOKEN."
+    if status == 403:
+        return (
+            f"this token may not write to {repo} ({said}). Use one with write access ({endpoint}/settings/tokens), or "
+            "open a pull request with --create-pr."
+        )
+    if status in _STATUS:
+        return _STATUS[status].format(repo=repo, said=said)
+    return f"the Hub answered {status} ({said}) for {repo}. {_AGAIN}"

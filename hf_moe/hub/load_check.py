@@ -1,0 +1,173 @@
+"""Load what is about to be pushed, as somebody will who downloads it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from hf_moe.adapters.frozen_router import HASH_FILE, RouterNotFrozenError, verify_adapter_base
+from hf_moe.hub.upload_files import ADAPTER_CONFIG, LoadsBackError, read_json
+
+_HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
+_TOKENS = 8
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForImageTextToText",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModel",
+)
+
+
+@dataclass(frozen=True)
+class LoadCheck:
+    """What was seen: `said` is a sentence; `ran` tells whether a forward pass gave finite numbers."""
+
+    said: str
+    ran: bool
+
+
+def check_loads(folder: Path, base: Path | None = None, *, trust_remote_code: bool = False) -> LoadCheck:
+    """Load the model in `folder`, or the adapter there on the model in `base`, on the CPU, and run a forward pass.
+
+    Weights that do not fit into free memory are compared by name and shape alone (meta device).
+
+    Raises:
+        LoadsBackError: If anything is missing, does not fit, or gives numbers that are not finite.
+    """
+    try:
+        if (folder / ADAPTER_CONFIG).is_file():
+            if base is None:
+                raise LoadsBackError("an adapter is checked on its base; name it.")
+            return _check_adapter(folder, base, trust_remote_code)
+        return _check_model(folder, trust_remote_code)
+    except LoadsBackError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoadsBackError(f"{str(folder)!r} does not load back: {first}") from error
+
+
+def _check_model(folder: Path, trust_remote_code: bool) -> LoadCheck:
+    fits = _fits(folder)
+    model, info = _load_model(folder, trust_remote_code, _dtype(folder), fits)
+    for key in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, info.get(key, ()))):
+            raise LoadsBackError(
+                f"{str(folder)!r} does not load back: {key.replace('_', ' ')}: {names[0]} ({len(names)} in all); they "
+                "would be newly initialised. Save the model again."
+            )
+    return _check_numbers(folder, model, fits, f"loads as {type(model).__name__}")
+
+
+def _check_adapter(folder: Path, base: Path, trust_remote_code: bool) -> LoadCheck:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise LoadsBackError('adapters are checked with peft. Install it: pip install "hf-moe[recipes]"') from error
+    fits = _fits(base)
+    model, _ = _load_model(base, trust_remote_code, _dtype(folder), fits)
+    name = type(model).__name__
+    model = PeftModel.from_pretrained(model, str(folder))
+    _check_adapter_tensors(folder, model)
+    return _check_numbers(folder, model, fits, f"loads on {name}")
+
+
+def _check_numbers(folder: Path, model: nn.Module, fits: bool, said: str) -> LoadCheck:
+    if not fits:
+        return LoadCheck(f"{said} by names and shapes; the weights do not fit into memory for a forward pass", False)
+    if (folder / HASH_FILE).is_file():
+        try:
+            verify_adapter_base(folder, model, strict=True)
+        except RouterNotFrozenError as error:
+            raise LoadsBackError(f"{str(folder)!r} is not pushed: {error}") from error
+        said += f", routers as in {HASH_FILE}"
+    _run(model, folder)
+    return LoadCheck(f"{said}, a forward pass is finite", True)
+
+
+def _check_adapter_tensors(folder: Path, model: nn.Module) -> None:
+    """What was loaded, saved again, must be what the file holds: PEFT only warns of missing and extra tensors."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise LoadsBackError(f"{str(folder)!r} holds no {path.name}. Save the adapter as safetensors.")
+    stored, loaded = load_file(path), get_peft_model_state_dict(model)
+    for name in sorted(stored.keys() | loaded.keys()):
+        if name not in loaded or name not in stored:
+            where = "the adapter has no such tensor" if name not in loaded else "the file lacks it"
+            raise LoadsBackError(f"{str(path)!r} does not load back: {name}: {where}. Save the adapter again.")
+        if not _same(stored[name], loaded[name]):
+            raise LoadsBackError(f"{str(path)!r} does not load back: {name} changes. Save the adapter again.")
+
+
+def _same(stored: torch.Tensor, loaded: torch.Tensor) -> bool:
+    if loaded.is_meta:
+        return stored.shape == loaded.shape
+    return torch.equal(stored.to(loaded.dtype), loaded.to(stored.device))
+
+
+def _load_model(
+    folder: Path, trust_remote_code: bool, dtype: torch.dtype | str, fits: bool
+) -> tuple[Any, Mapping[str, Any]]:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return _auto_class(config, next(iter(config.architectures or []), None)).from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map="cpu" if fits else "meta",
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _dtype(folder: Path) -> torch.dtype | str:
+    """The dtype that the record of the routers speaks of: their hash depends on it."""
+    named = read_json(folder / HASH_FILE).get("dtype") if (folder / HASH_FILE).is_file() else None
+    return getattr(torch, named) if named in _DTYPES else "auto"
+
+
+def _auto_class(config: Any, wanted: str | None) -> Any:
+    """The Auto class whose model for this config is the `wanted` class.
+
+    Raises:
+        LoadsBackError: If there is none.
+    """
+    remote = getattr(config, "auto_map", None) or {}
+    for name in _AUTO_CLASSES:
+        auto_class = getattr(transformers, name)
+        known = auto_class._model_mapping.get(type(config), None)
+        known_names = {each.__name__ for each in (known if isinstance(known, tuple) else (known,)) if each is not None}
+        if wanted in known_names or str(remote.get(name, "")).endswith(f".{wanted}"):
+            return auto_class
+    raise LoadsBackError(
+        f"architectures in config.json says {wanted!r}, which no Auto class knows for {config.model_type!r}. Save the "
+        "model with save_pretrained of its own class."
+    )
+
+
+@torch.no_grad()
+def _run(model: Any, folder: Path) -> None:
+    model.eval()
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(_TOKENS)[None] * 7 % vocabulary
+    outputs = model(input_ids=ids)
+    for name, value in outputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise LoadsBackError(f"{str(folder)!r} gives NaN or infinity in {name}. Nothing of it is pushed.")
+
+
+def _fits(folder: Path) -> bool:
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return available is None or weights * _HEADROOM < int(available[1]) * 1024
