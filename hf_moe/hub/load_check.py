@@ -15,6 +15,7 @@ from hf_moe.hub.upload_files import ADAPTER_CONFIG, LoadsBackError, read_json
 
 _HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
 _TOKENS = 8
+_SHOWN = 600  # characters of another library's error
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _AUTO_CLASSES = (
     "AutoModelForCausalLM",
@@ -53,8 +54,8 @@ def check_loads(folder: Path, base: Path | None = None, *, trust_remote_code: bo
     except LoadsBackError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoadsBackError(f"{str(folder)!r} does not load back: {first}") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise LoadsBackError(f"{str(folder)!r} does not load back: {said:.{_SHOWN}}") from error
 
 
 def _check_model(folder: Path, trust_remote_code: bool) -> LoadCheck:

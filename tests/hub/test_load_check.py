@@ -1,0 +1,148 @@
+"""A folder that would not give the model that was saved is found out before it is pushed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_moe import expert_lora_config, save_router_hash
+from hf_moe.hub import load_check
+from hf_moe.hub.load_check import check_loads
+from hf_moe.hub.upload_files import LoadsBackError
+from tiny_models import build_tiny
+
+from .conftest import save_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(meta parameter|missing adapter keys|is_gradient_check)")
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    """`base`, and `adapter` with expert LoRA on it and the record of its routers."""
+    folder = tmp_path_factory.mktemp("native")
+    build_tiny("olmoe")[0].save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = get_peft_model(base, expert_lora_config(base, r=2))
+    model.save_pretrained(folder / "adapter")
+    save_router_hash(folder / "adapter", model)
+    return folder
+
+
+def spoil(source: Path, target: Path, change, name: str = "model.safetensors") -> Path:
+    """A copy whose tensors are changed in place by `change`."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / name)
+    change(tensors)
+    save_file(tensors, target / name, metadata={"format": "pt"})
+    return target
+
+
+def drop(part: str):
+    def change(tensors):
+        del tensors[next(name for name in tensors if part in name)]
+
+    return change
+
+
+def poison(part: str):
+    def change(tensors):
+        tensors[next(name for name in tensors if part in name)].fill_(float("nan"))
+
+    return change
+
+
+def test_whole_ones_load(native, tmp_path):
+    save_tiny(tmp_path / "ours")
+    assert check_loads(tmp_path / "ours").said == "loads as HfMoeForCausalLM, a forward pass is finite"
+    assert check_loads(native / "base").ran
+    assert "routers as in router_hash.json" in check_loads(native / "adapter", native / "base").said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop("self_attn.q_proj"), "does not load back: missing keys: .*q_proj"),
+        (poison("lm_head"), "NaN or infinity in logits"),
+    ],
+    ids=["missing", "nan"],
+)
+def test_weights_of_a_native_model(change, words, native, tmp_path):
+    with pytest.raises(LoadsBackError, match=words):
+        check_loads(spoil(native / "base", tmp_path / "spoilt", change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop("lora_B"), "lora_B.*: the file lacks it"),
+        (lambda tensors: tensors.update({"base_model.model.extra": torch.ones(1)}), "extra: the adapter has no such"),
+        (poison("lora_A"), "NaN or infinity|changes"),
+    ],
+    ids=["missing", "extra", "nan"],
+)
+def test_weights_of_an_adapter(change, words, native, tmp_path):
+    """PEFT loads the first two with a warning at most."""
+    spoilt = spoil(native / "adapter", tmp_path / "spoilt", change, "adapter_model.safetensors")
+    with pytest.raises(LoadsBackError, match=words):
+        check_loads(spoilt, native / "base")
+
+
+def test_an_adapter_of_another_base(native, tmp_path):
+    other = spoil(native / "base", tmp_path / "other", lambda tensors: [t.mul_(2) for t in tensors.values()])
+    with pytest.raises(LoadsBackError, match="the routers differ from those that"):
+        check_loads(native / "adapter", other)
+
+
+def test_a_record_in_another_dtype_is_compared_in_that_dtype(native, tmp_path):
+    """Trained in float32 on a base that is stored in bfloat16."""
+    base = AutoModelForCausalLM.from_pretrained(native / "base", dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    shutil.copytree(native / "adapter", tmp_path / "adapter")
+    save_router_hash(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32"))
+    assert check_loads(tmp_path / "adapter", tmp_path / "base").ran
+
+
+def test_without_the_memory_names_and_shapes_are_compared(native, monkeypatch, tmp_path):
+    monkeypatch.setattr(load_check, "_fits", lambda folder: False)
+    found = check_loads(native / "base")
+    assert not found.ran
+    assert "by names and shapes" in found.said
+    assert not check_loads(native / "adapter", native / "base").ran
+    with pytest.raises(LoadsBackError, match="missing keys"):
+        check_loads(spoil(native / "base", tmp_path / "spoilt", drop("self_attn.q_proj")))
+    spoilt = spoil(native / "adapter", tmp_path / "adapter", drop("lora_B"), "adapter_model.safetensors")
+    with pytest.raises(LoadsBackError, match="the file lacks it"):
+        check_loads(spoilt, native / "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["NoSuchModel"]}, "'NoSuchModel', which no Auto class knows for 'olmoe'"),
+        ({"architectures": None}, "says None, which no Auto class knows"),
+        ({"model_type": "no_such_type"}, "does not load back"),
+        ({"hidden_size": 999}, "does not load back"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit(change, words, native, tmp_path):
+    folder = shutil.copytree(native / "base", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(LoadsBackError, match=words):
+        check_loads(folder)
+
+
+def test_code_is_not_run_unless_it_is_trusted(tmp_path):
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": {"AutoConfig": "c.C"}}))
+    (folder / "c.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(LoadsBackError, match="trust_remote_code"):
+        check_loads(folder)
+    assert not (tmp_path / "ran").exists()

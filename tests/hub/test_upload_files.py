@@ -1,0 +1,191 @@
+"""Which files of a folder are sent; pickles, links, hostile names and tokens are not."""
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from hf_moe.hub.secrets import holds_token
+from hf_moe.hub.upload_files import PushRefusedError, checkpoint_folder, collect, kind_of
+
+TOKEN = "hf_" + "aB3dE6gH9j" * 3 + "xyz"
+KINDS = {
+    "model.safetensors": "weights",
+    "model-00001-of-00012.safetensors": "weights",
+    "model.safetensors.index.json": "weights",
+    "adapter_model.safetensors": "weights",
+    "model.fp16.safetensors": "weights",
+    "generation_config.json": "config",
+    "preprocessor_config.json": "config",
+    "tokenizer.model": "tokenizer",
+    "merges.txt": "tokenizer",
+    "additional_chat_templates/tools.jinja": "tokenizer",
+    "router_hash.json": "router",
+    ".eval_results/gsm8k.yaml": "results",
+    "plots/loss.png": "plots",
+    "LICENSE": "card",
+    "pytorch_model.bin": None,
+    "model.safetensors.superseded": None,
+    "sub/model.safetensors": None,
+    "plots/../x.png": None,
+    "trainer_state.json": None,
+    "handler.py": None,
+}
+
+
+@pytest.mark.parametrize("path", KINDS)
+def test_kinds(path):
+    assert kind_of(path) == KINDS[path]
+
+
+def model(folder: Path, **config) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "olmoe", **config}))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def sent(folder: Path, add=()) -> set[str]:
+    return {upload.path for upload in collect(folder, add)[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("training_args.bin", "a pickle: .* may hold a token"),
+        ("optimizer.pt", "a pickle"),
+        ("rng_state.pth", "a pickle"),
+        (".tmp12ab", "unfinished"),
+        ("model.safetensors.superseded", "unfinished"),
+        (".netrc", "hidden"),
+        ("trainer_state.json", "--add"),
+        ("handler.py", "--add"),
+    ],
+)
+def test_what_stays_behind_says_why(name, reason, tmp_path):
+    (model(tmp_path) / name).write_bytes(b"x")
+    uploads, left = collect(tmp_path)
+    assert {upload.path for upload in uploads} == {"config.json", "model.safetensors"}
+    assert [each.path for each in left] == [name]
+    assert re.search(reason, left[0].reason)
+
+
+def test_added_files_keep_their_names(tmp_path):
+    folder = model(tmp_path / "model")
+    extra = tmp_path / "more"
+    (extra / "deep").mkdir(parents=True)
+    (extra / "deep" / "a.txt").write_text("a")
+    (tmp_path / "handler.py").write_text("")
+    assert sent(folder, [extra, tmp_path / "handler.py"]) >= {"more/deep/a.txt", "handler.py"}
+    (extra / "all.pkl").write_bytes(b"x")
+    assert "more/all.pkl" not in sent(folder, [extra])
+    with pytest.raises(PushRefusedError, match="does not exist"):
+        collect(folder, [tmp_path / "nothing"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "plots", "router_hash.json"])
+def test_links_are_not_followed(name, tmp_path):
+    folder = model(tmp_path / "model")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "loss.png").write_bytes(b"secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside if name == "plots" else outside / "loss.png")
+    with pytest.raises(PushRefusedError, match="is a link; links are not followed"):
+        collect(folder)
+
+
+def test_links_among_added_files_are_not_followed(tmp_path):
+    folder = model(tmp_path / "model")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "passwd").symlink_to("/etc/passwd")
+    (tmp_path / "link").symlink_to(tmp_path / "more")
+    for added in (tmp_path / "more", tmp_path / "link"):
+        with pytest.raises(PushRefusedError, match="links are not followed"):
+            collect(folder, [added])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../evil.Model", "must be 'module.Class'"),
+        ("/etc/passwd.Model", "must be 'module.Class'"),
+        ("a.b.Model", "must be 'module.Class'"),
+        (7, "must be 'module.Class'"),
+        ("missing.Model", "names missing.py, which is not there"),
+        ("half.Model", "half.py imports .*other.py"),
+    ],
+)
+def test_code_that_nobody_could_load(name, words, tmp_path):
+    folder = model(tmp_path, auto_map={"AutoModel": name})
+    (folder / "half.py").write_text("from .other import x\n")
+    with pytest.raises(PushRefusedError, match=words):
+        collect(folder)
+
+
+def test_code_goes_with_what_it_imports_and_nothing_else(tmp_path):
+    folder = model(tmp_path, auto_map={"AutoModel": "mine.Model", "AutoConfig": "owner/name--theirs.Config"})
+    for name, text in {"mine": "from .parts import x", "parts": "x = 1", "stranger": "y = 2"}.items():
+        (folder / f"{name}.py").write_text(text)
+    assert {path for path in sent(folder) if path.endswith(".py")} == {"mine.py", "parts.py"}
+
+
+def test_a_recipes_results_folder(tmp_path):
+    model(tmp_path / "model")
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "README.md").write_text("speaks of the folder `model`")
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "loss.png").write_bytes(b"x")
+    assert sent(tmp_path) == {"config.json", "model.safetensors", "report.json", "plots/loss.png"}
+    model(tmp_path / "adapter")
+    with pytest.raises(PushRefusedError, match=r"holds two: push '.*model' or '.*adapter'"):
+        checkpoint_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
+def test_a_config_that_is_no_table(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(PushRefusedError, match=r"is not valid JSON|must hold a JSON object"):
+        collect(tmp_path)
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(PushRefusedError, match="is no folder"):
+        collect(tmp_path / "x")
+    with pytest.raises(PushRefusedError, match=r"holds no config\.json and no adapter_config\.json"):
+        collect(tmp_path)
+
+
+def test_the_hosts_empty_card_stays_behind(tmp_path):
+    folder = model(tmp_path)
+    (folder / "README.md").write_text("# Model\n" + "- **What:** [More Information Needed]\n" * 30)
+    uploads, left = collect(folder)
+    assert "README.md" not in {upload.path for upload in uploads}
+    assert "empty template" in left[0].reason
+    (folder / "README.md").write_text("# Mine\nstill to say: [More Information Needed]\n")
+    assert "README.md" in sent(folder)
+
+
+def test_tokens_are_found_wherever_they_are(tmp_path):
+    padding = 2**22 - 10
+    cases = {
+        "args.bin": b"\x80\x05\x95" + TOKEN.encode() + b"\x94.",
+        "across.json": b" " * padding + TOKEN.encode(),
+        "deep.txt": b" " * (3 * 2**22) + TOKEN.encode() + b" " * 100,
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        assert holds_token(tmp_path / name), name
+    header = json.dumps({"__metadata__": {"note": TOKEN}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert holds_token(tmp_path / "w.safetensors")
+    assert holds_token(b"a known-token-1 b", ["known-token-1"])
+
+
+def test_what_is_no_token(tmp_path):
+    for data in (b"hf_moe hf_alice_write HfMoeForCausalLM", b"hf_short123", b""):
+        assert not holds_token(data, [""])
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + TOKEN.encode())
+    assert not holds_token(tmp_path / "w.safetensors"), "tensors are numbers, and gigabytes of them"
