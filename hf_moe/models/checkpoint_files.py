@@ -99,6 +99,20 @@ def check_folder(folder: Path, variant: str | None) -> None:
         )
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse to save into a folder where a symbolic link stands for a file of a checkpoint.
+
+    Raises:
+        CheckpointError: Naming the link and what it points to.
+    """
+    for path in sorted(folder.glob("*")):
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a symbolic link to {os.readlink(path)}, which a save would write over. Remove the link, or "
+                "save into another folder."
+            )
+
+
 def with_variant(name: str, variant: str | None) -> str:
     stem, _, suffix = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{suffix}"

@@ -55,6 +55,7 @@ from .checkpoint_files import (
     from_state_dict,
     read_headers,
     refuse,
+    refuse_links,
     with_variant,
 )
 
@@ -450,6 +451,9 @@ class VerifiedCheckpointMixin(_Host):
         moment has an old index beside new shards or a new config; an old single file is kept as
         `model.safetensors.superseded` until the save is done. `auto_map` names every class of the modeling file, not
         the saved one alone.
+
+        Raises:
+            CheckpointError: If a file of the folder is a symbolic link: the host would write over its target.
         """
         save = super().save_pretrained
         given = signature(save).bind(save_directory, *args, **kwargs).arguments
@@ -457,6 +461,7 @@ class VerifiedCheckpointMixin(_Host):
             return save(save_directory, *args, **kwargs)
         if self._auto_class is not None and type(self).__module__ != "__main__":
             self.config.auto_map = _auto_map(type(self), getattr(self.config, "auto_map", None))
+        refuse_links(Path(save_directory))
         superseded = _put_aside(self, Path(save_directory), given.get("variant"))
         save(save_directory, *args, **kwargs)
         superseded.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ ALLOW_HUGE = "HF_MOE_ALLOW_HUGE"
 
 # The host drops these from a configuration without a word
 _GENERATION_NAMES = {"top_k": "num_experts_per_tok", "top_p": "router_top_p"}
+# Names of these may be repositories of the Hub, whose code then runs
+_IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}
 # What `per_layer_config` may change: the residual stream and the routing mode are one for the model
 _PER_LAYER = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts"}
 
@@ -161,6 +163,7 @@ class HfMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         self._refuse_misspelt(kwargs)
         self._refuse_unknown_dtype(self.dtype)
+        self._refuse_foreign_code(kwargs)
         if self.mlp_only_layers is None:
             self.mlp_only_layers = []
         # the host reads head_dim; a zero is reported by the checks, which run later
@@ -183,6 +186,16 @@ class HfMoeConfig(PreTrainedConfig):
                 continue
             if near := difflib.get_close_matches(key, fields, n=1, cutoff=0.85):
                 raise ValueError(f"{cls.__name__} has no field {key!r}. Did you mean {near[0]!r}?")
+
+    @staticmethod
+    def _refuse_foreign_code(kwargs: dict[str, Any]) -> None:
+        """A config file must not choose code from the Hub; only the caller may (CVE-2026-4372)."""
+        for key, value in kwargs.items():
+            if key.strip("_").removesuffix("_internal") in _IMPLEMENTATIONS and "/" in str(value):
+                raise ValueError(
+                    f"{key} must name an implementation that is registered here, got {value!r:.80}, code from the "
+                    "Hub. Pass attn_implementation or experts_implementation to from_pretrained if you trust it."
+                )
 
     @staticmethod
     def _refuse_unknown_dtype(dtype: Any) -> None:

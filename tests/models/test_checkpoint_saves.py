@@ -111,3 +111,15 @@ def test_every_cut_and_every_lost_file_is_refused(layout: str, saved: dict[str, 
             HfMoeForCausalLM.from_pretrained(folder)
         lost.write_bytes(content)
     assert HfMoeForCausalLM.from_pretrained(folder) is not None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_save_never_writes_through_a_link(name: str, tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "model"
+    victim.write_text("keep")
+    folder.mkdir()
+    (folder / name).symlink_to(victim)
+    with pytest.raises(CheckpointError, match=f"{name} is a symbolic link to .*victim"):
+        build().save_pretrained(folder)
+    assert victim.read_text() == "keep"
+    assert [path.name for path in folder.iterdir()] == [name]
