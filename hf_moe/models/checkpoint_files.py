@@ -108,8 +108,8 @@ def refuse_links(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         if path.is_symlink():
             raise CheckpointError(
-                f"{path} is a symbolic link to {os.readlink(path)}, which a save would write over. Remove the link, or "
-                "save into another folder."
+                f"{path} is a symbolic link to {os.readlink(path)}, which a save would write over. Remove the "
+                "link, or save into another folder."
             )
 
 
