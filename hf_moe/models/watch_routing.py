@@ -31,12 +31,14 @@ class ModelCall:
         shape: `(B, S)`, None if neither ids nor embeddings were found.
         mask: `[B, P + S]` bool, False for padding; P positions are in a cache. None without a 2-D attention mask.
         cached: P, positions that the model saw in earlier calls and keeps in a cache.
+        has_grad: Whether gradients were enabled; inside of gradient checkpointing the layers may not tell.
     """
 
     input_ids: Tensor | None
     shape: tuple[int, int] | None
     mask: Tensor | None
     cached: int
+    has_grad: bool
 
     def token_mask(self, num_tokens: int) -> Tensor | None:
         """`[T]`, of the tokens of this call; None for layers that see other rows than the tokens."""
@@ -160,12 +162,16 @@ def _decision(layer: MoeLayer, args: Any, kwargs: Any, returned: Any) -> tuple[T
     weights = kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2]
     index = index.reshape(-1, index.shape[-1])
     if getattr(layer.experts, "_is_expert_parallel", False) and _is_long(returned, 3):
-        # hf_moe also sets the flag where slots may be empty: nothing is split then
-        is_split = vars(layer.experts).get("num_experts") != getattr(layer.router, "num_experts", None)
         is_packed = index.shape != returned[2].shape
-        if is_split or is_packed:
+        if is_packed or _is_split(layer):
             return returned[2], returned[1]
     return index, weights
+
+
+def _is_split(layer: MoeLayer) -> bool:
+    """Whether this process holds a part of the experts. hf_moe also sets the flag where slots may be empty."""
+    is_flagged = getattr(layer.experts, "_is_expert_parallel", False)
+    return is_flagged and vars(layer.experts).get("num_experts") != getattr(layer.router, "num_experts", None)
 
 
 def _is_long(returned: Any, length: int) -> bool:
@@ -179,7 +185,7 @@ def _with(
     args_list, kwargs = list(args), dict(kwargs)
     for position, name, value in zip((1, 2), ("top_k_index", "top_k_weights"), instead, strict=True):
         old = kwargs[name] if name in kwargs else args[position]
-        if value.numel() != old.numel():
+        if value.numel() != old.numel() or _is_split(layer):
             raise ValueError(
                 f"the experts of layer {layer.name!r} are called with {name} of shape {list(old.shape)}, not with one "
                 "row for each token (expert parallelism, or experts that choose their tokens): their routing cannot "
@@ -223,6 +229,7 @@ def _model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         shape=shape,
         mask=None if mask is None else mask.bool(),
         cached=cached,
+        has_grad=torch.is_grad_enabled(),
     )
 
 

@@ -161,6 +161,37 @@ class RoutingTrace:
         finally:
             self._domain, self._token_texts = before
 
+    @property
+    def current_domain(self) -> str | None:
+        return self._domain
+
+    @property
+    def current_token_texts(self) -> Sequence[Sequence[str]] | None:
+        return self._token_texts
+
+    def reduce(self) -> None:
+        """Add up the sums of all processes of the default process group, in each of them; every process must call it.
+
+        Each process must have seen tokens of its own (data parallelism). Tokens stay with the process that saw them.
+
+        Raises:
+            RuntimeError: If the recording still runs, or the trace has been reduced before.
+        """
+        if self._fetch is not None:
+            raise RuntimeError("reduce() must be called after the recording has ended: outside of the with block.")
+        if self._is_reduced:
+            raise RuntimeError("the trace has been reduced before: a second time would count every process twice.")
+        self._is_reduced = True
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        # objects: processes may have seen different domains, and the sums are small
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, self._parts)
+        self._parts = {}
+        for parts in gathered:
+            for domain, layers in parts.items():
+                self.add(list(layers.values()), domain)
+
     def add(self, statistics: Sequence[LayerStatistics], domain: str | None = None) -> None:
         """Add the sums of other tokens.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.routing_trace import RoutingTrace
+from hf_moe.observability.token_table import LayerSpec, TokenTable
 
 MANIFEST = "trace.json"
 STATISTICS = "statistics.safetensors"
@@ -74,9 +75,8 @@ def load_trace(folder: Path) -> RoutingTrace:
     if tensors:
         raise _damaged(folder, f"{STATISTICS} holds unexpected tensors: {', '.join(sorted(tensors)[:5])}")
     if manifest.get("tokens") is not None:
-        from hf_moe.observability.token_table import TokenTable
-
-        trace.tokens = TokenTable.open(folder, manifest["tokens"], trace)
+        specs = [LayerSpec(each.name, each.num_experts, each.top_k) for each in empty]
+        trace.tokens = TokenTable.open(folder, manifest["tokens"], specs)
     return trace
 
 
