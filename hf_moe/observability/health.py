@@ -113,6 +113,11 @@ def diagnose(layers: Sequence[LayerStatistics], history: Sequence[Sequence[Layer
     return Health(verdict, _pattern(layers, findings), tuple(findings))
 
 
+def enough_tokens(layer: LayerStatistics) -> bool:
+    """Whether a layer has seen enough tokens to call an expert dead."""
+    return float(layer.counts.sum()) >= ENOUGH_PER_EXPERT * layer.num_experts
+
+
 def experts_in_use(layer: LayerStatistics) -> float:
     """Effective number of experts: the exponential of the load's entropy, from about `top_k` to `num_experts`."""
     load = layer.load
@@ -132,7 +137,7 @@ def _judge(layer: LayerStatistics, history: list[LayerStatistics]) -> list[Findi
         return [Finding(layer.name, "invalid", text)]
     per_expert = float(layer.counts.sum()) / layer.num_experts
     concentrated = (_collapsed(layer) or _one_takes_most(layer)) if per_expert >= ENOUGH_FOR_COLLAPSE else None
-    if concentrated is None and per_expert < ENOUGH_PER_EXPERT:
+    if concentrated is None and not enough_tokens(layer):
         needed = math.ceil(ENOUGH_PER_EXPERT * layer.num_experts / layer.top_k)
         return [Finding(layer.name, "unknown", f"{layer.tokens:,} tokens were seen; about {needed:,} are needed.")]
     found = [concentrated] if concentrated else [_collapsing(layer, history), _dead(layer)]

@@ -1,0 +1,203 @@
+"""Callbacks that put the routing of a training into its log, and that warn or stop when a router collapses."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hf_moe.models.moe_layers import moe_layers
+from hf_moe.models.watch_routing import Routing
+from hf_moe.observability.health import Finding, Health, Verdict, diagnose, enough_tokens
+from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
+from hf_moe.observability.layer_sums import LayerSums, ScoreRule
+from hf_moe.training.routing_listener import RoutingListener
+
+logger = logging.getLogger(__name__)
+
+# a longer history would call a slow, wanted specialisation a collapse
+_HISTORY = 12
+_GRAVE: set[Verdict] = {"invalid", "collapsed", "one_takes_most", "collapsing"}
+
+
+class RoutingWindow(RoutingListener):
+    """Statistics of a training's routing since they were last taken."""
+
+    def open(self, model: nn.Module) -> None:
+        super().open(model)
+        self._rules = {layer.name: ScoreRule() for layer in self.layers}
+        self._sums: dict[str, LayerSums] = {}
+
+    def on_routing(self, event: Routing) -> None:
+        if event.layer.name not in self._sums:
+            self._sums[event.layer.name] = LayerSums(event.layer, event.index.device)
+        with torch.no_grad():
+            rule = self._rules[event.layer.name].of(event)
+        self._sums[event.layer.name].add(event, rule)
+
+    def take(self) -> list[LayerStatistics]:
+        """By layer, over all processes, which must all call it; then counting begins anew."""
+        taken, self._sums = self._sums, {}
+        mine = []
+        for layer in self.layers:
+            if layer.name in taken:
+                statistics, _ = taken[layer.name].read(self._rules[layer.name].confirmed())
+                mine.append(replace(statistics, coactivation=None))
+            else:
+                mine.append(empty_statistics(layer.plain_name, layer.num_experts, layer.top_k, coactivation=False))
+        return _over_processes(mine)
+
+
+class RoutingMetricsCallback(RoutingWindow):
+    """Adds the balance of the routing to every training log, for any MoE model of transformers.
+
+    Keys, over the layers that saw tokens: `moe/load_cv` and `moe/load_cv_max`, `moe/max_violation`,
+    `moe/load_entropy` and `moe/load_entropy_min` (1 is balanced), `moe/router_entropy` (where the router's scores are
+    known), `moe/dead_experts` (their number), `moe/dropped` (share, where the router tells),
+    `moe/router_grad_norm` (mean over the optimizer's steps). Their number does not grow with the model.
+
+    The Trainer reports a log before the callbacks that were passed to it see it: `log_history` and callbacks after
+    this one get the figures; for TensorBoard and trackio as well use `MoeTrainer`, which has them without a callback,
+    or `attach`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grad_norms: list[torch.Tensor] = []
+
+    def attach(self, trainer) -> "RoutingMetricsCallback":
+        """Put this callback in front of the trainer's others, so that those which report see its figures."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def metrics(self) -> dict[str, float]:
+        """The figures since they were last taken, over all processes."""
+        norms, self._grad_norms = self._grad_norms, []
+        found = balance_metrics(self.take())
+        if norms:
+            found["moe/router_grad_norm"] = fmean(float(norm) for norm in norms)
+        return found
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [
+            parameter.grad
+            for layer in self.layers
+            if layer.router is not None
+            for parameter in layer.router.parameters()
+            if parameter.grad is not None
+        ]
+        if gradients:
+            self._grad_norms.append(nn.utils.get_total_norm(gradients))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs and "moe/load_cv" not in logs:
+            found = self.metrics()
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+
+class CollapseCallback(RoutingWindow):
+    """Judges the routing whenever the log has seen enough tokens, and warns or stops with the layer and the cause.
+
+    The verdicts are those of `diagnose`, layer by layer: also of eight layers that each send all tokens to an expert
+    of their own. A slow fall is seen over the last judgements.
+
+    Args:
+        action: "warn" logs; "stop" also ends the training at a collapse (`should_training_stop`). Dead experts, a
+            router without gradient and drops only warn.
+        patience: Judgements in a row that must be bad before anything is done: fresh routers are uneven.
+
+    Attributes:
+        health: The last judgement, None before the first.
+    """
+
+    def __init__(self, action: Literal["warn", "stop"] = "warn", patience: int = 2):
+        super().__init__()
+        if action not in ("warn", "stop"):
+            raise ValueError(f"action must be 'warn' or 'stop', got {action!r}.")
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1 judgement, got {patience}.")
+        self.action, self.patience = action, patience
+        self.health: Health | None = None
+        self._history: deque[list[LayerStatistics]] = deque(maxlen=_HISTORY)
+        self._pending: list[LayerStatistics] = []
+        self._bad = 0
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        taken = self.take()
+        self._pending = [one + two for one, two in zip(self._pending, taken, strict=True)] if self._pending else taken
+        spoilt = _spoilt_routers(model)
+        seen = [layer for layer in self._pending if layer.tokens]
+        if not spoilt and not (seen and all(enough_tokens(layer) for layer in seen)):
+            return
+        self.health = Health("invalid", None, spoilt) if spoilt else self._judge(seen)
+        self._pending = []
+        self._bad = 0 if self.health.healthy else self._bad + 1
+        if spoilt or self._bad >= self.patience:
+            self._act(state.global_step, control)
+
+    def _judge(self, seen: list[LayerStatistics]) -> Health:
+        names = [layer.name for layer in seen]
+        history = [point for point in self._history if [layer.name for layer in point] == names]
+        self._history.append(seen)
+        return diagnose(seen, history)
+
+    def _act(self, step: int, control) -> None:
+        assert self.health is not None
+        stops = self.action == "stop" and self.health.verdict in _GRAVE
+        logger.log(
+            logging.ERROR if stops else logging.WARNING,
+            "routing at step %d%s: %s",
+            step,
+            ", training stops" if stops else "",
+            self.health,
+        )
+        self._bad = 0
+        if stops:
+            control.should_training_stop = True
+
+
+def balance_metrics(layers: Sequence[LayerStatistics]) -> dict[str, float]:
+    """Figures of a log, over the layers that saw tokens; empty if none did."""
+    seen = [layer for layer in layers if layer.counts.any()]
+    if not seen:
+        return {}
+    found = {
+        "moe/load_cv": fmean(layer.load_cv for layer in seen),
+        "moe/load_cv_max": max(layer.load_cv for layer in seen),
+        "moe/max_violation": max(layer.max_violation for layer in seen),
+        "moe/load_entropy": fmean(layer.load_entropy for layer in seen),
+        "moe/load_entropy_min": min(layer.load_entropy for layer in seen),
+        "moe/dead_experts": float(sum(len(layer.dead_experts) for layer in seen)),
+    }
+    if entropies := [layer.router_entropy for layer in seen if not math.isnan(layer.router_entropy)]:
+        found["moe/router_entropy"] = fmean(entropies)
+    if drops := [layer.dropped / (layer.tokens * layer.top_k) for layer in seen if layer.dropped is not None]:
+        found["moe/dropped"] = fmean(drops)
+    return found
+
+
+def _spoilt_routers(model: nn.Module) -> tuple[Finding, ...]:
+    return tuple(
+        Finding(layer.plain_name, "invalid", "the router's weights are NaN or infinite. Go back to a checkpoint.")
+        for layer in moe_layers(model)
+        if layer.router is not None and not all(bool(p.isfinite().all()) for p in layer.router.parameters())
+    )
+
+
+def _over_processes(mine: list[LayerStatistics]) -> list[LayerStatistics]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine
+    gathered: list[list[LayerStatistics]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, mine)
+    totals = gathered[0]
+    for others in gathered[1:]:
+        totals = [one + two for one, two in zip(totals, others, strict=True)]
+    return totals
