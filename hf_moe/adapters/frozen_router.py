@@ -203,23 +203,32 @@ def verify_adapter_without_router(folder: str | Path, model: nn.Module) -> None:
                 )
 
 
-def report_auxiliary_losses(model: nn.Module) -> bool:
-    """Log a warning if a loss that trains routers is on, and tell whether one is."""
+def active_auxiliary_losses(model: nn.Module) -> dict[str, float]:
+    """Names and weights of the balancing losses that the model's own forward adds in training; empty if it adds none.
+
+    The host's models add theirs with the router logits (`output_router_logits`); hf_moe's, which have a z-loss,
+    whenever they train.
+    """
     coefficients: dict[str, float] = {}
     is_on = False
     for owner in _loss_settings(model):
         found = {name: vars(owner)[name] for name in AUXILIARY_COEFFICIENTS if vars(owner).get(name)}
         coefficients |= found
-        # the host's models add the loss with the router logits; hf_moe's, which have a z-loss, whenever they train
         adds = getattr(owner, "output_router_logits", False) or "router_z_loss_coef" in vars(owner)
         is_on = is_on or bool(found and adds)
-    if is_on:
+    return coefficients if is_on else {}
+
+
+def report_auxiliary_losses(model: nn.Module) -> bool:
+    """Log a warning if a loss that trains routers is on, and tell whether one is."""
+    coefficients = active_auxiliary_losses(model)
+    if coefficients:
         logger.warning(
             "auxiliary losses are on with a frozen router (%s): they train attention and experts alone. "
             "freeze_router(model) turns them off.",
             ", ".join(f"{name}={value}" for name, value in coefficients.items()),
         )
-    return is_on
+    return bool(coefficients)
 
 
 def _turn_off_auxiliary_losses(model: nn.Module) -> None:

@@ -1,37 +1,56 @@
-"""The ordinary Trainer with the routing balance in its log."""
+"""The ordinary Trainer with balancing, and with the routing balance in its log."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from hf_moe.observability.expert_load import ExpertLoad, count_expert_load, load_entropy, max_violation
+from hf_moe.models.watch_routing import Routing
+from hf_moe.observability.expert_load import load_entropy, max_violation
+from hf_moe.training.balancing import BalancingMixin
+from hf_moe.training.balancing_losses import assignment_counts, routing_choice
+from hf_moe.training.routing_listener import RoutingListener
 
 
-class MoeTrainer(Trainer):
-    """`transformers.Trainer` that logs the routing balance, and that resumes models whose experts are stored singly.
+class MoeTrainer(BalancingMixin, Trainer):
+    """`transformers.Trainer` that balances, logs the balance, and resumes models whose experts are stored singly.
+
+    `MoeTrainer(model, args, ..., balancing=BalancingConfig(...))` works on any family: see `BalancingMixin`.
 
     Every training log gets `moe/load_entropy` (mean over the layers; 1 is balanced), `moe/load_entropy_min` and
-    `moe/max_violation` (the worst layer). A callback cannot add them: the Trainer stores and reports a log before user
-    callbacks see it.
+    `moe/max_violation` (the worst layer), without padding. A callback cannot add them: the Trainer stores and reports
+    a log before user callbacks see it.
     """
 
-    expert_load: ExpertLoad | None = None
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.expert_load = _TrainingLoad()
+        self.add_callback(self.expert_load)
 
     def train(self, *args, **kwargs):
-        with count_expert_load(self.model, training_only=True) as self.expert_load:
+        try:
             return super().train(*args, **kwargs)
+        finally:
+            self.expert_load.close()
 
     def log(self, logs, *args, **kwargs):
-        if self.expert_load is not None and "loss" in logs and self.expert_load.counts:
+        if "loss" in logs:
             logs.update(self._balance(list(self.expert_load.counts.values())))
             self.expert_load.clear()
         super().log(logs, *args, **kwargs)
 
-    def _balance(self, counts: list[torch.Tensor]) -> dict[str, float]:
+    def _balance(self, counts: list[Tensor]) -> dict[str, float]:
         """Balance since the last log, over all processes."""
-        flat = torch.cat(counts).to(self.accelerator.device)
+        if not counts:
+            return {}
+        flat = torch.cat([layer.to(self.accelerator.device) for layer in counts])
         totals = self.accelerator.reduce(flat, "sum").cpu().split([len(layer) for layer in counts])
+        # a layer that no token reached has no balance: the vision experts of a text-only step
+        totals = [layer for layer in totals if layer.any()]
+        if not totals:
+            return {}
         entropies = [load_entropy(layer) for layer in totals]
         return {
             "moe/load_entropy": sum(entropies) / len(entropies),
@@ -61,3 +80,27 @@ class MoeTrainer(Trainer):
         super()._load_best_model()
         if isinstance(self.model, PreTrainedModel):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _TrainingLoad(RoutingListener):
+    """Assignments that the experts really got since the last log, `[E]` by layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, Tensor] = {}
+
+    def open(self, model: nn.Module) -> None:
+        super().open(model)
+        self.clear()
+
+    def clear(self) -> None:
+        # of every layer: another process may run one that this does not
+        self.counts = {layer.name: torch.zeros(layer.num_experts, dtype=torch.int64) for layer in self.layers}
+
+    def on_routing(self, event: Routing) -> None:
+        experts = event.layer.num_experts
+        num_choices = experts if event.logits is None else event.logits.shape[-1]
+        choice = routing_choice(replace(event, choice=None), num_choices)
+        mask = None if event.mask is None else event.mask.to(choice.device)
+        counts = assignment_counts(choice, num_choices, mask)[:experts]
+        self.counts[event.layer.name] = self.counts[event.layer.name].to(counts.device) + counts

@@ -1,0 +1,89 @@
+"""Every family's routers get a gradient from both losses; the bias that is updated is one that shifts the choice."""
+
+import pytest
+import torch
+
+from hf_moe.models.watch_routing import watch_routing
+from hf_moe.training.balancing import BalancingConfig
+from hf_moe.training.balancing_checks import BalancingError, balanced_layers
+from hf_moe.training.balancing_terms import BalancingTerms
+from hf_moe.training.bias_update import correction_bias
+from tiny_models import FAMILIES, build_tiny
+
+UNRECOGNIZED = {"phimoe", "inkling"}
+PROBABILITIES = {"gemma4", "diffusion_gemma"}
+SHARE = torch.tensor(1.0)
+
+
+def losses_of(model, inputs, config):
+    terms = BalancingTerms(config, balanced_layers(model, config))
+    with watch_routing(model, terms.hear):
+        model(**inputs)
+    return terms.losses(SHARE), terms
+
+
+def trained_routers(model, config):
+    return {
+        layer.name: [p for p in layer.router.parameters() if p.requires_grad]
+        for layer in balanced_layers(model, config)
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_its_losses_and_gradients(family):
+    model, inputs = build_tiny(family)
+    model.train()
+    scores = "sigmoid" if family in UNRECOGNIZED else None
+    z_loss = 0.0 if family in PROBABILITIES else 1.0
+    config = BalancingConfig(aux_loss_coef=1.0, aux_loss_scope="layer", z_loss_coef=z_loss, scores=scores)
+    losses, _ = losses_of(model, inputs, config)
+    # a sum of load times probability over X experts; random routers on few tokens are neither balanced nor collapsed
+    assert 0.9 < losses["aux_loss"] < 4
+    for term, loss in losses.items():
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        for name, parameters in trained_routers(model, config).items():
+            assert any(p.grad is not None and p.grad.abs().max() > 0 for p in parameters), (term, name)
+
+
+@pytest.mark.parametrize("family", sorted(UNRECOGNIZED & set(FAMILIES)))
+def test_an_unrecognised_rule_is_refused(family):
+    model, inputs = build_tiny(family)
+    with pytest.raises(BalancingError, match=r"not recognised .*scores='softmax'"):
+        losses_of(model.train(), inputs, BalancingConfig(aux_loss_coef=1.0))
+
+
+@pytest.mark.parametrize("family", sorted(PROBABILITIES & set(FAMILIES)))
+def test_the_z_loss_of_probabilities_is_refused(family):
+    model, inputs = build_tiny(family)
+    with pytest.raises(BalancingError, match="returns probabilities, not logits"):
+        losses_of(model.train(), inputs, BalancingConfig(z_loss_coef=1.0))
+
+
+# what the models' sources call a bias of the choice, independent of the package's own list
+BIAS_NAMES = ("correction_bias", "expert_bias", "balancing_bias")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bias_of_every_family_shifts_the_choice_alone(family):
+    """A large bias sends every token to an expert; a family without one is refused."""
+    model, inputs = build_tiny(family)
+    config = BalancingConfig(bias_update_rate=0.1)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not any(name.rpartition(".")[2].startswith(BIAS_NAMES) or "correction_bias" in name for name, _ in tensors):
+        with pytest.raises(BalancingError, match="keeps no correction bias"):
+            balanced_layers(model, config)
+        return
+    layers = {layer.name: layer for layer in balanced_layers(model, config)}
+    for layer in layers.values():
+        bias = correction_bias(model, layer)[1]
+        bias.zero_()
+        bias.view(-1)[3] = 100.0
+    heard = []
+    with torch.no_grad(), watch_routing(model, heard.append):
+        model(**inputs)
+    assert {event.layer.name for event in heard} >= layers.keys()
+    for event in heard:
+        if event.layer.name in layers:
+            assert (event.index == 3).any(-1).all(), event.layer.name
+            assert event.weights.abs().max() < 50  # the bias is no part of them
