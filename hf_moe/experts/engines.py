@@ -117,12 +117,12 @@ def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
         weights = read_weights(experts)
         dtype, device = weights.down.dtype, weights.down.device
         many_rows = top_k_index.numel() >= MANY_ROWS_PER_EXPERT * len(weights.down)
-        resolved = _resolve(name, experts, dtype, device, many_rows, low_rank is not None)
+        resolved = resolve(name, experts, dtype, device, many_rows, low_rank is not None)
         if resolved in HOST_REFUSALS:
             return _host_forward(resolved)(experts, hidden_states, top_k_index, top_k_weights)
         routing = (hidden_states, top_k_index, top_k_weights)
         factors = None if low_rank is None else low_rank.to(dtype)
-        return run_experts(_ENGINES[resolved], experts, weights, *routing, factors)
+        return run_experts(ENGINES[resolved], experts, weights, *routing, factors)
 
     forward.__name__ = f"{name}_forward"
     return forward
@@ -136,10 +136,10 @@ def _host_forward(name: str) -> Callable[..., Tensor]:
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the answer; it cannot trace the question
-def _resolve(
+def resolve(
     name: str, experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool, adapted: bool
 ) -> str:
-    """The key in `_ENGINES` or `HOST_REFUSALS` of what runs `name`; the choice of `hf_moe` is said once for each kind.
+    """The key in `ENGINES` or `HOST_REFUSALS` of what runs `name`; the choice of `hf_moe` is said once for each kind.
 
     Raises:
         ValueError: If `name` was asked for and cannot run `experts`.
@@ -177,7 +177,7 @@ def _say(experts_class: str, dtype: str, device: str, choice: Choice) -> None:
     logger.log(level, "%s (%s, %s): %s", experts_class, dtype, device, choice)
 
 
-_ENGINES: dict[str, Engine] = {"hf_moe_grouped": Engine(grouped_linear)}
+ENGINES: dict[str, Engine] = {"hf_moe_grouped": Engine(grouped_linear)}
 _BROKEN: dict[str, str] = {}  # engines that were there and could not be loaded, and why
 
 
@@ -187,16 +187,16 @@ def _load(name: str) -> None:
     Raises:
         RuntimeError: If the CPU kernels cannot be built.
     """
-    if name in _ENGINES:
+    if name in ENGINES:
         return
     if name == "hybrid":
         glue = importlib.import_module("hf_moe.kernels.glue")
-        _ENGINES[name] = Engine(grouped_linear, glue.triton_hybrid_experts)
+        ENGINES[name] = Engine(grouped_linear, glue.triton_hybrid_experts)
     elif name == "hf_moe_cpu":
         importlib.import_module("hf_moe.kernels.cpu.build").load_kernels()
         ops = importlib.import_module("hf_moe.kernels.cpu.ops")
         lora = importlib.import_module("hf_moe.kernels.cpu.lora")
-        _ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts, lora.cpu_experts_lora)
+        ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts, lora.cpu_experts_lora)
     elif name == "hf_moe_triton":
         ops = importlib.import_module("hf_moe.kernels.ops")
-        _ENGINES[name] = Engine(ops.triton_grouped_linear, ops.triton_experts, ops.triton_experts_lora)
+        ENGINES[name] = Engine(ops.triton_grouped_linear, ops.triton_experts, ops.triton_experts_lora)

@@ -78,5 +78,5 @@ def _engine(implementation: str | None, experts: GatedExperts, down: Tensor, man
     name = implementation if implementation in engines.REFUSALS else PORTABLE
     # like factors of adapters, these tensors cannot go to the host's kernels (HF_MOE_DELEGATE)
     only_ours = True
-    resolved = engines._resolve(name, experts, down.dtype, down.device, many_rows, only_ours)
-    return engines._ENGINES[resolved]
+    resolved = engines.resolve(name, experts, down.dtype, down.device, many_rows, only_ours)
+    return engines.ENGINES[resolved]

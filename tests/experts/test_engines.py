@@ -96,7 +96,7 @@ def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(experts, mon
         raise RuntimeError("building failed: cc1plus: out of memory")
 
     monkeypatch.setattr(build, "load_kernels", fail)
-    monkeypatch.setattr(engines, "_ENGINES", {"hf_moe_grouped": engines._ENGINES["hf_moe_grouped"]})
+    monkeypatch.setattr(engines, "ENGINES", {"hf_moe_grouped": engines.ENGINES["hf_moe_grouped"]})
     monkeypatch.setattr(engines, "_BROKEN", {})
     engines._say.cache_clear()
     call = (torch.randn(3, 32), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))

@@ -56,7 +56,7 @@ def test_kernels_of_the_host_are_never_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     cuda = torch.device("cuda", 0)
     assert engines.choose(GatedExperts(16, 24), torch.bfloat16, cuda).name == "sonicmoe"
-    assert engines._resolve("hf_moe", GatedExperts(16, 24), torch.bfloat16, cuda, False, True) == "hf_moe_grouped"
+    assert engines.resolve("hf_moe", GatedExperts(16, 24), torch.bfloat16, cuda, False, True) == "hf_moe_grouped"
 
 
 def test_they_are_no_layer_of_a_model():
