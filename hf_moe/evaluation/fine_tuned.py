@@ -117,6 +117,7 @@ class FineTuning:
         self.choices = {**asdict(own), "model": shown(base.model), "row_length": texts.row_length}
         self.folder = Path(str(training.output_dir))
         self.model, self.tokenizer = load(base)
+        self.model.to(training.device)  # measured where it is trained
         self.data = prepare_data(self.tokenizer, texts)
         if texts.packing:
             check_packing(self.model)

@@ -33,6 +33,7 @@ from hf_moe.training.callbacks import StopOnNonFinite
 from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed, whole_folder
 from hf_moe.training.corpus import TextError
 from hf_moe.training.encoding import Encoder, Encoding, Example
+from hf_moe.training.memory import StepMemory, step_memory
 from hf_moe.training.packing import draw
 from hf_moe.training.rows import Mixture, Rows, pack_examples, pad_examples
 from hf_moe.training.sources import DataError, Source, hold_out, read_source
@@ -173,7 +174,7 @@ def banner(model: nn.Module, data: Data, arguments: RecipeTrainingArguments, met
         "parameters", f"{size.total_parameters:,} total, {size.active_parameters:,} active, {count:,} trained"
     )
     table.add_row("trained tensors", _kinds(model))
-    table.add_row("weights and optimizer", f"{memory_bytes(model) / 2**30:.2f} GiB, activations beside")
+    table.add_row("memory of a process", str(_memory(model, data, arguments)))
     table.add_row("steps", f"{rows // per_step:,} of {per_step} rows of {row_length} tokens")
     table.add_row("data", "\n".join(f"{name} {data.shares[name]:.0%}: {e}" for name, e in data.encodings.items()))
     table.add_row("experts", "\n".join(map(str, size.choices)) or "as the host chooses")
@@ -194,11 +195,17 @@ def _kinds(model: nn.Module) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
-def memory_bytes(model: nn.Module) -> int:
-    """Weights, gradients, and two AdamW moments of what is trained."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights + 3 * trained
+def _memory(model: nn.Module, data: Data, arguments: RecipeTrainingArguments) -> StepMemory:
+    """Of a training step of this process, from one row's forward."""
+    mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return step_memory(
+        model,
+        next(iter(data.rows.values()))[0],
+        batch_size=arguments.train_batch_size,
+        accumulates=arguments.gradient_accumulation_steps > 1,
+        checkpointing=arguments.gradient_checkpointing,  # the name that all supported versions know
+        autocast=mixed,
+    )
 
 
 def versions(*more: str) -> dict[str, str]:
