@@ -48,7 +48,7 @@ def print_masked(results: Mapping[str, Any]) -> None:
         for name, entry in results[kind].items():
             for masked in (entry["experts"] or {"masked": []})["masked"]:
                 for metric, found in list(masked["metrics"].items())[:1]:
-                    expert = f"{masked['layer']}, {masked['expert']}"
+                    expert = f"{_short(masked['layer'])}, {masked['expert']}"
                     share = f"{masked['share']:.1%}"
                     table.add_row(name, expert, share, metric.removesuffix(",none"), *_interval(found))
     if table.row_count:
@@ -82,6 +82,12 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         "so by chance.",
         highlight=False,
     )
+
+
+def _short(layer: str) -> str:
+    """The layer's number where its name has one alone: 3 for `model.layers.3.mlp`."""
+    numbers = [part for part in layer.split(".") if part.isdigit()]
+    return numbers[0] if len(numbers) == 1 else layer
 
 
 def _interval(found: Mapping[str, Any]) -> tuple[str, str]:

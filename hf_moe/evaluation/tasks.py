@@ -43,7 +43,9 @@ class Tasks:
         self.manager = TaskManager(include_defaults=not all(map(_is_task_file, names)))
         factory = _Factory(data_root, num_fewshot)
         self.manager._factory = factory
-        loaded = self._load([found for name in names for found in self._resolve(name)], data_root)
+        # a task that two names stand for runs once
+        found = dict.fromkeys(task for name in names for task in self._resolve(name))
+        loaded = self._load(list(found), data_root)
         self.tasks, self.groups = loaded["tasks"], loaded["groups"]
         self.origins = factory.origins
 
@@ -64,7 +66,7 @@ class Tasks:
         from datasets.exceptions import DatasetNotFoundError
 
         try:
-            return self.manager.load(list(dict.fromkeys(names)))
+            return self.manager.load([self._spec(name) for name in names])
         except EvaluationError:
             raise
         except (ConnectionError, DatasetNotFoundError) as error:
@@ -76,11 +78,25 @@ class Tasks:
         except (KeyError, ValueError, TypeError) as error:
             raise EvaluationError(f"the tasks {', '.join(names)} cannot be loaded: {error}") from error
 
+    def _spec(self, name: str) -> Any:
+        """What lm-eval's manager takes; of a group's file, which it cannot take, the group that it describes."""
+        if not _is_file_of_group(name):
+            return name
+        entry = TaskIndex.entry_from_config(load_yaml(name))
+        return self.manager._factory.build(entry, registry=self.manager.task_index)
+
+
+def _is_file_of_group(name: str) -> bool:
+    return _is_file(name) and "group" in load_yaml(name, resolve_func=False)
+
 
 def _is_task_file(name: str) -> bool:
     """Whether this is a file of one task: a group's may name registered tasks."""
-    path = Path(name)
-    return path.suffix in (".yaml", ".yml") and path.is_file() and "group" not in load_yaml(path, resolve_func=False)
+    return _is_file(name) and not _is_file_of_group(name)
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
 
 
 class _Factory(TaskFactory):
