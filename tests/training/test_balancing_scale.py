@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from balanced_step import LENGTH, ROWS, arguments, model_of, one_step, rows
 from torch.nn import functional as F
 
+from balanced_step import LENGTH, ROWS, arguments, model_of, one_step, rows
 from hf_moe.models.modeling_hf_moe import HfMoeForSequenceClassification
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.training.balancing import BalancingConfig
