@@ -7,45 +7,54 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.observability.router_hooks import watch_choices
+from hf_moe.models.watch_routing import Routing, watch_routing
 
 
 class ExpertLoad:
     """Assignments (token, expert) counted since the last `clear`, per MoE layer in the model's order."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
         """By the layer's name an int64 tensor of shape (num_experts,); a layer that has not run is absent."""
+        return {name: counts[:-1].cpu() for name, counts in self._counts.items()}
 
     def clear(self) -> None:
-        self.counts = {}
+        self._counts = {}
 
-    def add(self, layer: MoeLayer, index: Tensor) -> None:
-        counts = torch.bincount(index.flatten(), minlength=layer.num_experts + 1)[: layer.num_experts].cpu()
-        self.counts[layer.name] = self.counts[layer.name] + counts if layer.name in self.counts else counts
+    def add(self, routing: Routing) -> None:
+        """Count a decision, on the model's device."""
+        layer, index = routing.layer, routing.index.detach().clamp(max=routing.layer.num_experts)
+        if routing.mask is not None:
+            index = index.masked_fill(~routing.mask.to(index.device)[:, None], layer.num_experts)
+        # the last entry gathers padding and slots without an expert
+        counts = self._counts.get(layer.name, index.new_zeros(layer.num_experts + 1, dtype=torch.int64))
+        index_N = index.flatten().long()
+        self._counts[layer.name] = counts.scatter_add(0, index_N, torch.ones_like(index_N))
 
 
 @contextmanager
 def count_expert_load(model: nn.Module, *, training_only: bool = False) -> Iterator[ExpertLoad]:
-    """Count the experts that the routers choose while the block runs.
+    """Count the experts that the routers choose while the block runs. `record_routing` tells more.
 
-    Every token that reaches a router counts, padding included; slots without an expert (null experts, dropped tokens:
-    index `num_experts`) do not. Recomputation under gradient checkpointing counts twice: shares stay as they are.
+    Padding (a 2-D attention mask), slots without an expert (null experts, dropped tokens) and the recomputation of
+    gradient checkpointing are not counted.
 
     Args:
         training_only: Count only forward passes in training mode (a Trainer evaluates in between).
 
     Raises:
-        ValueError, TypeError: As `watch_choices`.
+        ValueError, TypeError: As `watch_routing`.
     """
     load = ExpertLoad()
 
-    def count(layer: MoeLayer, router: nn.Module, index: Tensor) -> None:
-        if router.training or not training_only:
-            load.add(layer, index)
+    def count(routing: Routing) -> None:
+        if not routing.is_recomputation and (routing.layer.experts.training or not training_only):
+            load.add(routing)
 
-    with watch_choices(model, count):
+    with watch_routing(model, count):
         yield load
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.observability.router_hooks import watch_choices
+from hf_moe.models.watch_routing import Routing, watch_routing
 
 
 @dataclass(frozen=True)
@@ -22,17 +21,17 @@ def record_choices(model: nn.Module, rows: Tensor, *, batch_size: int = 8) -> Ro
     """Run token rows of shape (rows, length), without padding, through the model in eval mode and keep the choices.
 
     Raises:
-        ValueError, TypeError: As `watch_choices`.
+        ValueError, TypeError: As `watch_routing`.
     """
     chosen: dict[str, list[Tensor]] = {}
 
-    def keep(layer: MoeLayer, router: nn.Module, index: Tensor) -> None:
-        chosen.setdefault(layer.name, []).append(index.cpu())
+    def keep(routing: Routing) -> None:
+        chosen.setdefault(routing.layer.name, []).append(routing.index.cpu())
 
     was_training = model.training
     model.eval()
     try:
-        with watch_choices(model, keep) as layers:
+        with watch_routing(model, keep) as layers:
             for batch in rows.split(batch_size):
                 model(input_ids=batch.long(), use_cache=False)
     finally:
