@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_moe.observability.gate import Figure, json_number
 from hf_moe.observability.layer_statistics import LayerStatistics
+from hf_moe.observability.routing_trace import RoutingTrace
+from hf_moe.observability.token_table import LayerTokens
 
 _CHUNK = 65_536  # tokens compared at a time
 
@@ -169,6 +172,77 @@ def compare_layers(
             choices = (base_choices[one.name], new_choices[two.name])
         layers.append(_compare(one, two, choices))
     return RoutingComparison(tuple(layers), (*left_out, *_inapplicable(layers)))
+
+
+def compare_traces(base: RoutingTrace, new: RoutingTrace) -> dict[str | None, RoutingComparison]:
+    """Compare two traces of the same texts: by each domain that both have, and under None all their tokens.
+
+    Agreement and overlap need traces of single tokens (`detail="tokens"`) that hold the same token ids in the same
+    order; `left_out` says where that is not so.
+
+    Raises:
+        ValueError: If no layer can be paired.
+    """
+    pairs, _ = _pair(*([trace.statistics(name) for name in trace.layers] for trace in (base, new)))
+    domains: list[str | None] = [None, *(name for name in base.domains if name in new.domains)]
+    choices = _Choices(base, new, domains)
+    for one, two in pairs:
+        choices.read(one, two)
+    found: dict[str | None, RoutingComparison] = {}
+    for domain in domains:
+        sides = [[trace.statistics(name, domain) for name in trace.layers] for trace in (base, new)]
+        paired, left_out = _pair(*sides)
+        layers = [LayerComparison(one, two, *choices.agreement(domain, two.name)) for one, two in paired]
+        found[domain] = RoutingComparison(
+            tuple(layers), (*left_out, *_inapplicable(layers), *choices.left_out(domain))
+        )
+    return found
+
+
+class _Choices:
+    """Agreement by domain and layer from two tables of tokens, one layer in memory at a time."""
+
+    def __init__(self, base: RoutingTrace, new: RoutingTrace, domains: Sequence[str | None]):
+        self.base, self.new, self.domains = base.tokens, new.tokens, domains
+        self.found: dict[tuple[str | None, str], tuple[float | None, float]] = {}
+        self.reasons: dict[str | None, str] = {}
+        if self.base is None or self.new is None:
+            self.reasons = dict.fromkeys(domains, "a trace holds counts alone (record it with detail='tokens')")
+        elif self.base.is_audit or self.new.is_audit:
+            self.reasons = dict.fromkeys(domains, "a trace without token ids (an audit) does not tell its tokens")
+
+    def read(self, base: LayerStatistics, new: LayerStatistics) -> None:
+        if base.num_experts != new.num_experts or len(self.reasons) == len(self.domains):
+            return
+        assert self.base is not None
+        assert self.new is not None
+        one, two = self.base.layer(base.name), self.new.layer(new.name)
+        for domain in self.domains:
+            if domain in self.reasons:
+                continue
+            mine, its = (slice(None) if domain is None else side.domain == domain for side in (one, two))
+            if not _same_tokens(one, two, mine, its):
+                self.reasons[domain] = "the two models did not read the same tokens (their tokenizers differ)"
+                continue
+            index = [torch.from_numpy(ids.astype("int64")) for ids in (one.experts[mine], two.experts[its])]
+            if len(index[0]):
+                self.found[domain, new.name] = choice_agreement(index[0], index[1], base.num_experts)
+
+    def agreement(self, domain: str | None, layer: str) -> tuple[float | None, float | None]:
+        return (None, None) if domain in self.reasons else self.found.get((domain, layer), (None, None))
+
+    def left_out(self, domain: str | None) -> list[str]:
+        reason = self.reasons.get(domain)
+        return [] if reason is None else [f"Agreement and overlap are left out: {reason}."]
+
+
+def _same_tokens(one: LayerTokens, two: LayerTokens, mine: Any, its: Any) -> bool:
+    if one.token_id is None or two.token_id is None:
+        return False
+    return all(
+        np.array_equal(ours[mine], theirs[its])
+        for ours, theirs in ((one.token_id, two.token_id), (one.position, two.position))
+    )
 
 
 def jensen_shannon(load_E: Tensor, other_E: Tensor) -> float:

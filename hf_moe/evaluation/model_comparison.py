@@ -1,0 +1,293 @@
+"""Two models side by side on the same texts: routing, weights, bits per byte and latency, by layer and by domain."""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.evaluation.text_probe import WINDOW, Measurement, TextProbe, context_of
+from hf_moe.evaluation.weight_drift import LayerDrift, is_exact, weight_drift
+from hf_moe.models.moe_layers import moe_layers
+from hf_moe.observability.gate import Figure, json_number
+from hf_moe.observability.routing_comparison import RoutingComparison, compare_traces
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to load.
+
+    Attributes:
+        path: A model folder, or a name on the Hub. Quantised checkpoints load as they are.
+        adapter: Folder or name of a PEFT adapter on it.
+        dtype: One of `DTYPES`; auto is as saved.
+        experts_implementation: Experts backend; the host's choice if None.
+        device: Such as "cuda"; the GPU if there is one.
+    """
+
+    path: str
+    adapter: str | None = None
+    dtype: str = "auto"
+    experts_implementation: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise EvaluationError(f"the dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+
+    @property
+    def name(self) -> str:
+        """For people: the last part of a path, so that no folder of this machine shows."""
+        parts = [_last_part(self.path)]
+        parts += [] if self.adapter is None else [f"with {_last_part(self.adapter)}"]
+        parts += [] if self.dtype == "auto" else [f"in {self.dtype}"]
+        parts += [] if self.experts_implementation is None else [f"on {self.experts_implementation}"]
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """Attributes:
+    routing: All tokens.
+    by_domain: Routing of each domain.
+    drift: Of the layers of `routing`, in their order; empty if no weights were taken.
+    """
+
+    base: Measurement
+    new: Measurement
+    routing: RoutingComparison
+    by_domain: dict[str, RoutingComparison]
+    drift: tuple[LayerDrift, ...]
+    names: tuple[str, str] = ("base", "new")
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What could not be compared, and why."""
+        drift = [reason for layer in self.drift for reason in layer.left_out]
+        return tuple(dict.fromkeys((*self.routing.left_out, *drift)))
+
+    @property
+    def drift_is_exact(self) -> bool:
+        return is_exact(self.base.weights)
+
+    def bits_change(self, domain: str | None = None) -> float:
+        """New minus base, bits per byte; of all text if `domain` is None."""
+        before, after = (_bits(side, domain) for side in (self.base, self.new))
+        return after - before
+
+    def latency_ratio(self, domain: str | None = None) -> float | None:
+        before, after = (_latency(side, domain) for side in (self.base, self.new))
+        return None if before is None or after is None else after / before
+
+    def figures(self) -> dict[str, Figure]:
+        """What a gate can bound."""
+        domains = list(self.base.bits)
+        bits = {name: self.bits_change(name) for name in domains}
+        # NaN first: it is worse than every number
+        worst = max(bits, key=lambda name: (bits[name] != bits[name], bits[name]))
+        found = {
+            **self.routing.figures(),
+            "bits_per_byte.all": Figure(self.bits_change()),
+            "bits_per_byte.worst_domain": Figure(bits[worst], worst),
+            **{f"bits_per_byte.domain.{name}": Figure(value) for name, value in bits.items()},
+            "weight_drift.router.max": self._worst_drift("router"),
+            "weight_drift.experts.max": self._worst_drift("experts"),
+        }
+        ratios = {name: self.latency_ratio(name) for name in domains}
+        if known := {name: ratio for name, ratio in ratios.items() if ratio is not None}:
+            slowest = max(known, key=lambda name: known[name])
+            found["latency.all"] = Figure(self.latency_ratio())
+            found["latency.worst_domain"] = Figure(known[slowest], slowest)
+            found |= {f"latency.domain.{name}": Figure(ratio) for name, ratio in known.items()}
+        return found
+
+    def _worst_drift(self, part: str) -> Figure:
+        named = zip(self.routing.layers, self.drift, strict=bool(self.drift))
+        values = {layer.name: getattr(drift, part) for layer, drift in named}
+        if not values or None in values.values():
+            return Figure(None, " ".join(self.left_out) or "no weights were taken")
+        worst = max(values, key=lambda name: values[name])
+        return Figure(values[worst], worst)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "models": [
+                {"name": name, **side.trace.model_facts}
+                for name, side in zip(self.names, (self.base, self.new), strict=True)
+            ],
+            "figures": {
+                name: {"value": json_number(figure.value), "note": figure.note}
+                for name, figure in sorted(self.figures().items())
+            },
+            "left_out": list(self.left_out),
+            "domains": {name: self._domain_dict(name) for name in self.base.bits},
+            "layers": [self._layer_dict(position) for position in range(len(self.routing.layers))],
+            "weight_drift_is_exact": self.drift_is_exact,
+        }
+
+    def _domain_dict(self, name: str) -> dict[str, Any]:
+        routing = self.by_domain[name].figures() if name in self.by_domain else {}
+        shown = ("agreement.min", "agreement.mean", "overlap.mean", "load_shift.max", "load_shift.mean")
+        return {
+            "bytes": self.base.bits[name].bytes,
+            "tokens": [side.bits[name].tokens for side in (self.base, self.new)],
+            "bits_per_byte": [json_number(_bits(side, name)) for side in (self.base, self.new)],
+            "milliseconds_per_1k_tokens": [_latency(side, name) for side in (self.base, self.new)],
+            **{figure: json_number(routing[figure].value) for figure in shown if figure in routing},
+        }
+
+    def _layer_dict(self, position: int) -> dict[str, Any]:
+        record = self.routing.layers[position].to_dict()
+        if self.drift:
+            drift = self.drift[position]
+            record["weight_drift"] = {
+                "router": json_number(drift.router),
+                "experts": json_number(drift.experts),
+                "by_expert": None if drift.by_expert is None else [round(v, 8) for v in drift.by_expert.tolist()],
+            }
+        return record
+
+
+def compare_measurements(
+    base: Measurement, new: Measurement, names: tuple[str, str] = ("base", "new")
+) -> ModelComparison:
+    """Compare what one `TextProbe` measured of two models.
+
+    Raises:
+        ValueError: If no layer can be paired.
+        EvaluationError: If the texts differ.
+    """
+    if [(name, part.bytes) for name, part in base.bits.items()] != [
+        (name, part.bytes) for name, part in new.bits.items()
+    ]:
+        raise EvaluationError("the two models were measured on different texts. Measure both with one TextProbe.")
+    by_domain = compare_traces(base.trace, new.trace)
+    routing = by_domain.pop(None)
+    drift: tuple[LayerDrift, ...] = ()
+    if base.weights and new.weights:
+        pairs = ((base.weights[layer.base.name], new.weights[layer.new.name]) for layer in routing.layers)
+        drift = tuple(weight_drift(*pair) for pair in pairs)
+    found = {name: part for name, part in by_domain.items() if name is not None}
+    return ModelComparison(base, new, routing, found, drift, names)
+
+
+def compare_models(
+    base: ModelChoice,
+    new: ModelChoice,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    window: int | None = None,
+    batch_size: int = 8,
+    tokenizer: str | None = None,
+    on_progress: Callable[[int, str, int], None] = lambda position, name, num_bytes: None,
+) -> ModelComparison:
+    """Load one model after the other, measure both on the same texts, and compare. Only one is in memory at a time.
+
+    Args:
+        texts: Documents by domain.
+        window: Tokens of a window; None is 1,024, or the smaller context of the two models.
+        tokenizer: Folder or name of a tokenizer for both; None takes each model's own.
+        on_progress: Called with 0 for the base or 1, the model's name, and the bytes of text that it has just read.
+
+    Raises:
+        EvaluationError: If a model, an adapter or a tokenizer cannot be used.
+        OSError, ValueError: As the host's loaders.
+    """
+    tokenizers = _tokenizers(base, new, tokenizer)
+    measured: list[Measurement] = []
+    for position, (choice, own) in enumerate(zip((base, new), tokenizers, strict=True)):
+        model = load_model(choice)
+        window = window or min(WINDOW, context_of(model) or WINDOW)
+        probe = TextProbe(texts, own, window=window, batch_size=batch_size)
+        measured.append(probe.measure(model, partial(on_progress, position, choice.name)))
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return compare_measurements(measured[0], measured[1], (base.name, new.name))
+
+
+def load_model(choice: ModelChoice) -> nn.Module:
+    """The model with its adapter, for evaluation.
+
+    Raises:
+        EvaluationError: If it has no MoE layer, or the adapter's folder holds none.
+        OSError, ValueError: As the host's loaders.
+    """
+    options: dict[str, Any] = {"dtype": choice.dtype}
+    if choice.experts_implementation is not None:
+        options["experts_implementation"] = choice.experts_implementation
+    device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu":
+        options["device_map"] = device  # quantised checkpoints cannot be moved later
+    model = AutoModelForCausalLM.from_pretrained(choice.path, **options)
+    if not moe_layers(model):
+        raise EvaluationError(
+            f"{choice.path!r} ({type(model).__name__}) has no MoE layer: its routing cannot be compared. Name a "
+            "Mixture-of-Experts model."
+        )
+    if choice.adapter is not None:
+        model = _with_adapter(model, choice.adapter)
+    return model.eval()
+
+
+def _with_adapter(model: nn.Module, adapter: str) -> Any:
+    from peft import PeftModel
+    from peft.tuners.lora.layer import ParamWrapper
+
+    from hf_moe.adapters.expert_lora import accelerate_adapters
+
+    folder = Path(adapter)
+    if folder.is_dir() and not (folder / "adapter_config.json").exists():
+        below = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
+        hint = f", such as {below[-1]}" if below else ""
+        raise EvaluationError(
+            f"the folder {adapter!r} has no adapter_config.json. Name the folder of an adapter{hint}."
+        )
+    adapted = PeftModel.from_pretrained(model, adapter)
+    if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
+        accelerate_adapters(adapted)
+    return adapted
+
+
+def _tokenizers(base: ModelChoice, new: ModelChoice, both: str | None) -> list[PreTrainedTokenizerBase]:
+    """Each model's own, or one for both."""
+    return [_tokenizer(both or choice.path) for choice in (base, new)]
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise EvaluationError(
+            f"{path!r} has no tokenizer that loads ({type(error).__name__}). Name one for both models with "
+            "--tokenizer."
+        ) from error
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name if Path(path).exists() else path
+
+
+def _bits(side: Measurement, domain: str | None) -> float:
+    parts = list(side.bits.values()) if domain is None else [side.bits[domain]]
+    return sum(part.bits for part in parts) / sum(part.bytes for part in parts)
+
+
+def _latency(side: Measurement, domain: str | None) -> float | None:
+    """Milliseconds per 1,000 tokens."""
+    if not side.latency:
+        return None
+    if domain is not None:
+        return side.latency[domain].milliseconds_per_1k_tokens
+    parts = side.latency.values()
+    return 1e6 * sum(part.seconds for part in parts) / sum(part.tokens for part in parts)
