@@ -39,7 +39,7 @@ class AdapterExpertsArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model, data, figures before: whatever cannot be used is refused here
-    adapter, *others = parse_recipe((AdapterExpertsArguments, *RECIPE), arguments)
+    adapter, *others = parse_recipe((AdapterExpertsArguments, *RECIPE), arguments, __file__)
     job = FineTuning("Adapter experts", command_line(__file__, arguments), adapter, *others)
     # 2. new experts in every MoE layer; everything else is frozen
     model = get_peft_model(job.model, AdapterExpertsConfig(task_type="CAUSAL_LM", **asdict(adapter)))

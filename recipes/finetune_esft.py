@@ -37,7 +37,7 @@ class EsftArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model, data, figures before: whatever cannot be used is refused here
-    esft, *others = parse_recipe((EsftArguments, *RECIPE), arguments)
+    esft, *others = parse_recipe((EsftArguments, *RECIPE), arguments, __file__)
     job = FineTuning("ESFT", command_line(__file__, arguments), esft, *others)
     # 2. the experts that the first data set uses
     domain = next(iter(job.data.rows))

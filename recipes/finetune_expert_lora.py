@@ -30,7 +30,7 @@ from hf_moe.training.finetuning import command_line, recipe_errors, save_adapter
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model, data, figures before: whatever cannot be used is refused here
-    adapter, *others = parse_recipe((ExpertLoraArguments, *RECIPE), arguments)
+    adapter, *others = parse_recipe((ExpertLoraArguments, *RECIPE), arguments, __file__)
     job = FineTuning("Expert LoRA", command_line(__file__, arguments), adapter, *others)
     # 2. low-rank factors on every expert, none on the router
     model = get_peft_model(job.model, expert_lora_config(job.model, **asdict(adapter)))

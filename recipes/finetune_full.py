@@ -33,7 +33,7 @@ class FullArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model, data, figures before: whatever cannot be used is refused here
-    full, *others = parse_recipe((FullArguments, *RECIPE), arguments)
+    full, *others = parse_recipe((FullArguments, *RECIPE), arguments, __file__)
     job = FineTuning("Full fine-tuning", command_line(__file__, arguments), full, *others)
     # 2. everything is trained but the router
     if not full.train_router:

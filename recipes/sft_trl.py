@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     # 1. choices, model, data: whatever cannot be used is refused here
     kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, SftArguments)
-    adapter, base, texts, training = parse_recipe(kinds, arguments)
+    adapter, base, texts, training = parse_recipe(kinds, arguments, __file__)
     refuse_broken_trackio()
     refuse_used_folder(training)
     train_data, held_out = read_for_trl(texts, SFT_COLUMNS, training.seed)

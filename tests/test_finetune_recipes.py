@@ -127,6 +127,37 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(models, data, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+ROUTING_METRICS = ("moe/load_entropy", "moe/load_entropy_min", "moe/max_violation")
+
+
+def test_tensorboard_gets_loss_and_routing_balance(models, data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    report = run(
+        "finetune_expert_lora", options(models, data, tmp_path / "out", "hf_moe", "--report_to", "tensorboard")
+    )
+    (file,) = (tmp_path / "out" / "runs").rglob("events.out.tfevents.*")
+    events = accumulator.EventAccumulator(str(file)).Reload()
+    for name in ("loss", *ROUTING_METRICS):
+        scalars = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert scalars == [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in report["log"]]
+
+
+def test_trackio_gets_loss_and_routing_balance(models, data, tmp_path, monkeypatch):
+    storage = pytest.importorskip(
+        "trackio.sqlite_storage", reason="needs a trackio that imports, with pillow<13", exc_type=ImportError
+    )
+    if version.parse(importlib.import_module("trackio").__version__) < version.parse("0.30"):
+        pytest.skip("needs trackio 0.30 or newer")
+    for module in (storage, importlib.import_module("trackio.utils")):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    named = ["--report_to", "trackio", "--project", "tiny", "--run_name", "one"]
+    report = run("finetune_expert_lora", options(models, data, tmp_path / "out", "hf_moe", *named))
+    logs = [record for record in storage.SQLiteStorage.get_logs("tiny", "one") if "train/loss" in record]
+    assert [record["train/global_step"] for record in logs] == [record["step"] for record in report["log"]]
+    for name in ("loss", *ROUTING_METRICS):
+        assert [record[f"train/{name}"] for record in logs] == [record[name] for record in report["log"]]
+
+
 def test_a_used_folder_is_refused(models, data, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")

@@ -94,8 +94,14 @@ class RecipeTrainingArguments(TrainingArguments):
 RECIPE = (ModelArguments, DataArguments, RecipeTrainingArguments)
 
 
-def parse_recipe(kinds: Sequence[type], arguments: Sequence[str] | None = None) -> list[Any]:
+def parse_recipe(
+    kinds: Sequence[type], arguments: Sequence[str] | None = None, recipe: str | None = None
+) -> list[Any]:
     """One instance of each dataclass, from `--config FILE` and options of the command line.
+
+    Args:
+        recipe: The recipe's file. Of the configs beside it `--config` needs no more than the name, wherever they are
+            installed; a file of that name in the working directory comes first.
 
     Raises:
         RecipeError: For a file that cannot be read, an unknown or repeated key, or a value of the wrong type.
@@ -107,6 +113,9 @@ def parse_recipe(kinds: Sequence[type], arguments: Sequence[str] | None = None) 
     first.add_argument("--config", type=Path)
     config = first.parse_known_args(arguments)[0].config
     if config is not None:
+        if recipe is not None and config.parent == Path() and not config.exists():
+            shipped = Path(recipe).with_name("configs") / config
+            config = shipped if shipped.exists() else config
         _set_defaults(parser, read_yaml(config), config)
     try:
         return list(parser.parse_args_into_dataclasses(arguments))[: len(kinds)]

@@ -76,3 +76,16 @@ def test_a_value_of_the_wrong_type_or_a_missing_one_ends_the_program(config, tex
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         parse_recipe(KINDS, ["--config", str(tmp_path / "none.yaml")])
+
+
+def test_a_shipped_config_needs_its_name_alone_and_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "lora.yaml").write_text("model: m\ndatasets: [a.jsonl]\nr: 4\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe, options = str(tmp_path / "recipe.py"), ["--config", "lora.yaml", "--output_dir", "out"]
+    assert parse_recipe(KINDS, options, recipe)[0].r == 4
+    (tmp_path / "here" / "lora.yaml").write_text("model: m\ndatasets: [a.jsonl]\nr: 2\n")
+    assert parse_recipe(KINDS, options, recipe)[0].r == 2
+    with pytest.raises(RecipeError, match=r"'none\.yaml' cannot be read"):
+        parse_recipe(KINDS, ["--config", "none.yaml"], recipe)
