@@ -1,32 +1,54 @@
 """Checkpoints and results that an interruption cannot corrupt.
 
-The Trainer writes a checkpoint file by file into its final folder and resumes from the highest number unchecked. Here
-a checkpoint counts only once a manifest of its files' sizes and hashes, written last, says that it is complete.
+A checkpoint counts only once a manifest of its files' sizes and SHA-256, written last, says that it is complete: the
+host's Trainer writes file by file into the final folder and resumes from the highest number unchecked.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+UNFINISHED = "_unfinished"
+"""Where a checkpoint is written before it moves into its place; the host never pushes names that begin with "_"."""
+
+# of `write_text` and `whole_folder` here, and of safetensors
+_TEMPORARY = re.compile(r"\..+\.tmp|\.tmp[A-Za-z0-9]{6}")
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written or used; says why, what is still there, and what to do."""
+
+
+# ---- files and folders that appear whole or not at all
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that `path` holds either the old or the new text, never half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _flush_folder(path.parent)
 
 
@@ -41,68 +63,107 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            _flush(file)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
-    _flush_folder(path.parent)
+    try:
+        yield temporary
+        _flush_all(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    move_into_place(temporary, path)
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Rename a flushed folder to `target`, over what is there, and make the rename durable."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(folder, target)
+    _flush_folder(target.parent)
+
+
+# ---- the manifest
 
 
 def seal(folder: Path) -> None:
-    """Flush every file to disk, then write the manifest that marks the checkpoint as complete."""
-    manifest = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith((".tmp", f".{MANIFEST}")):
-            _flush(path)
-            manifest[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
-    write_json(folder / MANIFEST, manifest)
+    """Flush every file to disk, then write the manifest that marks the checkpoint as complete.
+
+    A checkpoint that another program wrote, and that you know to be whole, can be sealed by hand.
+    """
+    _seal(folder, {}, list(_files(folder)))
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether the folder has a manifest and all its files are as the manifest says."""
+def seal_additions(folder: Path) -> None:
+    """Bring the manifest of a sealed checkpoint up to date with files that came, or changed, after it was written."""
+    known = _read_manifest(folder)
+    sealed_at = (folder / MANIFEST).stat().st_mtime_ns
+    names = {path: path.relative_to(folder).as_posix() for path in _files(folder)}
+    later = [path for path, name in names.items() if name not in known or path.stat().st_mtime_ns > sealed_at]
+    if later:
+        _seal(folder, known, later)
+
+
+def flaw(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted; None if it has a manifest and all its files are as the manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == size and _sha256(folder / name) == digest
-            for name, (size, digest) in manifest.items()
-        )
-    except (OSError, ValueError):
-        return False
-
-
-def newest_sealed(output_dir: str | Path) -> str | None:
-    """The checkpoint to resume from, or None; unfinished newer ones are renamed, out of the Trainer's sight."""
-    for folder in _checkpoints(Path(output_dir)):
-        if is_sealed(folder):
-            return str(folder)
-        aside = folder.with_name(f"unfinished-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        manifest = _read_manifest(folder)
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it was never finished, or another program wrote it"
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    try:
+        for name, (size, _) in manifest.items():  # sizes first: they cost nothing
+            if (actual := (folder / name).stat().st_size) != size:
+                return f"{name} has {actual:,} bytes instead of {size:,}"
+        for path, digest in _hashes(folder / name for name in manifest).items():
+            name = path.relative_to(folder).as_posix()
+            if digest != manifest[name][1]:
+                return f"{name} has changed since it was saved (SHA-256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder).as_posix()} is missing"
+    except OSError as error:
+        return f"a file cannot be read ({error})"
     return None
 
 
-class SealCheckpoints(TrainerCallback):
-    """Seal every checkpoint that the Trainer saves. Needs `save_total_limit` of at least 2 (or none): the Trainer
-    deletes the old checkpoint before this callback has sealed the new one."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.save_total_limit is not None and args.save_total_limit < 2:
-            raise ValueError(
-                f"save_total_limit must be at least 2 with SealCheckpoints, got {args.save_total_limit}: with 1, a "
-                "kill while saving leaves no complete checkpoint."
-            )
-
-    def on_save(self, args, state, control, **kwargs):
-        seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+def sealed_bytes(folder: Path) -> int:
+    """Size of a sealed checkpoint, from its manifest."""
+    return sum(size for size, _ in _read_manifest(folder).values())
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+def _seal(folder: Path, known: dict[str, tuple[int, str]], paths: list[Path]) -> None:
+    manifest = dict(known)
+    for path, digest in _hashes(paths).items():
+        manifest[path.relative_to(folder).as_posix()] = (path.stat().st_size, digest)
+    _flush_all(folder)
+    write_json(folder / MANIFEST, dict(sorted(manifest.items())))
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 by file name. Raises OSError, or ValueError if it is no manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not manifest:
+        raise ValueError("it lists no files")
+    for name, entry in manifest.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int and isinstance(entry[1], str)):
+            raise ValueError(f"the entry of {name!r} is no size and hash")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} lies outside of the checkpoint")
+    return {name: (size, digest) for name, (size, digest) in manifest.items()}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """What belongs to a checkpoint. Nobody writes any more: a temporary file is of a writer that was killed."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and _TEMPORARY.fullmatch(path.name):
+            path.unlink()
+        elif path.is_file() and path.name != MANIFEST:
+            yield path
+
+
+def _hashes(paths: Iterable[Path]) -> dict[Path, str]:
+    """SHA-256 of each file, several at a time: hashing and reading release the interpreter."""
+    listed = list(paths)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(listed, pool.map(_sha256, listed), strict=True))
 
 
 def _sha256(path: Path) -> str:
@@ -110,15 +171,122 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _flush_all(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _flush_folder(path)
+    _flush_folder(folder)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename durable."""
+    """Make names in a folder, and renames, durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seal every checkpoint of a Trainer that cannot have the `SafeCheckpointMixin`; resume from `newest_sealed`.
+
+    Put it last among the callbacks: what the others write belongs to the checkpoint. Needs `save_total_limit` of at
+    least 2 (or none): the Trainer deletes the old checkpoint before this callback has sealed the new one.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        refuse_one_checkpoint(args.save_total_limit)
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+def refuse_one_checkpoint(save_total_limit: int | None) -> None:
+    """Raises ValueError if the Trainer keeps one checkpoint only, and so deletes the old before the new is sealed."""
+    if save_total_limit is not None and save_total_limit < 2:
+        raise ValueError(
+            f"save_total_limit must be at least 2 where checkpoints are sealed in place, got {save_total_limit}: with "
+            "1, a kill while saving leaves no complete checkpoint."
+        )
+
+
+# ---- what to resume from
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, newest first, whatever state they are in."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def newest_sealed(output_dir: str | Path) -> str | None:
+    """The newest checkpoint whose files are all as its manifest says, or None.
+
+    Newer ones that cannot be trusted are named in a warning, with the reason, and renamed to `skipped-checkpoint-N`:
+    the host, which checks nothing, would resume from them.
+    """
+    for folder in checkpoints(Path(output_dir)):
+        reason = flaw(folder)
+        if reason is None:
+            return str(folder)
+        aside = folder.with_name(f"skipped-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        logger.warning(f"Skipped {str(folder)!r}, which is now {aside.name!r}: {reason}.")
+    return None
+
+
+def delete_old_checkpoints(output_dir: Path, most: int | None, keep: set[Path]) -> None:
+    """Delete the oldest until at most `most` are left; never one of `keep`. To be called once the newest is sealed."""
+    if most is None or most <= 0:
+        return
+    found = checkpoints(output_dir)
+    # by time, as the host does: those of an earlier run in the folder may have higher numbers
+    oldest_first = sorted(set(found) - keep, key=lambda path: (path.stat().st_mtime_ns, int(path.name.split("-")[1])))
+    for folder in oldest_first[: max(0, len(found) - max(most, len(keep)))]:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: half deleted is not valid
+        shutil.rmtree(folder)
+
+
+def clean_up(output_dir: str | Path) -> None:
+    """Remove the temporary files that a killed run left in the folder.
+
+    A checkpoint that was whole, but not yet in its place, is put there.
+    """
+    unfinished = Path(output_dir, UNFINISHED)
+    for folder in checkpoints(unfinished):
+        if flaw(folder) is None:
+            move_into_place(folder, Path(output_dir, folder.name))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for path in Path(output_dir).glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---- room to write
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free where the folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def write_failure(error: Exception) -> str | None:
+    """Why a file could not be written, or None if the error is about something else.
+
+    safetensors and torch report a full disk as errors of their own.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    text = str(error)
+    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", text)):
+        return os.strerror(int(number[1]))
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|cannot be opened", text):
+        return f"{os.strerror(errno.ENOSPC)}, or no permission (torch says: {text.splitlines()[0]})"
+    return None

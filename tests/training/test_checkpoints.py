@@ -1,18 +1,29 @@
 """What an interruption leaves behind is either whole or known not to be."""
 
+import errno
 import json
+import os
+import re
 from contextlib import suppress
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_moe.training.checkpoints import (
     MANIFEST,
     SealCheckpoints,
-    is_sealed,
+    clean_up,
+    delete_old_checkpoints,
+    flaw,
     newest_sealed,
     seal,
+    seal_additions,
+    sealed_bytes,
     whole_folder,
+    write_failure,
     write_json,
 )
 
@@ -63,22 +74,124 @@ def half_manifest(folder):
     (folder / MANIFEST).write_text(text[: len(text) // 2])
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, remove, no_manifest, half_manifest])
-def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
+def other_manifest(text):
+    return lambda folder: (folder / MANIFEST).write_text(text)
+
+
+DAMAGES = {
+    "truncated": (truncate, "model.safetensors has 4 bytes instead of 7"),
+    "flipped": (flip, r"optimizer.pt has changed since it was saved \(SHA-256 differs\)"),
+    "removed": (remove, "sub/extra.json is missing"),
+    "no_manifest": (no_manifest, "it has no manifest.json: it was never finished, or another program wrote it"),
+    "half_manifest": (half_manifest, "its manifest.json cannot be read"),
+    "empty_manifest": (other_manifest("{}"), "lists no files"),
+    "list_manifest": (other_manifest("[1]"), "lists no files"),
+    "wrong_entry": (other_manifest('{"a": 3}'), "the entry of 'a' is no size and hash"),
+    "outside": (other_manifest('{"../x": [1, "0"]}'), "'../x' lies outside of the checkpoint"),
+    "absolute": (other_manifest('{"/etc/passwd": [1, "0"]}'), "'/etc/passwd' lies outside"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(case, tmp_path, caplog):
+    damage, reason = DAMAGES[case]
     old, new = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
     damage(new)
-    assert not is_sealed(new)
+    assert re.search(reason, flaw(new))
     assert newest_sealed(tmp_path) == str(old)
+    assert re.search(f"Skipped .*checkpoint-10', which is now 'skipped-checkpoint-10': .*{reason}", caplog.text)
     assert not new.exists()
-    assert (tmp_path / "unfinished-checkpoint-10").exists()
+    assert (tmp_path / "skipped-checkpoint-10").exists()
     # and again, over the leftovers of the first time
     damage(checkpoint(tmp_path, 10))
     assert newest_sealed(tmp_path) == str(old)
 
 
+def test_files_that_came_later_are_added_to_the_manifest(tmp_path):
+    folder = checkpoint(tmp_path, 5)
+    before = json.loads((folder / MANIFEST).read_text())
+    seal_additions(folder)
+    assert json.loads((folder / MANIFEST).read_text()) == before
+    (folder / "late.json").write_text("late")
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    os.utime(folder / "model.safetensors", ns=(1 << 62, 1 << 62))
+    assert flaw(folder) == "model.safetensors has 13 bytes instead of 7"
+    seal_additions(folder)
+    assert flaw(folder) is None
+    assert json.loads((folder / MANIFEST).read_text()).keys() == {*before, "late.json"}
+    assert sealed_bytes(folder) == sum(
+        path.stat().st_size for path in folder.rglob("*") if path.name != MANIFEST and path.is_file()
+    )
+
+
+def test_the_oldest_go_first_and_never_those_to_keep(tmp_path):
+    """Number 100 is of an earlier run in the folder."""
+    folders = [checkpoint(tmp_path, step) for step in (100, 2, 4, 6)]
+    for at, folder in enumerate(folders):
+        os.utime(folder, ns=(at, at))
+    delete_old_checkpoints(tmp_path, None, {folders[3]})
+    assert len(list(tmp_path.iterdir())) == 4
+    delete_old_checkpoints(tmp_path, 3, {folders[3]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    delete_old_checkpoints(tmp_path, 1, {folders[3], folders[1]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_temporary_files_of_a_killed_writer_do_not_stay(tmp_path):
+    folder = checkpoint(tmp_path, 5, sealed=False)
+    for orphan in (".tmpAbC123", ".manifest.json.tmp"):
+        (folder / orphan).write_text("half")
+    seal(folder)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    for kept in (".gitignore", ".tmp", "notes.tmp"):
+        (tmp_path / kept).write_text("mine")
+    (tmp_path / ".report.json.tmp").write_text("half")
+    clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", ".tmp", "checkpoint-5", "notes.tmp"]
+    clean_up(tmp_path / "absent")
+
+
+def torch_error(tmp_path):
+    torch.save(torch.zeros(10**5), "/dev/full")
+
+
+def torch_no_folder(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "absent" / "x")
+
+
+def safetensors_no_folder(tmp_path):
+    save_file({"x": torch.zeros(3)}, tmp_path / "absent" / "x")
+
+
+def python_error(tmp_path):
+    (tmp_path / "absent" / "x").write_text("x")
+
+
+ERRORS = {
+    "torch_full": (torch_error, "No space left on device, or no permission .torch says"),
+    "torch_no_folder": (torch_no_folder, None),
+    "safetensors": (safetensors_no_folder, "No such file or directory"),
+    "python": (python_error, "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_real_write_errors_are_understood(case, tmp_path):
+    """The libraries' own errors, as the installed versions raise them."""
+    work, reason = ERRORS[case]
+    with pytest.raises((OSError, RuntimeError, SafetensorError)) as found:
+        work(tmp_path)
+    assert reason is None or re.search(reason, write_failure(found.value))
+
+
+def test_other_errors_are_no_write_errors():
+    assert write_failure(RuntimeError("CUDA out of memory")) is None
+    assert write_failure(OSError(errno.EDQUOT, "x")) == "Disk quota exceeded"
+
+
 def test_a_limit_of_one_checkpoint_is_refused(tmp_path):
     arguments = TrainingArguments(str(tmp_path), save_total_limit=1, report_to="none")
-    with pytest.raises(ValueError, match="at least 2 with SealCheckpoints, got 1"):
+    with pytest.raises(ValueError, match="at least 2 where checkpoints are sealed in place, got 1"):
         SealCheckpoints().on_train_begin(arguments, TrainerState(), TrainerControl())
 
 
@@ -96,6 +209,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         (folder / "other").write_text("newer")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [path.name for path in target.iterdir()] == ["other"]
+
+
+def test_what_cannot_be_written_leaves_nothing_half(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_json(tmp_path / "state.json", 1)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "state.json", 2)
+    with pytest.raises(OSError, match="No space left"), whole_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert json.loads((tmp_path / "state.json").read_text()) == 1
 
 
 def test_json_is_replaced_as_a_whole_and_never_nan(tmp_path):

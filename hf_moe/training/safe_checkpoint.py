@@ -1,0 +1,271 @@
+"""Checkpoints of the Trainer that survive: kills, full disks, SIGTERM, and a run that has diverged.
+
+On one node a checkpoint is written to `_unfinished/`, flushed, sealed with a manifest and then renamed, so that nobody
+ever sees half of one. On several nodes the host writes into the final folder: a rename by one node is not atomic for
+the others on network and object storage (transformers tried it twice and took it back, #29370 and #36112), and there
+the manifest alone marks what is complete. What is resumed from is decided by the manifest in both cases.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_peft_available, logging
+
+from hf_moe.training.checkpoints import (
+    MANIFEST,
+    UNFINISHED,
+    CheckpointError,
+    checkpoints,
+    clean_up,
+    delete_old_checkpoints,
+    flaw,
+    free_bytes,
+    move_into_place,
+    newest_sealed,
+    refuse_one_checkpoint,
+    seal,
+    seal_additions,
+    sealed_bytes,
+    write_failure,
+)
+from hf_moe.training.non_finite import FiniteTrainingMixin, NonFiniteError, non_finite_weight
+from hf_moe.training.termination import EXIT_CODE, Terminated, TerminationRequest, outlive_group_signal
+
+logger = logging.get_logger(__name__)
+
+
+class SafeCheckpointMixin(FiniteTrainingMixin, Trainer):
+    """For any Trainer: `class MyTrainer(SafeCheckpointMixin, SFTTrainer)`.
+
+    - A checkpoint appears whole, with a manifest of sizes and SHA-256. Older ones are deleted, and the new one is
+      pushed, only after that; the old and the new need room at once, which is checked before writing.
+    - `train(resume_from_checkpoint=True)` takes the newest *valid* checkpoint and warns about those it skipped;
+      `"auto"` does the same and begins at step 0 if there is none. A path is checked as well.
+    - SIGTERM: the step is finished, saved, and `Terminated` (a SystemExit with the exit code 75) is raised. A resumed
+      run gives the same weights, bit for bit. Only the next line of the log differs: it covers the steps since.
+    - A loss, gradient norm or weight that is not finite stops the run: see `FiniteTrainingMixin`.
+
+    What cannot be resumed exactly: data that draws random numbers in the workers of the DataLoader, and
+    `save_only_model` or `ignore_data_skip`.
+
+    Raises (from `train`):
+        CheckpointError: A checkpoint cannot be written (the earlier ones are kept) or is not valid.
+        NonFiniteError: See there.
+        Terminated: See above.
+        ValueError: `enable_jit_checkpoint` is on; several nodes with a `save_total_limit` of 1.
+    """
+
+    checkpoint_rename: bool | None = None
+    """Whether checkpoints are written beside and renamed; None: on one node. False for storage without renames."""
+
+    _staging: Path | None = None
+    _saved_step: int | None = None
+    _push_waits = False
+    control: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._termination = TerminationRequest()
+        super().__init__(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        _refuse(self.args, rename=self._renames())
+        self.last_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        with self._termination:
+            return super().train(self.last_checkpoint, *args, **kwargs)
+
+    def _renames(self) -> bool:
+        one_node = self.args.world_size <= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return one_node if self.checkpoint_rename is None else self.checkpoint_rename
+
+    # ---- resume
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        """The folder, chosen by the main process for all."""
+        from accelerate.utils import broadcast_object_list
+
+        choice: list[Any] = [None]
+        if self.args.process_index == 0:
+            try:
+                choice = [_choose(str(self.args.output_dir), wanted)]
+            except (CheckpointError, ValueError) as error:
+                choice = [error]  # raised below by every process
+        broadcast_object_list(choice)
+        if isinstance(choice[0], Exception):
+            raise choice[0]
+        return choice[0]
+
+    # ---- save
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._refuse_non_finite()
+        if self.args.should_save:
+            _refuse_full_disk(folder, self._needed_bytes(run_dir), self.last_checkpoint)
+        with self._explained(folder):
+            if self._renames():
+                self._save_and_rename(model, trial, run_dir, folder)
+            else:
+                super()._save_checkpoint(model, trial)
+                self._seal(folder)
+        self.last_checkpoint, self._saved_step = str(folder), self.state.global_step
+        if self._push_waits:
+            self._push_waits = False
+            super()._push_from_checkpoint(str(folder))
+
+    def _save_and_rename(self, model: nn.Module, trial: Any, run_dir: Path, folder: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)  # of a save that failed
+        self.accelerator.wait_for_everyone()
+        self._staging = run_dir / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        staged = run_dir / UNFINISHED / folder.name
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(folder)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        self._seal(staged)
+        if self.args.should_save:
+            move_into_place(staged, folder)
+            (run_dir / UNFINISHED).rmdir()
+            keep = {folder, Path(self.state.best_model_checkpoint or folder)}
+            delete_old_checkpoints(run_dir, self.args.save_total_limit, keep)
+        self.accelerator.wait_for_everyone()
+
+    def _seal(self, folder: Path) -> None:
+        """When every process has written its part."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # in the background it would upload a folder that is about to be sealed and renamed
+        self._push_waits = True
+
+    # ---- at the end of a step
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args: Any, **kwargs: Any) -> None:
+        stop = self._termination.agreed(self.args.device)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        saved = self._saved_step == self.state.global_step
+        if stop and not saved:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if (stop or saved) and self.args.should_save:
+            seal_additions(Path(str(self.last_checkpoint)))  # what callbacks wrote into it
+        if stop:
+            logger.warning(
+                f"SIGTERM: saved {self.last_checkpoint!r}. Ending with the exit code {EXIT_CODE}; the same command, "
+                "with resume_from_checkpoint, goes on from here."
+            )
+            raise Terminated(str(self.last_checkpoint))
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(dataloader, "base_dataloader", dataloader)  # accelerate's wrapper passes no settings on
+        inner.worker_init_fn = partial(outlive_group_signal, self._termination.listening, inner.worker_init_fn)
+        return dataloader
+
+    # ---- refusals
+
+    def _refuse_non_finite(self) -> None:
+        self.check_finite()
+        if (name := non_finite_weight(self.model)) is not None:
+            what = f"the weight {name!r} has values that are NaN or infinite"
+            raise NonFiniteError(what, self.state.global_step, checkpoint=self.last_checkpoint)
+
+    def _needed_bytes(self, run_dir: Path) -> int:
+        """Size of the next checkpoint: of what is in memory, or of the last one if that was larger."""
+        last = next(iter(checkpoints(run_dir)), None)
+        known = sealed_bytes(last) if last is not None and (last / MANIFEST).exists() else 0
+        return max(known, state_bytes(self.model, self.optimizer))
+
+    @contextmanager
+    def _explained(self, folder: Path) -> Iterator[None]:
+        """Say why a checkpoint cannot be written; the room that its beginning takes is given back."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (reason := write_failure(error)) is None:
+                raise
+            needed = self._needed_bytes(folder.parent)
+            shutil.rmtree(folder.parent / UNFINISHED, ignore_errors=True)
+            raise _not_saved(folder, reason, needed, self.last_checkpoint) from error
+
+
+def state_bytes(model: nn.Module, optimizer: Any) -> int:
+    """Bytes of what a checkpoint holds: the weights (of an adapter, those that are trained) and the optimizer."""
+    saved = [p for p in model.parameters() if p.requires_grad] if _is_adapter(model) else model.parameters()
+    weights = sum(p.numel() * p.element_size() for p in saved)
+    state = optimizer.state.values() if optimizer is not None else ()
+    tensors = (value for values in state for value in values.values() if isinstance(value, torch.Tensor))
+    return weights + sum(value.numel() * value.element_size() for value in tensors)
+
+
+def _is_adapter(model: nn.Module) -> bool:
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _choose(output_dir: str, wanted: str | bool | None) -> str | None:
+    clean_up(output_dir)
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True or wanted == "auto":
+        newest = newest_sealed(output_dir)
+        if newest is None and wanted is True:
+            raise ValueError(
+                f"no valid checkpoint in {output_dir!r}. Name one, or begin anew (resume_from_checkpoint 'auto' does)."
+            )
+        logger.warning(f"Resuming from {newest!r}." if newest else f"No checkpoint in {output_dir!r}: from step 0.")
+        return newest
+    folder = Path(wanted)
+    if not (folder / MANIFEST).exists():
+        logger.warning(f"{wanted!r} has no {MANIFEST}: whether it is whole cannot be checked.")
+    elif (reason := flaw(folder)) is not None:
+        raise CheckpointError(f"cannot resume from {wanted!r}: {reason}. Choose another, or True.")
+    return wanted
+
+
+def _refuse(args: Any, rename: bool) -> None:
+    if args.enable_jit_checkpoint:
+        raise ValueError("enable_jit_checkpoint must be off: SIGTERM saves a checkpoint here as it is.")
+    if not rename:
+        refuse_one_checkpoint(args.save_total_limit)
+
+
+def _refuse_full_disk(folder: Path, needed: int, last: str | None) -> None:
+    if free_bytes(folder.parent) < needed:
+        raise _not_saved(folder, "the disk is full", needed, last)
+
+
+def _not_saved(folder: Path, reason: str, needed: int, last: str | None) -> CheckpointError:
+    kept = f"{last!r} is kept and whole: resume from it" if last else "There was none before: begin again"
+    return CheckpointError(
+        f"{str(folder)!r} could not be saved: {reason}. It needs about {_size(needed)}, beside the last one; "
+        f"{_size(free_bytes(folder.parent))} are free. {kept} once this is repaired."
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
