@@ -132,6 +132,7 @@ class ModelComparison:
             "domains": {name: self._domain_dict(name) for name in self.base.bits},
             "layers": [self._layer_dict(position) for position in range(len(self.routing.layers))],
             "weight_drift_is_exact": self.drift_is_exact,
+            "window": self.base.window,
         }
 
     def _domain_dict(self, name: str) -> dict[str, Any]:
@@ -166,9 +167,7 @@ def compare_measurements(
         ValueError: If no layer can be paired.
         EvaluationError: If the texts differ.
     """
-    if [(name, part.bytes) for name, part in base.bits.items()] != [
-        (name, part.bytes) for name, part in new.bits.items()
-    ]:
+    if _texts(base) != _texts(new):
         raise EvaluationError("the two models were measured on different texts. Measure both with one TextProbe.")
     by_domain = compare_traces(base.trace, new.trace)
     routing = by_domain.pop(None)
@@ -272,6 +271,10 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"{path!r} has no tokenizer that loads ({type(error).__name__}). Name one for both models with "
             "--tokenizer."
         ) from error
+
+
+def _texts(side: Measurement) -> tuple[int, list[tuple[str, int]]]:
+    return side.window, [(name, part.bytes) for name, part in side.bits.items()]
 
 
 def _last_part(path: str) -> str:

@@ -48,12 +48,15 @@ class Measurement:
         bits: By domain.
         latency: By domain; empty if it was not measured.
         weights: Samples by layer; empty if they were not taken.
+        window: Tokens that the model read at once, at most. Windows advance by half of it, so that the routing of most
+            tokens counts twice.
     """
 
     trace: RoutingTrace
     bits: dict[str, BitsPerByte]
     latency: dict[str, Latency]
     weights: dict[str, LayerWeights]
+    window: int
 
 
 class TextProbe:
@@ -107,7 +110,7 @@ class TextProbe:
                 with trace.domain(name):
                     bits[name] = self._bits(model, documents, window, on_progress)
         latency = {name: self._latency(model, name, window) for name in self.texts} if self.time_it else {}
-        return Measurement(trace, bits, latency, sample_weights(model) if self.take_weights else {})
+        return Measurement(trace, bits, latency, sample_weights(model) if self.take_weights else {}, window)
 
     def figures(self, base: Measurement, new: Measurement) -> Mapping[str, Figure]:
         """What a gate can bound, of two measurements."""

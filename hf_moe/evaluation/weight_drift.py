@@ -18,7 +18,7 @@ from transformers.utils import is_peft_available
 from hf_moe.adapters.esft import SelectedExperts
 from hf_moe.models.moe_layers import MoeLayer, moe_layers
 
-SAMPLE = 16_384
+SAMPLE = 32_768
 _SEED = 0
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,0 +1,113 @@
+"""hf-moe compare"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_moe.cli.common import app, fail, require
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
+    new: Annotated[str | None, typer.Argument(help="The model to compare with it; BASE itself if left out.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter on NEW.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text by domain: a .txt, .md, .jsonl or .parquet file, or 'embedded'. Repeatable."),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(help="Text of each domain, in bytes, spread over the file.")] = 40_000,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens read at once; 1,024 or the context of the models.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of BASE: auto (as saved), float32, bfloat16, float16.")] = "auto",
+    dtype_new: Annotated[str, typer.Option(help="Of NEW.")] = "auto",
+    experts_implementation: Annotated[str | None, typer.Option(help="Experts backend of BASE.")] = None,
+    experts_implementation_new: Annotated[str | None, typer.Option(help="Experts backend of NEW.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="One tokenizer for both, in place of their own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
+    gate: Annotated[Path | None, typer.Option(help="A gate file: exit code 1 if a threshold does not hold.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for comparison.json and comparison.html, which are replaced.")
+    ] = None,
+) -> None:
+    """Compare two models on the same texts: routing, weights, bits per byte, latency. A gate makes it a test."""
+    require("recipes", "datasets", "jinja2", "peft", "pyarrow")
+    from hf_moe.evaluation.model_comparison import ModelChoice
+    from hf_moe.observability.gate import GateError
+    from hf_moe.training.corpus import TextError
+    from hf_moe.training.sources import DataError
+
+    if not data:
+        fail("give text to compare on, such as --data law.txt --data code.jsonl, or --data embedded.")
+    if new is None and adapter is None and dtype == dtype_new and experts_implementation == experts_implementation_new:
+        fail("name a second model, or what is different: --adapter, --dtype-new or --experts-implementation-new.")
+    try:
+        models = (
+            ModelChoice(base, None, dtype, experts_implementation, device),
+            ModelChoice(new or base, adapter, dtype_new, experts_implementation_new, device),
+        )
+        options = {"window": window, "batch_size": batch_size, "tokenizer": tokenizer}
+        passed = _run(models, data, max_bytes, options, gate, output)
+    except (DataError, GateError, OSError, RuntimeError, TextError, ValueError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted. Nothing was written.", code=130)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _run(models: Any, data: list[str], max_bytes: int, options: dict, gate: Path | None, output: Path | None) -> bool:
+    from hf_moe.evaluation.comparison_table import print_comparison, print_verdict
+    from hf_moe.evaluation.domains import read_domains
+    from hf_moe.evaluation.text_probe import evenly_spread
+    from hf_moe.observability.gate import Gate
+
+    if max_bytes < 1:
+        fail(f"--max-bytes must be at least 1, got {max_bytes}.")
+    checks = Gate.load(gate) if gate is not None else None
+    texts = {name: evenly_spread(documents, max_bytes) for name, documents in read_domains(data).items()}
+    if checks is not None:
+        checks.require_domains(list(texts))
+    comparison = _measure(models, texts, options)
+    verdict = checks.judge(comparison.figures()) if checks is not None else None
+    print_comparison(comparison)
+    if verdict is not None:
+        print_verdict(verdict)
+    if output is not None:
+        _write(output, comparison, verdict)
+    return verdict is None or verdict.passed
+
+
+def _measure(models: Any, texts: dict[str, list[str]], options: dict[str, Any]) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from transformers.utils.logging import disable_progress_bar
+
+    from hf_moe.evaluation.model_comparison import compare_models
+
+    disable_progress_bar()
+    total = sum(len(text.encode()) for documents in texts.values() for text in documents)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    tasks: dict[int, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def advance(model: int, name: str, num_bytes: int) -> None:
+            if model not in tasks:
+                tasks[model] = progress.add_task(name, total=total)
+            progress.advance(tasks[model], num_bytes)
+
+        return compare_models(models[0], models[1], texts, **options, on_progress=advance)
+
+
+def _write(output: Path, comparison: Any, verdict: Any) -> None:
+    from hf_moe.evaluation.comparison_page import write_page
+    from hf_moe.training.checkpoints import write_json
+
+    output.mkdir(parents=True, exist_ok=True)
+    record = comparison.to_dict()
+    write_json(output / "comparison.json", {**record, "gate": None if verdict is None else verdict.to_dict()})
+    write_page(output / "comparison.html", comparison, verdict)
+    typer.echo(f"{output / 'comparison.html'}")
