@@ -38,6 +38,7 @@ def push(
     """
     from hf_moe.hub import push as hub
     from hf_moe.hub.errors import HubError
+    from hf_moe.hub.facts import CardError
     from hf_moe.hub.upload_files import LoadsBackError, PushRefusedError
 
     try:
@@ -61,6 +62,8 @@ def push(
             typer.echo(f"downloaded and compared: {hub.verify(plan, pushed, trust_remote_code=trust_remote_code)}")
     except (PushRefusedError, HubError) as error:
         fail(str(error), code=1 if isinstance(error, LoadsBackError) else 2)
+    except (CardError, ImportError) as error:
+        fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted. Give the same command again: what has arrived is not sent twice.", code=130)
 

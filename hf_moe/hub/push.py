@@ -7,7 +7,7 @@ lacks are deleted in the same commit. Notes, images and code that others put the
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
+from hf_moe.hub.card import model_card
 from hf_moe.hub.errors import plain_errors
 from hf_moe.hub.load_check import check_loads
 from hf_moe.hub.secrets import holds_token
@@ -98,11 +99,12 @@ def plan_push(
     revision: str | None = None,
     create_pr: bool = False,
     base: str | None = None,
-    card: Callable[[Path, str], str] | None = None,
     add: Sequence[Path] = (),
     trust_remote_code: bool = False,
 ) -> PushPlan:
     """Choose the files, load them back, and compare them with what is on the Hub. Sends nothing.
+
+    A folder without a model card gets one from its facts (`model_card`).
 
     Args:
         folder: What `save_pretrained` wrote, or the results folder of a recipe.
@@ -111,12 +113,12 @@ def plan_push(
         revision: Branch to commit to; it is created if it is not there.
         create_pr: Open a pull request instead.
         base: Name on the Hub of the model that an adapter adapts, where `adapter_config.json` names a local folder.
-        card: Writes the model card, from the checkpoint's folder and `repo_id`, where the folder has none.
         add: Files and folders to send as well, under their own names.
         trust_remote_code: Run code of the folder, or of the base, for the check.
 
     Raises:
         PushRefusedError: If the folder is not fit to be pushed.
+        CardError: If a report or results in the folder are damaged.
         HubError: If the Hub refuses, or cannot be reached.
     """
     api = api or HfApi()
@@ -126,8 +128,7 @@ def plan_push(
     checkpoint = checkpoint_folder(folder)
     uploads, left_out = collect(folder, add)
     uploads, base_folder = _with_base(api, checkpoint, uploads, base)
-    if card is not None and CARD not in {upload.path for upload in uploads}:
-        uploads = [Upload(CARD, card(checkpoint, repo_id).encode(), "card"), *uploads]
+    uploads = _with_card(checkpoint, uploads, repo_id, base)
     _refuse_tokens(uploads, api)
     loads = check_loads(checkpoint, base_folder, trust_remote_code=trust_remote_code)
     with plain_errors(api.endpoint, repo_id, revision):
@@ -208,8 +209,8 @@ def _with_base(
             raise PushRefusedError(f"--base is for adapters; {str(checkpoint)!r} is a model.")
         return uploads, None
     config = read_json(checkpoint / ADAPTER_CONFIG)
-    name = str(base or config.get("base_model_name_or_path"))
-    if name.startswith(("/", ".", "~")) or (base is None and Path(name).exists()):
+    name = str(base or config.get("base_model_name_or_path") or "")
+    if not name or name.startswith(("/", ".", "~")) or (base is None and Path(name).exists()):
         raise PushRefusedError(
             f"{ADAPTER_CONFIG} names {name!r} as the base, which nobody else has. Push the base first, then give its "
             "name with --base owner/name."
@@ -222,6 +223,25 @@ def _with_base(
         text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         uploads = [replace(up, source=text) if up.path == ADAPTER_CONFIG else up for up in uploads]
     return uploads, folder
+
+
+def _with_card(checkpoint: Path, uploads: list[Upload], repo_id: str, base: str | None) -> list[Upload]:
+    """The uploads with a card: the folder's own, or one from the facts that are sent."""
+    sources = {upload.path: upload.source for upload in uploads}
+    if CARD in sources:
+        return uploads
+    training, results = (
+        path if isinstance(path := sources.get(name), Path) else None for name in ("report.json", "results.json")
+    )
+    card = model_card(
+        checkpoint,
+        training=training,
+        results=results,
+        repo_id=repo_id,
+        base_model=base,
+        plots=[upload.path for upload in uploads if upload.kind == "plots"],
+    )
+    return [Upload(CARD, str(card).encode(), "card"), *uploads]
 
 
 def _refuse_tokens(uploads: Sequence[Upload], api: HfApi) -> None:

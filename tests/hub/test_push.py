@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -119,6 +120,7 @@ def test_old_results_go_and_what_others_wrote_stays(hub, saved, tmp_path):
     push.send(plan, api=api)
     names = {file.rfilename for file in api.model_info("alice/results").siblings}
     assert {"demo.py", "README.md", "plots/loss.png"} <= names
+    assert "# alice/results" in Path(api.hf_hub_download("alice/results", "README.md", cache_dir=tmp_path)).read_text()
     assert not {"results.json", ".eval_results/old.yaml"} & names
 
 
@@ -148,7 +150,10 @@ def test_an_adapter_is_pushed_on_its_public_base(hub, adapter, tmp_path):
     pushed = push_all(api, folder / "adapter", "alice/adapter", base="alice/base")
     found = Path(api.snapshot_download("alice/adapter", revision=pushed.commit, cache_dir=tmp_path))
     assert json.loads((found / "adapter_config.json").read_text())["base_model_name_or_path"] == "alice/base"
-    assert not (found / "README.md").exists(), "PEFT's empty template is no card"
+    card = ModelCard.load(found / "README.md")
+    assert card.data.base_model == "alice/base", "PEFT's empty template is no card; one is written"
+    assert str(folder) not in card.content
+    assert "alice/adapter" in card.content
     base = AutoModelForCausalLM.from_pretrained(api.snapshot_download("alice/base", cache_dir=tmp_path))
     loaded = PeftModel.from_pretrained(base, str(found)).eval()
     ids = random_ids() % model.config.vocab_size

@@ -1,0 +1,52 @@
+"""hf-moe card"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_moe.cli.common import app, fail, require
+
+
+@app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model or adapter.")],
+    results: Annotated[Path | None, typer.Option(help="results.json of hf-moe evaluate.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A routing trace: its folder, or its figures as JSON.")] = None,
+    training: Annotated[
+        Path | None, typer.Option(help="report.json of a recipe, or trainer_state.json of a Trainer.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for README.md and plots; default: the model's.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Name on the Hub, for the code that loads it.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Name on the Hub of the model it was made from.")] = None,
+    license: Annotated[str | None, typer.Option(help="Such as apache-2.0.")] = None,
+    language: Annotated[str | None, typer.Option(help="Such as en.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Training data on the Hub: owner/name. Repeatable.")
+    ] = None,
+) -> None:
+    """Write a model card from facts: configs, training report, evaluation results, routing trace.
+
+    What is missing reads "not measured". Results of full, unmodified benchmark runs go to .eval_results as well.
+    """
+    require("recipes", "jinja2", *(["matplotlib"] if training or trace else []))
+    from hf_moe.hub.card import write_card
+    from hf_moe.hub.facts import CardError
+
+    try:
+        written = write_card(
+            model,
+            output=output,
+            results=results,
+            trace=trace,
+            training=training,
+            repo_id=repo_id,
+            base_model=base_model,
+            license=license,
+            language=language,
+            datasets=dataset or (),
+        )
+    except (CardError, OSError) as error:
+        fail(str(error))
+    for path in written:
+        typer.echo(str(path))

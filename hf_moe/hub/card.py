@@ -1,0 +1,195 @@
+"""Model cards from facts: configs, the report of a run, an evaluation's results, a routing trace. Nothing is made up.
+
+The template is ours and is rendered in Jinja's sandbox; values are put in once and never rendered themselves, so
+neither a template nor an instruction inside a value is carried out.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_moe.hub import card_sections as sections
+from hf_moe.hub.card_metadata import card_data, eval_files, is_repo
+from hf_moe.hub.checkpoint_facts import CheckpointFacts, checkpoint_facts
+from hf_moe.hub.facts import read_facts
+from hf_moe.hub.markdown import cell, plain
+from hf_moe.hub.routing_facts import RoutingFacts, routing_facts
+from hf_moe.hub.scrub import scrub
+from hf_moe.hub.training_facts import TrainingFacts, training_facts
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+Facts = str | Path | Mapping[str, Any]
+
+
+def model_card(
+    model: str | Path,
+    *,
+    results: Facts | None = None,
+    trace: str | Path | None = None,
+    training: Facts | None = None,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    datasets: Sequence[str] = (),
+    plots: Sequence[str] = (),
+) -> "ModelCard":
+    """The card of a saved model or adapter.
+
+    Args:
+        model: Folder that `save_pretrained` wrote.
+        results: `results.json` of `hf-moe evaluate`, or what it holds.
+        trace: A routing trace's folder, or its figures as JSON.
+        training: `report.json` of a recipe, or `trainer_state.json` of a Trainer, or what it holds.
+        repo_id: Name on the Hub, for the code that loads it; default: the folder's name.
+        base_model: Name on the Hub of the model that it was made from; default: what the adapter's config says.
+        license: Identifier of the Hub, such as `apache-2.0`.
+        language: Code such as `en`.
+        datasets: Names on the Hub of the training data.
+        plots: Images that lie beside the card: those it knows (`plots/loss.png`, `plots/expert_load.png`,
+            `plots/bits_per_byte.png`) are shown.
+
+    Returns:
+        `huggingface_hub.ModelCard`; `str()` is the text, `.data` the metadata.
+
+    Raises:
+        CardError: If a file of facts is missing or damaged.
+        ImportError: If jinja2 is not installed.
+    """
+    return card_from_facts(
+        checkpoint_facts(Path(model)),
+        training_facts(_read(training)),
+        results=_read(results),
+        routing=RoutingFacts() if trace is None else routing_facts(Path(trace)),
+        name=repo_id,
+        base_model=base_model,
+        license=license,
+        language=language,
+        datasets=datasets,
+        plots=plots,
+    )
+
+
+def card_from_facts(
+    checkpoint: CheckpointFacts,
+    training: TrainingFacts,
+    *,
+    results: Mapping[str, Any] | None = None,
+    routing: RoutingFacts | None = None,
+    name: str | None = None,
+    title: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    datasets: Sequence[str] = (),
+    plots: Sequence[str] = (),
+) -> "ModelCard":
+    """`model_card` from facts that are at hand."""
+    from huggingface_hub import ModelCard
+
+    results, routing, name = results or {}, routing or RoutingFacts(), name or checkpoint.name
+    base = base_model or checkpoint.base_model or training.base_model
+    base = base if base is None or is_repo(base) else Path(plain(base)).name
+    # before markup escapes their slashes
+    name, title = scrub(plain(name)), scrub(plain(title or _title(checkpoint, training, name)))
+    total = checkpoint.total or training.total
+    parts = {
+        "Load it": sections.loading(checkpoint, training, name, base),
+        "What it is": sections.facts(checkpoint, training, base, license),
+        "Evaluation": sections.evaluation(results, training, plots),
+        "Routing": sections.routing(routing, training, plots),
+        "Training": sections.training_part(training, plots),
+        "Data": sections.data(training),
+        "Sample": sections.sample(training),
+        "Limits": sections.limits(results, training, total),
+        "Citation": sections.citation(title, name),
+        "Made with": sections.made_with(training, results),
+    }
+    head = card_data(
+        checkpoint,
+        results,
+        name=name,
+        base_model=base,
+        license=license,
+        language=language,
+        datasets=datasets,
+    )
+    text = _render(head.to_yaml(), cell(title), _summary(checkpoint, training), parts)
+    return ModelCard(scrub(text))
+
+
+def write_card(folder: str | Path, *, output: str | Path | None = None, **facts: Any) -> list[Path]:
+    """Write `README.md`, its plots, and `.eval_results/` for full runs of benchmarks; returns what was written.
+
+    Args:
+        folder: As `model` of `model_card`.
+        output: Folder for the card; default: `folder`.
+        facts: Further arguments of `model_card`; `plots` are drawn from the facts.
+
+    Raises:
+        CardError: As `model_card`.
+        ImportError: If jinja2, or for plots matplotlib, is not installed.
+    """
+    from hf_moe.hub.card_plots import draw_plots
+    from hf_moe.training.checkpoints import write_text
+
+    target = Path(folder if output is None else output)
+    facts = {**facts, "results": _read(facts.get("results")), "training": _read(facts.get("training"))}
+    checkpoint_facts(Path(folder))  # refuses what is none before anything is written
+    drawn = draw_plots(target, facts["training"], facts.get("trace"))
+    card = model_card(folder, **facts, plots=[f"plots/{path.name}" for path in drawn])
+    files = {"README.md": str(card), **eval_files(facts["results"])}
+    for name, text in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(target / name, text)
+    return [*(target / name for name in files), *drawn]
+
+
+def _read(facts: Facts | None) -> dict[str, Any]:
+    if facts is None:
+        return {}
+    return dict(facts) if isinstance(facts, Mapping) else read_facts(Path(facts))
+
+
+def _title(checkpoint: CheckpointFacts, training: TrainingFacts, name: str) -> str:
+    return name if is_repo(name) or training.recipe is None else f"{training.recipe}: {name}"
+
+
+def _summary(checkpoint: CheckpointFacts, training: TrainingFacts) -> str:
+    """One or two sentences, of what is known."""
+    kind = "An adapter for a Mixture-of-Experts model" if checkpoint.is_adapter else "A Mixture-of-Experts model"
+    total, active = checkpoint.total or training.total, checkpoint.active or training.active
+    said = [kind]
+    if total is not None:
+        said.append(f"of {total:,} parameters" + ("" if active is None else f" ({active:,} active per token)"))
+    text = " ".join(said) + "."
+    changes = {
+        domain.name: domain.bits["after"] - domain.bits["before"]  # type: ignore[operator]
+        for domain in training.domains
+        if domain.bits.get("before") is not None and domain.bits.get("after") is not None
+    }
+    if not changes:
+        return text
+    best, worst = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
+    trained = "" if training.trained is None else f"{training.trained:,} parameters were trained. "
+    return (
+        f"{text} {trained}Bits per byte of held-out text: {changes[best]:+.3f} on {cell(best)}, "
+        f"{changes[worst]:+.3f} on {cell(worst)} (lower is better)."
+    )
+
+
+def _render(card_yaml: str, title: str, summary: str, parts: Mapping[str, str]) -> str:
+    try:
+        from jinja2 import StrictUndefined
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise ImportError('model cards need jinja2. Install it with: pip install "hf-moe[recipes]"') from error
+    # Markdown, not HTML: `cell`, `fenced` and `plain` escape what comes from data; values are not rendered again
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    source = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
+    shown = {name: text for name, text in parts.items() if text}
+    return environment.from_string(source).render(card_data=card_yaml, title=title, summary=summary, sections=shown)

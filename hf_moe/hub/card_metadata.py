@@ -1,0 +1,153 @@
+"""The head of a card, and results where the Hub looks for them: only what was measured, on data that has a name."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+
+from hf_moe.hub.checkpoint_facts import CheckpointFacts
+from hf_moe.hub.facts import tables, take
+from hf_moe.hub.markdown import plain
+
+HARNESS_URL = "https://github.com/EleutherAI/lm-evaluation-harness"
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", re.ASCII)
+_WORD = re.compile(r"[A-Za-z0-9][\w.-]{0,60}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of the Hub, and the task of lm-eval that runs it unmodified."""
+
+    dataset: str
+    task_id: str
+    metric: str
+    num_fewshot: int
+    split: str
+
+
+# data sets that declare themselves benchmarks (they hold an eval.yaml)
+BENCHMARKS = {"gsm8k": Benchmark("openai/gsm8k", "gsm8k", "exact_match,strict-match", 5, "test")}
+
+
+def is_repo(name: str | None) -> bool:
+    """Whether it reads as owner/name."""
+    return name is not None and _REPO.fullmatch(name) is not None
+
+
+def card_data(
+    checkpoint: CheckpointFacts,
+    results: Mapping[str, Any],
+    *,
+    name: str,
+    base_model: str | None,
+    license: str | None,
+    language: str | None,
+    datasets: Sequence[str],
+) -> ModelCardData:
+    """Metadata that the Hub accepts; what is no valid value is left out."""
+    evaluations = eval_results(results)
+    is_lora = checkpoint.adapter.get("peft_type") == "LORA"
+    return ModelCardData(
+        language=_valid(language, _WORD),
+        license=_valid(license, _WORD),
+        library_name="peft" if checkpoint.is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model if is_repo(base_model) else None,
+        base_model_relation="adapter" if checkpoint.is_adapter and is_repo(base_model) else None,
+        datasets=[each for each in datasets if is_repo(each)] or None,
+        tags=["moe", "mixture-of-experts", "hf-moe", *(["lora"] if is_lora else [])],
+        model_name=plain(name) if evaluations else None,
+        eval_results=evaluations or None,
+    )
+
+
+def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """One entry for each metric of each task whose data set has a name on the Hub: for `model-index`."""
+    found = []
+    for task_name, task in tables(results, "tasks").items():
+        dataset = take(task, "data.dataset", str)
+        for metric, figure in tables(task, "metrics").items():
+            value = take(figure, "value", float)
+            if value is not None and is_repo(dataset):
+                found.append(_eval_result(results, task_name, task, str(dataset), metric, value))
+    return found
+
+
+def _eval_result(
+    results: Mapping[str, Any], name: str, task: Mapping[str, Any], dataset: str, metric: str, value: float
+) -> EvalResult:
+    metric_name, _, filter_name = metric.partition(",")
+    count, available = take(task, "num_samples", int), take(task, "num_available", int)
+    shots = take(task, "num_fewshot", int)
+    part = f"n={count}" if count == available else f"first {count} of {available}"
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=plain(name),
+        dataset_config=take(task, "data.config", str),
+        dataset_split=take(task, "data.split", str),
+        dataset_revision=revision(task),
+        metric_type=plain(metric_name),
+        metric_name=plain(f"{metric_name} ({filter_name}, {shots}-shot, {part})"),
+        metric_value=value,
+        source_name=plain(f"lm-evaluation-harness {take(results, 'harness.version', str)}"),
+        source_url=HARNESS_URL,
+    )
+
+
+def eval_files(results: Mapping[str, Any]) -> dict[str, str]:
+    """`.eval_results/NAME.yaml` by path, of the benchmarks that were run in full and unmodified."""
+    files = {}
+    for name, task in tables(results, "tasks").items():
+        benchmark = BENCHMARKS.get(name)
+        if benchmark is None or not _is_full_run(results, task, benchmark):
+            continue
+        value = take((take(task, "metrics", dict) or {}).get(benchmark.metric), "value", float)
+        if value is not None:
+            entry = EvalResultEntry(
+                dataset_id=benchmark.dataset,
+                task_id=benchmark.task_id,
+                value=value,
+                dataset_revision=revision(task),
+                date=take(results, "date", str),
+                source_name=plain(f"lm-evaluation-harness {take(results, 'harness.version', str)}"),
+                source_url=HARNESS_URL,
+                notes=f"{benchmark.metric}, {benchmark.num_fewshot}-shot, n={take(task, 'num_samples', int)}",
+            )
+            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+            files[f".eval_results/{name}.yaml"] = text
+    return files
+
+
+def _is_full_run(results: Mapping[str, Any], task: Mapping[str, Any], benchmark: Benchmark) -> bool:
+    """Every document, the task's own prompts whole, and data of a known revision on the Hub."""
+    settings = take(results, "settings", dict)
+    count = take(task, "num_samples", int)
+    return (
+        settings is not None
+        and settings.get("limit") is None
+        and not settings.get("generation")
+        and not settings.get("chat_template")
+        and count is not None
+        and count == take(task, "num_available", int)
+        and take(task, "num_fewshot", int) == benchmark.num_fewshot
+        and take(task, "truncated_prompts", int) == 0
+        and take(task, "data.dataset", str) == benchmark.dataset
+        and take(task, "data.split", str) == benchmark.split
+        and revision(task) is not None
+    )
+
+
+def revision(task: Mapping[str, Any]) -> str | None:
+    """The commit of the data set that the files came from; None for local files and several commits."""
+    matches = [_HUB_FILE.match(str(file)) for file in take(task, "data.hub_files", list) or []]
+    commits = {match[2] if match and match[1] == take(task, "data.dataset", str) else None for match in matches}
+    return commits.pop() if len(commits) == 1 else None
+
+
+def _valid(value: str | None, pattern: re.Pattern[str]) -> str | None:
+    return value if value is not None and pattern.fullmatch(value) else None

@@ -1,0 +1,25 @@
+"""Take what names a person or a machine out of a text: tokens, local paths, user@host."""
+
+import getpass
+import re
+import tempfile
+from pathlib import Path
+
+from hf_moe.hub.secrets import TOKEN
+
+REMOVED = "[token removed]"
+# a folder of this machine before a file's name; no part of a URL, of owner/name, or of "a / b"
+_UNIX = re.compile(r"(?<![\w./~\\-])(?:file://|~)?/(?:[\w.@+\\-]+/)*(?=[\w.@+\\-])")
+_WINDOWS = re.compile(r"\b[A-Za-z]:[\\/]+(?:[\w .@+-]+[\\/]+)*")
+
+
+def scrub(text: str) -> str:
+    """`text` without tokens, and with the last part of local paths in their place.
+
+    Made for finished Markdown: it knows nothing of the values, so whatever path they took, they pass here.
+    """
+    text = re.sub(TOKEN.pattern.decode(), REMOVED, text)
+    for folder in {str(Path.home()), str(Path.cwd()), tempfile.gettempdir()} - {"/"}:
+        text = re.sub(rf"{re.escape(folder)}(?=/)", "", text)
+    text = _WINDOWS.sub("", _UNIX.sub("", text))
+    return re.sub(rf"\b{re.escape(getpass.getuser())}@[\w.-]+", "user", text)
