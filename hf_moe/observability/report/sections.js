@@ -1,0 +1,260 @@
+// The sections of the page, each drawn from the report and the state { layer, expert, ... }.
+
+const OCTAVES = 3;
+const RATIO_TICKS = ["⅛", "¼", "½", "even", "2×", "4×", "8×"];
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+// A table that is built when it is first opened. rows() gives arrays of texts, the first the row's name.
+function lazyTable(id, head, rows) {
+  const details = byId(id);
+  const build = () => {
+    if (!details.open) return;
+    details.querySelector(".scroll")?.remove();
+    details.append(element("div", { className: "scroll", tabIndex: 0 }, [table(head(), rows())]));
+  };
+  details.ontoggle = build;
+  build();
+}
+
+function table(head, rows, wordy = []) {
+  const header = head.map((title, i) => element("th", { scope: "col", textContent: title, className: wordy.includes(i) ? "words" : "" }));
+  const lines = rows.map((row) =>
+    element("tr", {}, row.map((value, i) => {
+      if (i === 0) return element("th", { scope: "row", textContent: value });
+      return element("td", { textContent: value, className: wordy.includes(i) ? "words" : "" });
+    })),
+  );
+  return element("table", {}, [
+    element("thead", {}, [element("tr", {}, header)]),
+    element("tbody", {}, lines),
+  ]);
+}
+
+function fillSelect(select, labels, first = null) {
+  const options = labels.map((label, i) => new Option(label, i));
+  select.replaceChildren(...(first === null ? [] : [new Option(first, "")]), ...options);
+}
+
+function chosenDomain(id) {
+  const select = byId(id);
+  return !select || select.value === "" ? null : Number(select.value);
+}
+
+// ---- all layers
+
+function drawLoad(report, pick) {
+  const domain = chosenDomain("load-domain");
+  const views = report.labels.map((_, layer) => layerOf(report, layer, domain));
+  const columns = Math.max(...report.experts);
+  const rows = views.length;
+  const ramp = ratioRamp(OCTAVES);
+  const host = byId("load-map");
+  const has = (row, column) => column < views[row].experts && views[row].total > 0;
+  heatMap(host, {
+    label: "Load of every expert in every layer",
+    rows, columns,
+    width: columnWidth(host, columns, report.labels),
+    height: rows <= 8 ? 30 : rows <= 20 ? 20 : rows <= 40 ? 15 : 11,
+    rowLabels: report.labels, columnName: "expert",
+    colour: (row, column) => (has(row, column) ? ramp(timesEven(views[row], column)) : null),
+    crossed: (row, column) => has(row, column) && views[row].counts[column] === 0,
+    describe: (row, column) => (has(row, column) ? loadWords(views[row], column) : null),
+    pick,
+  });
+  showRamp(byId("load-legend"), "--ramp", RATIO_TICKS, [key("", "no token at all")]);
+  const head = () => ["Layer", ...Array.from({ length: columns }, (_, i) => `${i}`)];
+  lazyTable("load-table", head, () =>
+    views.map((view) => [view.label, ...Array.from({ length: columns }, (_, i) => (i < view.experts ? count(view.counts[i]) : ""))]),
+  );
+}
+
+function loadWords(view, expert) {
+  const chosen = view.counts[expert];
+  const lines = [`${titled(view.label)} · expert ${expert}`];
+  if (chosen === 0) return [...lines, "No token chose it.", `Even share: ${percent(1 / view.experts)}`];
+  return [
+    ...lines,
+    `${times(timesEven(view, expert))} its even share`,
+    `${count(chosen)} of ${count(view.total)} assignments (${percent(chosen / view.total)})`,
+  ];
+}
+
+function drawMinis(report, state, choose) {
+  const buttons = report.labels.map((label, layer) => {
+    const view = layerOf(report, layer);
+    const canvas = element("canvas", { width: 200, height: 60 });
+    drawMini(canvas, view);
+    const busiest = view.total ? times(Math.max(...view.counts) / view.total * view.experts) : "no token";
+    const words = element("span", {}, [element("b", { textContent: titled(label) }), busiest]);
+    const button = element("button", { type: "button", onclick: () => choose(layer), title: report.names[layer] }, [canvas, words]);
+    button.setAttribute("aria-label", `${titled(label)}, busiest expert ${busiest} its even share`);
+    return button;
+  });
+  byId("minis").replaceChildren(...buttons);
+}
+
+function drawMini(canvas, view) {
+  const context = canvas.getContext("2d");
+  const loads = byLoad(view.counts).map((expert) => timesEven(view, expert));
+  const top = Math.max(loads[0] || 0, 2);
+  const width = canvas.width / loads.length;
+  context.fillStyle = cssColours("--bar")[0];
+  loads.forEach((load, i) => {
+    const height = (load / top) * canvas.height;
+    context.fillRect(i * width, canvas.height - height, Math.max(width - (width > 6 ? 2 : 0), 1), height);
+  });
+  context.fillStyle = cssColours("--ink")[0];
+  context.fillRect(0, canvas.height * (1 - 1 / top) - 1, canvas.width, 2);
+}
+
+// ---- one layer
+
+function drawBars(report, state, pick) {
+  const view = layerOf(report, state.layer);
+  const byNumber = document.querySelector("input[name=order]:checked").value === "number";
+  const order = byNumber ? Array.from(view.counts.keys()) : byLoad(view.counts);
+  const mass = sum(view.mass);
+  const share = (expert) => (view.total ? view.counts[expert] / view.total : 0);
+  const weight = (expert) => (mass ? view.mass[expert] / mass : 0);
+  barChart(byId("bars"), {
+    label: `Load of the experts of ${view.label}`,
+    values: order.map(share), marks: Number.isFinite(mass) ? order.map(weight) : null, even: 1 / view.experts,
+    numbers: order, columnName: byNumber ? "expert" : "expert, busiest first",
+    describe: (column) => [...loadWords(view, order[column]), `${percent(weight(order[column]))} of the weight`],
+    pick: (column) => pick(order[column]),
+  });
+  const legend = [key("line", `even share ${percent(1 / view.experts)}`)];
+  byId("bars-legend").replaceChildren(...legend, key("dash", "share of the weight"));
+  lazyTable("layer-table", () => ["Expert", "Assignments", "Share", "Times even", "Share of weight", ...report.domains],
+    () => order.map((expert) => [
+      `${expert}`, count(view.counts[expert]), percent(share(expert)), times(timesEven(view, expert)), percent(weight(expert)),
+      ...report.domains.map((_, domain) => percent(domainShare(report, state.layer, domain, expert))),
+    ]),
+  );
+}
+
+function domainShare(report, layer, domain, expert) {
+  const view = layerOf(report, layer, domain);
+  return view.total ? view.counts[expert] / view.total : NaN;
+}
+
+function drawDomains(report, state, pick) {
+  const host = byId("domain-map");
+  if (!host) return;
+  const views = report.domains.map((_, domain) => layerOf(report, state.layer, domain));
+  const experts = report.experts[state.layer];
+  const seen = views.filter((view) => view.total);
+  const share = (view, expert) => (view.total ? view.counts[expert] / view.total : NaN);
+  const mean = Array.from({ length: experts }, (_, i) => sum(seen.map((view) => share(view, i))) / Math.max(seen.length, 1));
+  const ratio = (row, expert) => (mean[expert] ? share(views[row], expert) / mean[expert] : NaN);
+  const ramp = ratioRamp(2);
+  heatMap(host, {
+    label: `Use of the experts of ${report.labels[state.layer]} by domain`,
+    rows: views.length, columns: experts,
+    width: columnWidth(host, experts, report.domains), height: 28,
+    rowLabels: report.domains, columnName: "expert",
+    colour: (row, column) => (Number.isFinite(ratio(row, column)) ? ramp(ratio(row, column)) : null),
+    describe: (row, column) => domainWords(report, views, row, column, mean[column], ratio(row, column)),
+    pick: (_, expert) => pick(expert),
+  });
+  showRamp(byId("domain-legend"), "--ramp", ["¼", "½", "mean", "2×", "4×"]);
+  byId("domain-table").replaceChildren(domainTable(report, state, views, ratio, mean));
+}
+
+function domainWords(report, views, row, expert, mean, ratio) {
+  const view = views[row];
+  if (!view.total) return [`${report.domains[row]}`, "No token of this domain was traced."];
+  return [
+    `${report.domains[row]} · expert ${expert}`,
+    mean ? `${times(ratio)} the mean over domains` : "No domain uses it.",
+    `${percent(view.counts[expert] / view.total)} of the domain's assignments, mean ${percent(mean)}`,
+  ];
+}
+
+function domainTable(report, state, views, ratio, mean) {
+  const rows = views.map((view, row) => {
+    const used = byLoad(view.counts).filter((expert) => view.counts[expert] >= 10 && mean[expert]);
+    const most = used.sort((a, b) => ratio(row, b) - ratio(row, a)).slice(0, 3).filter((expert) => ratio(row, expert) >= 1.1);
+    const words = most.map((expert) => `expert ${expert} (${times(ratio(row, expert))})`).join(", ");
+    return [report.domains[row], count(view.tokens), report.distances[row][state.layer].toFixed(3), words || "none in particular"];
+  });
+  return table(["Domain", "Tokens", "Distance from the mean", "Prefers"], rows, [3]);
+}
+
+// ---- pairs of experts
+
+function drawTogether(report, state) {
+  const host = byId("together");
+  const view = layerOf(report, state.layer);
+  const pairs = report.coactivation[state.layer];
+  const reason = togetherMissing(report, view, pairs);
+  if (reason) return host.replaceChildren(element("p", { className: "nothing", textContent: reason }));
+  const found = pairRatios(view, pairs);
+  const chart = element("div");
+  const list = element("div", {}, [element("h4", { textContent: "Most above what their loads explain" }), pairList(found)]);
+  const legend = element("div", { className: "legend" });
+  const left = element("div", {}, [chart, legend]);
+  host.replaceChildren(
+    element("p", { className: "lead", textContent: "How often two experts serve the same token, compared with what their loads alone would give. Grey: too few tokens to say." }),
+    element("div", { className: "pairs" }, [left, list]),
+  );
+  drawPairs(chart, view, found);
+  showRamp(legend, "--ramp", ["¼", "½", "as loads say", "2×", "4×"]);
+}
+
+function togetherMissing(report, view, pairs) {
+  if (view.topK < 2) return "Each token takes one expert in this layer, so no two work together.";
+  if (!view.total) return "No token reached this layer.";
+  if (pairs) return "";
+  const kept = report.coactivation.filter(Boolean).length;
+  if (!kept) return "Pairs of experts were not counted in this trace.";
+  return `Pairs are left out here to keep the page small: it holds them for ${kept} of ${report.labels.length} layers. The trace has them all.`;
+}
+
+// For i < j: tokens that chose both, and over the number that independent choices of the same loads would give.
+function pairRatios(view, pairs) {
+  const { counts, experts } = view;
+  let products = 0;
+  for (let i = 0; i < experts; i++) for (let j = i + 1; j < experts; j++) products += counts[i] * counts[j];
+  const scale = products ? sum(pairs) / products : 0;
+  const start = (i) => i * experts - (i * (i + 1)) / 2 - i - 1;
+  const together = (i, j) => pairs[start(Math.min(i, j)) + Math.max(i, j)];
+  const expected = (i, j) => counts[i] * counts[j] * scale;
+  const ratio = (i, j) => (expected(i, j) >= 5 ? together(i, j) / expected(i, j) : NaN);
+  return { experts, counts, together, expected, ratio };
+}
+
+function drawPairs(host, view, { experts, counts, together, ratio }) {
+  const ramp = ratioRamp(2);
+  const unknown = rgb(cssColours("--rule")[0]);
+  const size = Math.max(Math.min((Math.min(host.clientWidth, 600) - 60) / experts, 34), 1.5);
+  heatMap(host, {
+    label: `Pairs of experts of ${view.label}`,
+    rows: experts, columns: experts, width: size, height: size,
+    rowLabels: Array.from({ length: experts }, (_, i) => `${i}`), columnName: "expert",
+    colour: (i, j) => (i === j ? null : Number.isFinite(ratio(i, j)) ? ramp(ratio(i, j)) : unknown),
+    describe: (i, j) => (i === j ? null : [
+      `Experts ${i} and ${j}`,
+      `${plural(together(i, j), "token")} chose both` + (Number.isFinite(ratio(i, j)) ? `, ${times(ratio(i, j))} what their loads give` : ""),
+      `${percent(together(i, j) / counts[i])} of expert ${i}'s, ${percent(together(i, j) / counts[j])} of expert ${j}'s`,
+    ]),
+  });
+}
+
+function pairList({ experts, together, ratio }) {
+  const best = [];
+  for (let i = 0; i < experts; i++) {
+    for (let j = i + 1; j < experts; j++) if (ratio(i, j) > 1) best.push([i, j, ratio(i, j)]);
+  }
+  best.sort((a, b) => b[2] - a[2]);
+  const items = best.slice(0, 8).map(([i, j, value]) =>
+    element("li", {}, [
+      element("span", { textContent: `Experts ${i} and ${j}` }),
+      element("span", { className: "quiet", textContent: `${times(value)}, ${plural(together(i, j), "token")}` }),
+    ]),
+  );
+  return items.length ? element("ol", {}, items) : element("p", { className: "quiet", textContent: "No pair stands out." });
+}
