@@ -33,7 +33,7 @@ class HubProcess:
         command = [sys.executable, "-m", "hub_server", "--root", str(self.root), "--port", str(self.port)]
         command += ["--xet"] if self.xet else []
         command += [text for name, value in faults.items() for text in (f"--{name}", str(value))]
-        environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline().rsplit(":", 1)[1])
