@@ -11,6 +11,8 @@ from hf_moe.models.router_scores import RouterScores, recognize_scores
 from hf_moe.models.watch_routing import Routing
 from hf_moe.observability.layer_statistics import LayerStatistics
 
+# tokens that are gathered before they are added: decoding one by one would pay for every operation each time
+_GATHERED = 256
 _ATTEMPTS = 3
 _CHECKED_TOKENS = 16
 # a wrong rule is off by far more, weights in bfloat16 by less
@@ -61,8 +63,11 @@ def scored_ids(routing: Routing) -> Tensor:
 class LayerSums:
     """What `LayerStatistics` holds, growing."""
 
-    def __init__(self, layer: MoeLayer, device: torch.device):
+    def __init__(self, layer: MoeLayer, rule: ScoreRule, device: torch.device):
         self._layer = layer
+        self._rule = rule
+        self._gathered: list[Routing] = []
+        self._num_gathered = 0
         # also where the model runs in inference mode: its tensors could not be changed after it
         with torch.inference_mode(False):
             size = layer.num_experts
@@ -78,25 +83,32 @@ class LayerSums:
         self._knows_drops = True
 
     @torch.no_grad()
-    def add(self, routing: Routing, rule: RouterScores | None) -> None:
-        num_experts, device = self._layer.num_experts, routing.index.device
+    def add(self, routing: Routing) -> None:
         if routing.index.shape[-1] != self._layer.top_k:
             raise ValueError(
                 f"layer {self._layer.name!r} takes {self._layer.top_k} experts per token, its experts were called "
                 f"with {routing.index.shape[-1]}. Start the recording after a change of top_k."
             )
-        index_TK = routing.index.clamp(max=num_experts)
-        if routing.mask is not None:
-            index_TK = index_TK.masked_fill(~routing.mask.to(device)[:, None], num_experts)
-        with torch.autocast(device.type, enabled=False):
-            self._add_choice(index_TK, routing.weights.detach())
-            self._add_totals(routing, rule)
+        if len(routing.index) >= _GATHERED:
+            self._add(routing)
+            return
+        self._gathered.append(_copy(routing))
+        self._num_gathered += len(routing.index)
+        if self._num_gathered >= _GATHERED:
+            self.flush()
 
-    def read(self, rule: RouterScores | None) -> tuple[LayerStatistics, int]:
-        """The statistics, and how many tokens had weights that are not finite. Synchronises the device.
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Add what was gathered."""
+        gathered, self._gathered, self._num_gathered = self._gathered, [], 0
+        if gathered:
+            self._add(_joined(gathered))
+
+    def read(self, is_scored: bool) -> tuple[LayerStatistics, int]:
+        """The statistics of what was flushed, and how many tokens had weights that are not finite. Synchronises.
 
         Args:
-            rule: None if the probabilities that were added are not to be trusted.
+            is_scored: Whether the probabilities that were added are to be trusted.
         """
         layer = self._layer
         counts = self._counts.cpu()[: layer.num_experts].clone()
@@ -113,29 +125,41 @@ class LayerSums:
             weight_mass=self._mass.cpu()[: layer.num_experts].double().clone(),
             empty_slots=tokens * layer.top_k - int(counts.sum()),
             dropped=dropped if self._knows_drops else None,
-            scored_tokens=0 if rule is None else scored,
-            entropy_sum=0.0 if rule is None else max(entropy, 0.0),
-            margin_sum=0.0 if rule is None else max(margin, 0.0),
+            scored_tokens=scored if is_scored else 0,
+            entropy_sum=max(entropy, 0.0) if is_scored else 0.0,
+            margin_sum=max(margin, 0.0) if is_scored else 0.0,
             coactivation=pairs,
         )
         return statistics, not_finite
 
-    def _add_choice(self, index_TK: Tensor, weights_TK: Tensor) -> None:
+    def _add(self, routing: Routing) -> None:
+        device = routing.index.device
+        with torch.autocast(device.type, enabled=False):
+            rule = self._rule.of(routing)
+            mask_T = routing.index.new_ones(len(routing.index), dtype=torch.bool)
+            if routing.mask is not None:
+                mask_T = routing.mask.to(device)
+            self._add_choice(routing, mask_T)
+            self._add_totals(routing, mask_T)
+            if rule is not None and routing.logits is not None:
+                self._add_figures(rule.probabilities(routing.logits.detach()), mask_T)
+
+    def _add_choice(self, routing: Routing, mask_T: Tensor) -> None:
+        num_experts, weights_TK = self._layer.num_experts, routing.weights.detach()
+        index_TK = routing.index.clamp(max=num_experts)
+        if routing.mask is not None:
+            index_TK = index_TK.masked_fill(~mask_T[:, None], num_experts)
         index_N = index_TK.flatten()
-        self._counts.scatter_add_(0, index_N, torch.ones_like(index_N))
+        self._counts.scatter_add_(0, index_N, torch.ones_like(index_N, dtype=torch.int64))
         mass_N = weights_TK.flatten().nan_to_num(0.0, 0.0, 0.0).to(self._mass.dtype)
         self._mass.index_add_(0, index_N, mass_N)
-        num_experts = len(self._counts) - 1
         chosen_TE = weights_TK.new_zeros(len(index_TK), num_experts + 1, dtype=torch.float32)
         chosen_TE = chosen_TE.scatter_(1, index_TK, 1.0)[:, :num_experts]
         # whole numbers below 2^24: exact in float32
         self._pairs += (chosen_TE.T @ chosen_TE).long()
 
-    def _add_totals(self, routing: Routing, rule: RouterScores | None) -> None:
+    def _add_totals(self, routing: Routing, mask_T: Tensor) -> None:
         index_TK, num_experts = routing.index, self._layer.num_experts
-        mask_T = index_TK.new_ones(len(index_TK), dtype=torch.bool)
-        if routing.mask is not None:
-            mask_T = routing.mask.to(index_TK.device)
         self._totals[0] += mask_T.sum()
         self._totals[2] += (mask_T & ~routing.weights.isfinite().all(-1)).sum()
         if routing.choice is None:
@@ -143,13 +167,46 @@ class LayerSums:
         else:
             is_dropped_TK = (routing.choice < num_experts) & (index_TK >= num_experts)
             self._totals[3] += (is_dropped_TK & mask_T[:, None]).sum()
-        if rule is None or routing.logits is None:
-            return
-        entropy_T, margin_T = _figures(rule.probabilities(routing.logits.detach()))
+
+    def _add_figures(self, probabilities_TX: Tensor, mask_T: Tensor) -> None:
+        entropy_T, margin_T = _figures(probabilities_TX)
         is_known_T = mask_T & entropy_T.isfinite()
         self._totals[1] += is_known_T.sum()
         for position, figure_T in enumerate((entropy_T, margin_T)):
             self._figures[position] += figure_T.where(is_known_T, 0.0).sum(dtype=self._figures.dtype)
+
+
+def _copy(routing: Routing) -> Routing:
+    """With tensors of its own, which the model cannot write over, and a mask in any case."""
+    index_TK = routing.index.detach().clone()
+    mask_T = index_TK.new_ones(len(index_TK), dtype=torch.bool) if routing.mask is None else routing.mask
+    return Routing(
+        layer=routing.layer,
+        logits=None if routing.logits is None else routing.logits.detach().clone(),
+        weights=routing.weights.detach().clone(),
+        index=index_TK,
+        mask=mask_T.to(index_TK.device),
+        is_recomputation=routing.is_recomputation,
+        choice=None if routing.choice is None else routing.choice.clone(),
+    )
+
+
+def _joined(parts: list[Routing]) -> Routing:
+    """The tokens of several forwards of one layer as one."""
+    return Routing(
+        layer=parts[0].layer,
+        logits=_cat([part.logits for part in parts]),
+        weights=torch.cat([part.weights for part in parts]),
+        index=torch.cat([part.index for part in parts]),
+        mask=_cat([part.mask for part in parts]),
+        is_recomputation=False,
+        choice=_cat([part.choice for part in parts]),
+    )
+
+
+def _cat(tensors: list[Tensor | None]) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if len(given) == len(tensors) else None
 
 
 def _figures(probabilities_TX: Tensor) -> tuple[Tensor, Tensor]:

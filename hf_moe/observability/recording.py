@@ -59,7 +59,8 @@ def record_routing(
     recorder = _Recorder(trace, layers, tokens)
     trace._fetch = recorder.fetch
     try:
-        with watch_routing(model, recorder.hear):
+        # compiled, it would be traced into the graph, and again for each new state
+        with watch_routing(model, torch.compiler.disable(recorder.hear)):
             yield trace
         if tokens is not None:
             tokens.end_forward()
@@ -88,19 +89,19 @@ class _Recorder:
         domain = self._trace.current_domain
         sums = self._sums.setdefault(domain, {})
         if layer.name not in sums:
-            sums[layer.name] = LayerSums(layer, routing.index.device)
-        with torch.no_grad():
-            rule = self._rules[layer.name].of(routing)
-        sums[layer.name].add(routing, rule)
+            sums[layer.name] = LayerSums(layer, self._rules[layer.name], routing.index.device)
+        sums[layer.name].add(routing)
         if self._tokens is not None:
             self._tokens.hear(routing)
 
     def fetch(self) -> None:
         """Move the sums into the trace."""
         taken, self._sums = self._sums, {}
+        for sums in (each for layers in taken.values() for each in layers.values()):
+            sums.flush()
         rules = {name: rule.confirmed() for name, rule in self._rules.items()}
         for domain, layers in taken.items():
-            read = {name: sums.read(rules[name]) for name, sums in layers.items()}
+            read = {name: sums.read(rules[name] is not None) for name, sums in layers.items()}
             self._trace.add([statistics for statistics, _ in read.values()], domain)
             for statistics, not_finite in read.values():
                 self._not_finite[statistics.name] = self._not_finite.get(statistics.name, 0) + not_finite

@@ -15,11 +15,12 @@ from hf_moe.observability.replay import replay_routing
 from hf_moe.observability.routing_trace import RoutingTrace
 from tiny_hf_moe import encoder_config
 from tiny_models import FAMILIES, build_tiny
-from tiny_moe import hf_moe_model, with_expert_lora
+from tiny_moe import hf_moe_model, qwen_model, with_expert_lora
 from torchrun import torchrun
 
 IDS = torch.arange(1, 49).view(4, 12)
 # they send text and images to experts of their own, or take no ids: counts only
+MANY = IDS.repeat(6, 1)  # enough tokens to be added at once, not gathered
 NOT_BY_TOKEN = ("ernie4_5_vl_moe", "qwen3_omni_moe:Qwen3OmniMoeTalkerTextExperts")
 
 
@@ -113,6 +114,42 @@ def test_gradient_checkpointing_counts_once(reentrant):
     assert recomputed.tokens.num_tokens == 2 * 16
 
 
+def test_gathered_tokens_are_those_added_at_once():
+    model = hf_moe_model(num_null_experts=4)
+    mask = torch.ones_like(MANY)
+    mask[0, :5] = 0
+    calls = called_with(model)
+    with torch.no_grad(), record_routing(model) as at_once:
+        model(input_ids=MANY, attention_mask=mask)
+    check(at_once, model, calls, mask.flatten().bool().tolist())
+    with torch.no_grad(), record_routing(model) as gathered:
+        model(input_ids=MANY[:1], attention_mask=mask[:1])
+        for ids in MANY[1:].split(1):
+            model(input_ids=ids)
+    for name in at_once.layers:
+        one, other = at_once.statistics(name), gathered.statistics(name)
+        assert torch.equal(one.counts, other.counts)
+        assert torch.equal(one.coactivation, other.coactivation)
+        assert (one.tokens, one.dropped, one.empty_slots) == (other.tokens, other.dropped, other.empty_slots)
+        assert (one.entropy_sum, one.margin_sum) == pytest.approx((other.entropy_sum, other.margin_sum), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_model():
+    model = qwen_model()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        with record_routing(compiled, "tokens") as trace:
+            compiled(input_ids=IDS)
+        assert trace.statistics(trace.layers[0]).tokens == 48
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        compiled(input_ids=IDS)
+        with pytest.raises(RuntimeError, match="before its first call"), record_routing(compiled):
+            compiled(input_ids=IDS)
+    torch._dynamo.reset()
+
+
 def test_generate_counts_prompt_and_new_tokens_once():
     model = with_expert_lora(hf_moe_model())
     mask = torch.ones_like(IDS)
@@ -135,17 +172,18 @@ def test_generate_counts_prompt_and_new_tokens_once():
     assert all((row.experts[name] == rows[1].experts[name]).all() for name in trace.layers)
 
 
-def test_what_runs_in_inference_mode_or_autocast_adds_up():
+@pytest.mark.parametrize("ids", [IDS, MANY], ids=["few", "many"])
+def test_what_runs_in_inference_mode_or_autocast_adds_up(ids):
     model = hf_moe_model()
     with record_routing(model) as trace:
         with torch.inference_mode():
-            model(input_ids=IDS)
-        model(input_ids=IDS)
+            model(input_ids=ids)
+        model(input_ids=ids)
         with torch.autocast("cpu", torch.bfloat16):
-            model(input_ids=IDS[:1])
+            model(input_ids=ids)
     for name in trace.layers:
         found = trace.statistics(name)
-        assert found.counts.sum() == (2 * 48 + 12) * 2
+        assert found.counts.sum() == 3 * ids.numel() * 2
         assert found.coactivation.sum() == 2 * found.counts.sum()
         assert torch.equal(found.coactivation.diagonal(), found.counts)
 
@@ -185,12 +223,11 @@ def test_unknown_scores_are_said_not_guessed():
 def test_scores_that_change_their_meaning_are_no_longer_trusted():
     model = hf_moe_model()
     with record_routing(model) as trace:
-        model(input_ids=IDS)
-        model.config.norm_topk_prob = False
+        model(input_ids=MANY)
         for layer in moe_layers(model):
             layer.router.config.norm_topk_prob = False
-        model(input_ids=IDS)
-    assert trace.statistics(trace.layers[0]).tokens == 96
+        model(input_ids=MANY)
+    assert trace.statistics(trace.layers[0]).tokens == 2 * MANY.numel()
     assert math.isnan(trace.metrics()["router_entropy/mean"])
 
 
