@@ -93,9 +93,8 @@ def test_evaluates_and_compares(tmp_path):
         folder = tmp_path / f"model-{seed}"
         hf_moe_model(seed, vocab_size=300).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
-        result = run(
-            folder, "--domains", tmp_path / "novel.txt", "--output", tmp_path / f"out-{seed}", "--batch-size", 2
-        )
+        output = tmp_path / f"out-{seed}"
+        result = run(folder, "--domains", tmp_path / "novel.txt", "--output", output, "--batch-size", 2)
         assert result.exit_code == 0, result.output
         assert "bits_per_byte" in result.output
         assert (output / "results.json").exists()

@@ -217,7 +217,8 @@ class _Run:
         done = run.finished(name)
         entry = run.stage(name, work, leaves=(_samples_path(name),))
         figures = ", ".join(f"{key} {_shown(figure)}" for key, figure in entry["metrics"].items())
-        Console().print(f"{name}: {figures}{' (from the earlier call)' if done else ''}", highlight=False)
+        said = f"{name}: {figures}{' (from the earlier call)' if done else ''}"
+        Console(soft_wrap=True).print(said, highlight=False, markup=False)
         return entry
 
     def _identity(self) -> dict[str, Any]:

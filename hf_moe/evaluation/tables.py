@@ -19,13 +19,13 @@ def print_results(results: Mapping[str, Any]) -> None:
         _metrics(table, group, entry, "", f"{len(entry['tasks'])} tasks")
     for domain, entry in results["domains"].items():
         _metrics(table, domain, entry, "", f"{entry['documents']:,}, {entry['bytes']:,} bytes")
-    Console().print(table)
+    _console().print(table)
     print_masked(results)
     if cut := {
         name: task["truncated_prompts"] for name, task in results["tasks"].items() if task["truncated_prompts"]
     }:
         listed = ", ".join(f"{task} {count:,}" for task, count in cut.items())
-        Console().print(
+        _console().print(
             f"Prompts longer than the model's context of {model['context']:,} tokens lost their beginning: {listed}.",
             highlight=False,
         )
@@ -52,7 +52,7 @@ def print_masked(results: Mapping[str, Any]) -> None:
                     share = f"{masked['share']:.1%}"
                     table.add_row(name, expert, share, metric.removesuffix(",none"), *_interval(found))
     if table.row_count:
-        Console().print(table)
+        _console().print(table)
 
 
 def print_comparison(comparison: Mapping[str, Any]) -> None:
@@ -73,13 +73,13 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
                     *_interval(found),
                     "yes" if found["is_real"] else "no",
                 )
-    console = Console()
+    console = _console()
     console.print(table)
     for key, (first, second) in comparison["set_otherwise"].items():
         console.print(f"{key}: {first!r} -> {second!r}", highlight=False, markup=False)
     console.print(
         "Real: the interval of the paired difference excludes 0. Among 20 comparisons without any difference one does "
-        "so by chance.",
+        "so by chance; with fewer than some 20 documents more do, as intervals are then too narrow.",
         highlight=False,
     )
 
@@ -92,6 +92,12 @@ def _short(layer: str) -> str:
 
 def _interval(found: Mapping[str, Any]) -> tuple[str, str]:
     return f"{found['difference']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}"
+
+
+def _console() -> Console:
+    """As wide as the terminal; in a file wide enough that no column is folded."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _table(title: str, *columns: str) -> Table:
