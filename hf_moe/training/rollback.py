@@ -101,8 +101,14 @@ class GatedRollbackCallback(TrainerCallback):
 
     def _measure_base(self, model: Any, state: Any) -> Any:
         if hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
-                return self.probe.measure(model)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+            try:
+                with model.disable_adapter():
+                    return self.probe.measure(model)
+            finally:  # PEFT freezes its adapters meanwhile, and then makes all of the active ones trainable
+                _set_trainable(trained, True)
+                _set_trainable(frozen, False)
         if state.global_step:
             raise ValueError(
                 f"training resumes at step {state.global_step}: the model that it started from is not there to be "
@@ -172,6 +178,11 @@ class GatedRollbackCallback(TrainerCallback):
         if self.failures_in_a_row >= self.stop_after:
             logger.warning("training stops: the gate failed %d times in a row.", self.failures_in_a_row)
             control.should_training_stop = True
+
+
+def _set_trainable(parameters: list[nn.Parameter], is_trained: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(is_trained)
 
 
 def _refuse_settings(args: Any) -> None:

@@ -1,0 +1,95 @@
+"""`hf-moe compare`: parsing, exit codes, what is written; the figures are tested in test_model_comparison.py."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import hf_moe.cli.compare  # noqa: F401
+from hf_moe.cli import app
+from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora, words
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base = hf_moe_model(vocab_size=300, num_hidden_layers=1)
+    for name, model in (("base", base), ("new", hf_moe_model(seed=1, vocab_size=300, num_hidden_layers=1))):
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    with_expert_lora(base, init_lora_weights=False).save_pretrained(folder / "adapter")
+    (folder / "law.txt").write_text(words(60))
+    (folder / "code.txt").write_text(words(60, seed=5))
+    return folder
+
+
+def run(*arguments):
+    return runner.invoke(app, ["compare", *map(str, arguments)])
+
+
+def flat(text):
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+def test_a_gate_that_passes_writes_json_and_page(folder, tmp_path):
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("checks:\n  - weight_drift.router.max == 0\n  - bits_per_byte.domain.law <= +5\n")
+    data = ("--data", folder / "law.txt", "--data", folder / "code.txt")
+    options = ("--adapter", folder / "adapter", "--gate", gate, "--output", tmp_path / "out")
+    result = run(folder / "base", *data, *options)
+    assert result.exit_code == 0, result.output
+    assert "base with adapter (new) against base (base)" in result.output
+    assert "passed, 2 of 2 checks hold" in flat(result.output)
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert record["gate"]["passed"] is True
+    assert list(record["domains"]) == ["law", "code"]
+    assert record["figures"]["weight_drift.experts.max"]["value"] > 0
+    assert "The gate passes" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_a_gate_that_fails_exits_with_1_and_names_the_line(folder, tmp_path):
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("checks:\n  - dead_experts <= 8\n  - agreement.min >= 0.99\n")
+    result = run(folder / "base", folder / "new", "--data", folder / "law.txt", "--gate", gate)
+    assert result.exit_code == 1
+    assert "FAILED, 1 of 2 checks hold" in flat(result.output)
+    assert "line 3: agreement.min >= 0.99: measured 0." in flat(result.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("new",), "give text to compare on"),
+        (("--data", "law.txt"), "name a second model, or what is different"),
+        (("new", "--data", "absent.txt"), "absent.txt"),
+        (("absent", "--data", "law.txt"), "absent"),
+        (("new", "--data", "law.txt", "--dtype-new", "int3"), "the dtype must be one of"),
+        (("new", "--data", "law.txt", "--max-bytes", "0"), "--max-bytes must be at least 1"),
+        (("new", "--data", "law.txt", "--window", "1000"), "window must be at most 128"),
+        (("new", "--data", "law.txt", "--experts-implementation-new", "no_such"), "no_such"),
+        (("new", "--data", "law.txt", "--gate", "gate.yaml"), "line 2: unknown metric 'agreement'"),
+        (("new", "--data", "law.txt", "--gate", "domains.yaml"), "there is no domain 'code'; the texts are of law"),
+        (("new", "--data", "law.txt", "--gate", "absent.yaml"), "absent.yaml"),
+        (("new", "--data", "law.txt", "--adapter", "new"), "has no adapter_config.json"),
+    ],
+)
+def test_bad_input_exits_with_2(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    (folder / "gate.yaml").write_text("checks:\n  - agreement >= 0.5\n")
+    (folder / "domains.yaml").write_text("checks:\n  - bits_per_byte.domain.code <= +0.5\n")
+    result = run("base", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in flat(result.output)
+    assert "Traceback" not in result.output
+
+
+def test_the_example_gate_can_be_read():
+    from pathlib import Path
+
+    from hf_moe.observability.gate import Gate
+
+    gate = Gate.load(Path(__file__).parent.parent / "recipes" / "configs" / "gate.yaml")
+    assert "bits_per_byte.worst_domain" in [check.metric for check in gate.checks]
