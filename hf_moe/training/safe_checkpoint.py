@@ -237,7 +237,8 @@ def _choose(output_dir: str, wanted: str | bool | None) -> str | None:
             raise ValueError(
                 f"no valid checkpoint in {output_dir!r}. Name one, or begin anew (resume_from_checkpoint 'auto' does)."
             )
-        logger.warning(f"Resuming from {newest!r}." if newest else f"No checkpoint in {output_dir!r}: from step 0.")
+        if newest is not None:
+            logger.warning(f"Resuming from {newest!r}.")
         return newest
     folder = Path(wanted)
     if not (folder / MANIFEST).exists():

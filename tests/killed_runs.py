@@ -1,6 +1,6 @@
 """Kill a training run (SIGKILL) at every step of a save and at random times: it must resume to the same weights.
 
-    python tests/kill_runs.py --points 6 --random 2 --groups 1       prints JSON
+    python tests/killed_runs.py --points 6 --random 2 --groups 1       prints JSON
 
 One parent imports the libraries once and forks a child for every run; it never trains itself. A save's steps are found
 by listening in the child: Python's audit events for files and folders below the output folder, `os.fsync`, and the
