@@ -35,8 +35,9 @@ def rows(same: bool = False) -> list[dict[str, torch.Tensor]]:
     mask, labels = torch.ones_like(ids), ids.clone()
     if not same:
         for row in range(ROWS):
-            ids[row, LENGTH - row // 2 :], mask[row, LENGTH - row // 2 :] = 0, 0
-            labels[row, : 1 + row % 3], labels[row, LENGTH - row // 2 :] = -100, -100
+            end = LENGTH - 3 * row % 5
+            ids[row, end:], mask[row, end:] = 0, 0
+            labels[row, : 1 + row % 3], labels[row, end:] = -100, -100
     columns = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return [{name: column[row] for name, column in columns.items()} for row in range(ROWS)]
 

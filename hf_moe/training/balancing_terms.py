@@ -172,8 +172,11 @@ class BalancingTerms:
 def _checked_scores(event: Routing, config: BalancingConfig) -> RouterScores:
     """What the layer's logits mean; raises if a term cannot be made of them."""
     name, logits = event.layer.name, event.logits
-    if logits is None:
-        raise BalancingError(f"the router of layer {name!r} returns no logits: there is nothing to balance it by.")
+    if logits is None or logits.shape[-1] < event.layer.num_experts:
+        raise BalancingError(
+            f"the router of layer {name!r} returns no logits of all experts: there is nothing to balance it by. "
+            "transformers 5.23 returns them in every family (5.17 not in Granite)."
+        )
     assert event.layer.router is not None  # checked before training
     trained = [parameter for parameter in event.layer.router.parameters() if parameter.requires_grad]
     # parameters that FSDP has replaced for the forward are not those of the graph

@@ -99,7 +99,7 @@ class _TrainingLoad(RoutingListener):
 
     def on_routing(self, event: Routing) -> None:
         experts = event.layer.num_experts
-        num_choices = experts if event.logits is None else event.logits.shape[-1]
+        num_choices = experts if event.logits is None else max(experts, event.logits.shape[-1])
         choice = routing_choice(replace(event, choice=None), num_choices)
         mask = None if event.mask is None else event.mask.to(choice.device)
         counts = assignment_counts(choice, num_choices, mask)[:experts]

@@ -13,6 +13,7 @@ from balanced_step import arguments, model_of, one_step, rows
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.models.watch_routing import watch_routing
+from hf_moe.training import bias_update
 from hf_moe.training.balancing import BalancingCallback, BalancingConfig, BalancingMixin
 from hf_moe.training.balancing_checks import BalancingError, balanced_layers
 from hf_moe.training.bias_update import correction_bias, update_bias
@@ -180,18 +181,23 @@ def counts_by_layer(model, batch):
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2", "ernie4_5_moe"])
-def test_the_bias_follows_the_load_of_the_optimizer_step(family, reentrant, tmp_path):
+def test_the_bias_follows_the_load_of_the_optimizer_step(family, reentrant, tmp_path, monkeypatch):
     """Two micro-batches, one update; padding counts nowhere; recomputation counts once."""
     model = build_tiny(family)[0]
     table = {name: torch.stack([row[name] for row in rows()]) for name in rows()[0]}
     counts = counts_by_layer(model.train(), table)
     before = {layer.name: correction_bias(model, layer)[1].clone().view(-1) for layer in moe_layers(model)}
+    used = []
+    monkeypatch.setattr(
+        bias_update, "update_bias", lambda bias, load, *rest: (used.append(load), update_bias(bias, load, *rest))
+    )
     options = {}
     if reentrant is not None:
         model.enable_input_require_grads()
         options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainer_of(tmp_path, model, BIAS, accumulation=2, learning_rate=0.0, **options).train()
-    for layer in moe_layers(model):
+    for layer, found in zip(moe_layers(model), used, strict=True):
+        assert torch.equal(found, counts[layer.name])
         load = counts[layer.name].double()
         expected = 0.01 * torch.sign(load.mean() - load).float()
         torch.testing.assert_close(correction_bias(model, layer)[1].view(-1) - before[layer.name], expected)
