@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
 
 LARGEST_CPU_BATCH = 16
@@ -79,7 +80,7 @@ class HfMoeLM(HFLM):
         options.setdefault("backend", "causal")
         super().__init__(pretrained, device=device, batch_size=batch_size or "auto", **options)
         if adapter is not None:
-            self._model = attach_adapter(self.model, adapter).eval()
+            self._model = load_adapter(self.model, adapter).eval()
             self.peft = adapter
         if self.batch_size == "auto" and self.device.type == "cpu":
             self.batch_size_per_gpu: int | str = cpu_batch_size(self.model, self.max_length)
@@ -150,19 +151,6 @@ def _new_tokens(options: dict[str, Any], default: int) -> int:
     """lm-eval's rule, with the names that it takes for the same thing."""
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     return next((int(options[name]) for name in names if options.get(name) is not None), default)
-
-
-def attach_adapter(model: nn.Module, adapter: str) -> nn.Module:
-    """The model with a PEFT adapter; LoRA on fused experts without `W + BA` where that is possible."""
-    from peft import PeftModel
-    from peft.tuners.lora.layer import ParamWrapper
-
-    from hf_moe.adapters.expert_lora import accelerate_adapters
-
-    adapted = PeftModel.from_pretrained(model, adapter)
-    if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
-        accelerate_adapters(adapted)
-    return adapted
 
 
 def without_right_padding(tokens: Tensor) -> Tensor:

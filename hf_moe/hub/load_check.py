@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from hf_moe.adapters.frozen_router import HASH_FILE, RouterNotFrozenError, verify_adapter_base
+from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.hub.upload_files import ADAPTER_CONFIG, LoadsBackError, read_json
 
 _HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
@@ -71,15 +72,10 @@ def _check_model(folder: Path, trust_remote_code: bool) -> LoadCheck:
 
 
 def _check_adapter(folder: Path, base: Path, trust_remote_code: bool) -> LoadCheck:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise LoadsBackError('adapters are checked with peft. Install it: pip install "hf-moe[recipes]"') from error
     fits = _fits(base)
     model, _ = _load_model(base, trust_remote_code, _dtype(folder), fits)
     name = type(model).__name__
-    model = PeftModel.from_pretrained(model, str(folder))
-    _check_adapter_tensors(folder, model)
+    model = load_adapter(model, folder, accelerate=False)
     return _check_numbers(folder, model, fits, f"loads on {name}")
 
 
@@ -94,29 +90,6 @@ def _check_numbers(folder: Path, model: nn.Module, fits: bool, said: str) -> Loa
         said += f", routers as in {HASH_FILE}"
     _run(model, folder)
     return LoadCheck(f"{said}, a forward pass is finite", True)
-
-
-def _check_adapter_tensors(folder: Path, model: nn.Module) -> None:
-    """What was loaded, saved again, must be what the file holds: PEFT only warns of missing and extra tensors."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise LoadsBackError(f"{str(folder)!r} holds no {path.name}. Save the adapter as safetensors.")
-    stored, loaded = load_file(path), get_peft_model_state_dict(model)
-    for name in sorted(stored.keys() | loaded.keys()):
-        if name not in loaded or name not in stored:
-            where = "the adapter has no such tensor" if name not in loaded else "the file lacks it"
-            raise LoadsBackError(f"{str(path)!r} does not load back: {name}: {where}. Save the adapter again.")
-        if not _same(stored[name], loaded[name]):
-            raise LoadsBackError(f"{str(path)!r} does not load back: {name} changes. Save the adapter again.")
-
-
-def _same(stored: torch.Tensor, loaded: torch.Tensor) -> bool:
-    if loaded.is_meta:
-        return stored.shape == loaded.shape
-    return torch.equal(stored.to(loaded.dtype), loaded.to(stored.device))
 
 
 def _load_model(

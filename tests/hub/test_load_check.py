@@ -79,9 +79,9 @@ def test_weights_of_a_native_model(change, words, native, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop("lora_B"), "lora_B.*: the file lacks it"),
-        (lambda tensors: tensors.update({"base_model.model.extra": torch.ones(1)}), "extra: the adapter has no such"),
-        (poison("lora_A"), "NaN or infinity|changes"),
+        (drop("lora_B"), "lacks .*lora_B.*new weights"),
+        (lambda tensors: tensors.update({"base_model.model.extra": torch.ones(1)}), "holds .*extra.*no place for"),
+        (poison("lora_A"), "NaN or infinite"),
     ],
     ids=["missing", "extra", "nan"],
 )
@@ -116,7 +116,7 @@ def test_without_the_memory_names_and_shapes_are_compared(native, monkeypatch, t
     with pytest.raises(LoadsBackError, match="missing keys"):
         check_loads(spoil(native / "base", tmp_path / "spoilt", drop("self_attn.q_proj")))
     spoilt = spoil(native / "adapter", tmp_path / "adapter", drop("lora_B"), "adapter_model.safetensors")
-    with pytest.raises(LoadsBackError, match="the file lacks it"):
+    with pytest.raises(LoadsBackError, match="lacks .*lora_B"):
         check_loads(spoilt, native / "base")
 
 
