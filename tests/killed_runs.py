@@ -117,7 +117,7 @@ def train(folder: Path, result: Path, *callbacks: TrainerCallback, workers: int 
     """Resume if there is something to resume, and keep weights, optimizer and the step it began at."""
     trainer = make_trainer(folder, callbacks=callbacks, dataloader_num_workers=workers)
     trainer.train(resume_from_checkpoint="auto")
-    torch.save({"began": trainer._initial_global_step, "state": state(trainer)}, result)
+    torch.save({"began": trainer.began, "state": state(trainer)}, result)
 
 
 class Runs:

@@ -13,7 +13,13 @@ STEPS, SAVE_EVERY = 6, 2
 
 
 class SafeTrainer(SafeCheckpointMixin, MoeTrainer):
-    pass
+    """Notes the step at which it began."""
+
+    began: int
+
+    def _run_epoch(self, **epoch):
+        self.began = min(self.state.global_step, getattr(self, "began", STEPS))
+        super()._run_epoch(**epoch)
 
 
 def arguments(folder, **overrides):

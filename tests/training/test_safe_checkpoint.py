@@ -16,6 +16,7 @@ from hf_moe.training.safe_checkpoint import state_bytes
 from hf_moe.training.termination import EXIT_CODE, Terminated
 from safe_runs import STEPS, SafeTrainer, assert_same, make_trainer, state, train
 from tiny_moe import hf_moe_model, with_expert_lora
+from torchrun import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_resuming_is_exact(workers, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, callbacks=[At(5, interrupt)], dataloader_num_workers=workers)
     resumed = train(tmp_path, resume=True, dataloader_num_workers=workers)
-    assert resumed._initial_global_step == 4
+    assert resumed.began == 4
     assert_same(state(resumed), whole[2])
 
 
@@ -149,8 +150,8 @@ def test_after_the_last_step_nothing_is_trained(whole):
 def test_auto_begins_anew_where_there_is_nothing(tmp_path):
     with pytest.raises(ValueError, match="no valid checkpoint in"):
         train(tmp_path, resume=True)
-    assert train(tmp_path, resume="auto", max_steps=2)._initial_global_step == 0
-    assert train(tmp_path, resume="auto", max_steps=4)._initial_global_step == 2
+    assert train(tmp_path, resume="auto", max_steps=2).began == 0
+    assert train(tmp_path, resume="auto", max_steps=4).began == 2
 
 
 def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, caplog):
@@ -163,7 +164,7 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, caplog):
         train(tmp_path, resume=str(tmp_path / "checkpoint-4"))
     caplog.clear()
     resumed = train(tmp_path, resume=True, max_steps=4)
-    assert resumed._initial_global_step == 2
+    assert resumed.began == 2
     assert "checkpoint-4', which is now 'skipped-checkpoint-4': model.safetensors has changed" in caplog.text
     assert f"Resuming from '{tmp_path / 'checkpoint-2'}'" in caplog.text
 
@@ -172,7 +173,7 @@ def test_a_checkpoint_of_another_program_is_used_if_named(tmp_path, caplog):
     train(tmp_path, max_steps=2)
     (tmp_path / "checkpoint-2" / MANIFEST).unlink()
     resumed = train(tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=4)
-    assert resumed._initial_global_step == 2
+    assert resumed.began == 2
     assert "has no manifest.json: whether it is whole cannot be checked" in caplog.text
 
 
@@ -185,7 +186,7 @@ def test_what_a_killed_run_left_is_cleaned_or_finished(tmp_path):
     (tmp_path / ".tmpAbC123").write_text("half")
     (tmp_path / ".adapter.tmp").mkdir()
     resumed = train(tmp_path, resume=True, max_steps=4)
-    assert resumed._initial_global_step == 4
+    assert resumed.began == 4
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
@@ -203,7 +204,7 @@ def test_sigterm_saves_and_resumes_exactly(event, whole, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     resumed = train(tmp_path, resume=True)
-    assert resumed._initial_global_step == 3
+    assert resumed.began == 3
     assert_same(state(resumed), whole[2])
 
 
@@ -257,7 +258,7 @@ def test_a_failed_save_keeps_the_last_checkpoint(case, whole, tmp_path):
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     resumed = train(tmp_path, resume=True)
-    assert resumed._initial_global_step == 2
+    assert resumed.began == 2
     assert_same(state(resumed), whole[2])
 
 
@@ -285,4 +286,9 @@ def test_a_checkpoint_sealed_by_hand_is_taken(tmp_path):
     train(tmp_path, max_steps=2)
     (tmp_path / "checkpoint-2" / MANIFEST).unlink()
     seal(tmp_path / "checkpoint-2")
-    assert train(tmp_path, resume=True, max_steps=2)._initial_global_step == 2
+    assert train(tmp_path, resume=True, max_steps=2).began == 2
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    torchrun(Path(__file__).with_name("safe_checkpoint_worker.py"), str(tmp_path))
