@@ -1,12 +1,17 @@
-"""Plots of a run as PNG files. Needs matplotlib, which is imported when a plot is drawn."""
+"""Plots of a run as PNG or SVG files, by the path's ending. Needs matplotlib, which is imported when one is drawn."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hf_moe.observability.layer_statistics import LayerStatistics
+
 BLUE, ORANGE, GREY = "#2f6db5", "#e07b28", "#9a9a9a"
+BLUE_TO_ORANGE = ("#12406f", "#2f6fab", "#86b1d6", "#f3f1ec", "#eaa862", "#c56a1f", "#7c3205")
 
 
 def plot_loss(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
@@ -60,19 +65,62 @@ def plot_bits_per_byte(
     _save(figure, path)
 
 
-def plot_expert_load(path: Path, loads: Mapping[str, Sequence[Tensor]]) -> None:
+def plot_layer_load(path: Path, layers: Sequence[LayerStatistics], labels: Sequence[str]) -> None:
+    """A heat map: layers by experts, load as a multiple of the even share, on a logarithmic scale; dead ones black."""
+    values = torch.full((len(layers), max(layer.num_experts for layer in layers)), math.nan)
+    for row, layer in enumerate(layers):
+        octaves = (layer.load * layer.num_experts).log2()
+        # far below the scale, apart from what is only small
+        values[row, : layer.num_experts] = octaves.clamp(-3, 3).where(layer.counts > 0, -99.0)
+    figure, (axis,) = _figure(1, 1, width=8, height=min(max(0.24 * len(layers) + 1.2, 2.2), 14))
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("blue-orange", BLUE_TO_ORANGE).with_extremes(bad="none", under="black")
+    image = axis.imshow(values.numpy(), aspect="auto", cmap=colours, vmin=-3, vmax=3, interpolation="nearest")
+    step = 1 + len(layers) // 41
+    axis.set_yticks(range(0, len(layers), step), labels[::step])
+    axis.set(title="Load of every expert (black: no token)", xlabel="expert")
+    axis.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axis, ticks=range(-3, 4), fraction=0.05, pad=0.02)
+    bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "even", "2", "4", "8"])
+    _save(figure, path)
+
+
+def plot_load_histograms(path: Path, layers: Sequence[LayerStatistics], labels: Sequence[str]) -> None:
+    """For every layer its experts from the busiest on, load as a multiple of the even share (the line)."""
+    columns = min(len(layers), 4)
+    rows = -(-len(layers) // columns)
+    figure, axes = _figure(rows, columns, width=2.6 * columns + 0.6, height=1.5 * rows + 0.4)
+    for axis, layer, label in zip(axes, layers, labels, strict=False):
+        loads = (layer.load * layer.num_experts).sort(descending=True).values.tolist()
+        axis.bar(range(len(loads)), loads, 0.9 if len(loads) < 65 else 1.0, color=BLUE)
+        axis.axhline(1, color="#333333", linewidth=0.8, linestyle="--")
+        axis.set(title=label, xticks=[], ylim=(0, max(2.0, 1.08 * max(loads))))
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=8)
+    for axis in axes[len(layers) :]:
+        axis.set_visible(False)
+    figure.supylabel("load / even share", fontsize=9)
+    figure.supxlabel("experts, busiest first", fontsize=9)
+    _save(figure, path)
+
+
+def plot_expert_load(path: Path, loads: Mapping[str, Sequence[Tensor]], titles: Sequence[str] | None = None) -> None:
     """A heat map per MoE layer: domains by experts, load as a multiple of the mean (1 = balanced).
 
     Args:
         loads: Domain -> per layer the counts of shape (num_experts,).
+        titles: One for each layer; by default they are numbered.
     """
     domains = list(loads)
     layers = len(loads[domains[0]])
+    titles = titles or [f"MoE layer {layer}" for layer in range(layers)]
     columns = 2 if layers > 1 else 1
     rows = -(-layers // columns)
     figure, axes = _figure(rows, columns, width=5.2 * columns, height=(0.32 * len(domains) + 1.1) * rows)
     shares = [
-        [(loads[name][layer] / loads[name][layer].sum()).tolist() for name in domains] for layer in range(layers)
+        [(loads[name][layer] / loads[name][layer].sum().clamp_min(1)).tolist() for name in domains]
+        for layer in range(layers)
     ]
     relative = [[[value * len(row) for value in row] for row in layer] for layer in shares]
     top = max(value for layer in relative for row in layer for value in row)
@@ -81,7 +129,7 @@ def plot_expert_load(path: Path, loads: Mapping[str, Sequence[Tensor]]) -> None:
     for layer, axis in enumerate(axes[:layers]):
         image = axis.imshow(relative[layer], aspect="auto", cmap="viridis", vmin=0, vmax=top)
         axis.set_yticks(range(len(domains)), domains)
-        axis.set(title=f"MoE layer {layer}", xlabel="expert", xticks=range(0, experts, 1 + experts // 33))
+        axis.set(title=titles[layer], xlabel="expert", xticks=range(0, experts, 1 + experts // 33))
         axis.spines[:].set_visible(False)
     for axis in axes[layers:]:
         axis.set_visible(False)
@@ -106,5 +154,9 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[An
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no Software tag: the same figures give the same bytes
-    figure.savefig(path, metadata={"Software": None})
+    from matplotlib import rc_context
+
+    # no tag of software or date, no random ids: the same figures give the same bytes
+    is_svg = path.suffix == ".svg"
+    with rc_context({"svg.hashsalt": "hf_moe", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None} if is_svg else {"Software": None})

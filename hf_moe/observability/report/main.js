@@ -19,7 +19,6 @@ function start(report) {
     if (tokens) colourTokens(tokens);
   };
   const chooseLayer = (layer) => {
-    hideTip();
     Object.assign(state, { layer, expert: null });
     drawLayer();
   };
@@ -62,6 +61,8 @@ function listen(report, state, { chooseLayer, drawAll, drawBars, drawLoad }) {
     width = document.documentElement.clientWidth;
     drawAll();
   });
+  // a touch elsewhere puts the tip away
+  window.addEventListener("pointerdown", (event) => event.target.closest(".inner, .tokens") || hideTip(), { capture: true });
   window.addEventListener("scroll", hideTip, { passive: true });
   window.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
 }

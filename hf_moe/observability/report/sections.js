@@ -202,7 +202,7 @@ function drawTogether(report, state) {
     element("div", { className: "pairs" }, [left, list]),
   );
   drawPairs(chart, view, found);
-  showRamp(legend, "--ramp", ["¼", "½", "as loads say", "2×", "4×"]);
+  showRamp(legend, "--ramp", ["⅛", "¼", "½", "as loads say", "2×", "4×", "8×"]);
 }
 
 function togetherMissing(report, view, pairs) {
@@ -228,7 +228,7 @@ function pairRatios(view, pairs) {
 }
 
 function drawPairs(host, view, { experts, counts, together, ratio }) {
-  const ramp = ratioRamp(2);
+  const ramp = ratioRamp(OCTAVES);
   const unknown = rgb(cssColours("--rule")[0]);
   const size = Math.max(Math.min((Math.min(host.clientWidth, 600) - 60) / experts, 34), 1.5);
   heatMap(host, {

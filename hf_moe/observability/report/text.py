@@ -5,7 +5,6 @@ as it is: controls, marks that turn the reading direction around, lone surrogate
 """
 
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -50,16 +49,21 @@ def short_labels(names: Sequence[str]) -> list[str]:
     single = re.search(r"\.(\d{1,6})\.", names[0])
     if len(names) == 1 and single:
         return [f"layer {single[1]}"]
-    return [visible(name, 60) for name in names]
+    return [visible(label, 60) for label in (middles if all(middles) else names)]
 
 
 def _shared_ends(names: Sequence[str]) -> tuple[str, str]:
     """The start and the end that all names share, at whole parts of the path."""
     if len(names) == 1:
         return "", ""
-    before = os.path.commonprefix(list(names)).rpartition(".")
-    after = os.path.commonprefix([name[::-1] for name in names]).rpartition(".")
+    before = _shared_start(names).rpartition(".")
+    after = _shared_start([name[::-1] for name in names]).rpartition(".")
     return before[0] + before[1], (after[0] + after[1])[::-1]
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    first, last = min(names), max(names)
+    return next((first[:i] for i, letter in enumerate(first) if not last.startswith(letter, i)), first)
 
 
 def count(value: float) -> str:
@@ -83,7 +87,7 @@ def percent(share: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """2.134 -> "2.1×"; NaN is a dash."""
+    """2.134 -> "2.1" with a multiplication sign; NaN is a dash."""
     if math.isnan(ratio):
         return "–"
     return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×" if ratio >= 1 else f"{ratio:.2f}×"

@@ -1,0 +1,205 @@
+"""hf-moe trace"""
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hf_moe.cli.common import app, fail, require
+
+TRACE, REPORT, METRICS = "trace", "report.html", "metrics.json"
+# larger models get a choice of layers
+MOST_PANELS = 12
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text: a .txt, .md, .jsonl or .parquet file, a folder of them, or 'embedded'. Repeatable."),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter's folder or name.")] = None,
+    by_domain: Annotated[
+        bool, typer.Option("--by-domain", help="Each file on its own, or the field 'domain' of its records.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each domain, drawn from all over it.")] = 10_000,
+    detail: Annotated[
+        Literal["counts", "tokens"], typer.Option(help="Sums only, or also the experts of every token.")
+    ] = "tokens",
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Store neither text nor ids of tokens, only a hash of each passage.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
+    experts_implementation: Annotated[str | None, typer.Option(help="Experts backend, such as hf_moe.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for page, trace, figures and plots.")] = Path("trace-output"),
+) -> None:
+    """Run a model over text and see its routing: a page to look at, a verdict, figures and plots."""
+    require("recipes", "datasets", "jinja2", "matplotlib", "peft", "pyarrow")
+    from hf_moe.evaluation.model_comparison import ModelChoice
+
+    if not data:
+        fail("give text to trace, such as --data law.txt --data code.jsonl, or --data embedded.")
+    if max_tokens < 1:
+        fail(f"--max-tokens must be at least 1, got {max_tokens}.")
+    if no_text and detail == "counts":
+        fail("--no-text is for --detail tokens: counts hold no text.")
+    _check_output(output)
+    try:
+        choice = ModelChoice(model, adapter, dtype, experts_implementation, device)
+        texts = _read(data, by_domain)
+        found = _trace(choice, texts, max_tokens, detail, audit=no_text)
+        _write(output, found, _name(choice))
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted. Nothing was written.", code=130)
+    _print(found, output)
+
+
+def _name(choice: Any) -> str:
+    """What the page is called; a folder named only "model" goes with the one that it is in."""
+    folder = Path(choice.path)
+    return f"{folder.resolve().parent.name}/{choice.name}" if folder.name == "model" else choice.name
+
+
+def _check_output(output: Path) -> None:
+    """Only a result of this command may be replaced."""
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free and not (output / METRICS).is_file():
+        fail(f"the folder {str(output)!r} holds something else. Name a new one with --output.")
+
+
+def _read(paths: Sequence[str], by_domain: bool) -> dict[str, list[str]]:
+    """Documents by domain, in a random order that is always the same: the first ones are from all over the text."""
+    from hf_moe.evaluation.domains import read_domains
+    from hf_moe.training.text_files import SUFFIXES, read_documents
+
+    domains: dict[str, list[str]] = {}
+    for path in paths:
+        is_plain = Path(path).is_dir() or (Path(path).suffix in SUFFIXES and Path(path).exists())
+        for name, documents in (read_documents([Path(path)]) if is_plain else read_domains([path])).items():
+            domains.setdefault(name, []).extend(documents)
+    if not by_domain:
+        domains = {"text": list(chain.from_iterable(domains.values()))}
+    for documents in domains.values():
+        random.Random(0).shuffle(documents)
+    return domains
+
+
+def _trace(choice: Any, texts: dict[str, list[str]], max_tokens: int, detail: Any, *, audit: bool) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from hf_moe.evaluation.model_comparison import load_model
+    from hf_moe.observability.trace_texts import trace_texts
+
+    disable_progress_bar()
+    model: Any = load_model(choice)
+    tokenizer = AutoTokenizer.from_pretrained(choice.path)
+    with _progress(model, len(texts) * max_tokens):
+        return trace_texts(model, tokenizer, texts, detail=detail, max_tokens=max_tokens, audit=audit)
+
+
+@contextmanager
+def _progress(model: Any, most_tokens: int) -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("tokens"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=most_tokens)
+
+        def advance(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            progress.advance(task, int(kwargs["attention_mask"].sum()))
+
+        hook = model.register_forward_hook(advance, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _write(output: Path, found: Any, name: str) -> None:
+    """All files or none."""
+    from hf_moe.observability.report.from_trace import report_data
+    from hf_moe.observability.report.page import write_report
+    from hf_moe.training.checkpoints import whole_folder, write_json
+
+    with whole_folder(output) as folder:
+        found.save(folder / TRACE)
+        write_report(folder / REPORT, report_data(found, name))
+        write_json(folder / METRICS, _metrics(found, name))
+        _plot(folder / "plots", found)
+
+
+def _metrics(found: Any, name: str) -> dict[str, Any]:
+    """JSON values; what is not known is null."""
+    from hf_moe.observability.health import diagnose
+
+    health = diagnose([found.statistics(layer) for layer in found.layers])
+    parts = {"all": found.metrics(), **{f"domain {domain}": found.metrics(domain) for domain in found.domains}}
+    return {
+        "model": name,
+        "model_facts": found.model_facts,
+        "health": {
+            "verdict": health.verdict,
+            "pattern": health.pattern,
+            "findings": [vars(finding) for finding in health.findings],
+        },
+        "metrics": {part: _known(figures) for part, figures in parts.items()},
+    }
+
+
+def _known(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _plot(folder: Path, found: Any) -> None:
+    from hf_moe.observability.plots import plot_expert_load, plot_layer_load, plot_load_histograms
+    from hf_moe.observability.report.text import short_labels
+
+    layers, labels = [found.statistics(layer) for layer in found.layers], short_labels(found.layers)
+    plot_layer_load(folder / "layer_load.png", layers, labels)
+    plot_load_histograms(folder / "load_histograms.png", layers, labels)
+    if len(found.domains) > 1:
+        shown = range(0, len(layers), -(-len(layers) // MOST_PANELS))
+        loads = {name: [found.statistics(layers[i].name, name).counts for i in shown] for name in found.domains}
+        plot_expert_load(folder / "domain_load.png", loads, [labels[i] for i in shown])
+
+
+def _print(found: Any, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from hf_moe.observability.health import diagnose
+    from hf_moe.observability.report.text import count, decimal, short_labels, times
+
+    layers, labels = [found.statistics(layer) for layer in found.layers], short_labels(found.layers)
+    health = diagnose(layers)
+    table = Table("layer", *_right("tokens", "busiest expert", "dead", "load CV", "router entropy"))
+    for layer, label in zip(layers, labels, strict=True):
+        busiest = f"{times(1 + layer.max_violation)} the even share"
+        figures = (busiest, count(len(layer.dead_experts)), decimal(layer.load_cv), decimal(layer.router_entropy))
+        table.add_row(Text(label), count(layer.tokens), *figures)
+    console = Console()
+    console.print(table)
+    summary, *findings = str(health).split("\n")
+    console.print(Text(summary, style="bold green" if health.healthy else "bold yellow"))
+    for finding in findings:
+        console.print(Text(f"  {finding}"), soft_wrap=True)
+    for file in (REPORT, METRICS, TRACE, "plots"):
+        typer.echo(f"  {output / file}")
+
+
+def _right(*names: str) -> Iterable[Any]:
+    from rich.table import Column
+
+    return [Column(name, justify="right") for name in names]
