@@ -89,12 +89,12 @@ def check_adapter(folder: Path) -> list[StoredTensor]:
     Raises:
         AdapterError: Naming the file, the value and the rule.
     """
+    config = _read_config(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = (
             " (adapter_model.bin is a pickle, which can run code)" if (folder / "adapter_model.bin").exists() else ""
         )
         raise AdapterError(f"{str(folder)!r} holds no {WEIGHTS}{pickled}. Save the adapter with save_pretrained.")
-    config = _read_config(folder / CONFIG)
     try:
         stored = read_headers([str(folder / WEIGHTS)])
     except CheckpointError as error:
@@ -128,9 +128,12 @@ def _local(adapter: str | Path) -> Path:
         raise AdapterError(f"there is no adapter {str(adapter)!r:.200}, neither a folder nor on the Hub.") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{str(path.parent)!r} holds no {CONFIG}. Save the adapter with save_pretrained.")
+        below = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG}"))
+        hint = f", such as {below[-1]!r}" if below else ""
+        raise AdapterError(f"{str(folder)!r} has no {CONFIG}. Name the folder of an adapter{hint}.")
     if path.stat().st_size > _LONGEST_CONFIG:
         raise AdapterError(f"{str(path)!r} has {path.stat().st_size:,} bytes, at most {_LONGEST_CONFIG:,} are read.")
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.evaluation.text_probe import WINDOW, Measurement, TextProbe, context_of
 from hf_moe.evaluation.weight_drift import LayerDrift, is_exact, weight_drift
@@ -235,27 +236,8 @@ def load_model(choice: ModelChoice) -> nn.Module:
             "Mixture-of-Experts model."
         )
     if choice.adapter is not None:
-        model = _with_adapter(model, choice.adapter)
+        return load_adapter(model, choice.adapter).eval()
     return model.eval()
-
-
-def _with_adapter(model: nn.Module, adapter: str) -> Any:
-    from peft import PeftModel
-    from peft.tuners.lora.layer import ParamWrapper
-
-    from hf_moe.adapters.expert_lora import accelerate_adapters
-
-    folder = Path(adapter)
-    if folder.is_dir() and not (folder / "adapter_config.json").exists():
-        below = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
-        hint = f", such as {below[-1]}" if below else ""
-        raise EvaluationError(
-            f"the folder {adapter!r} has no adapter_config.json. Name the folder of an adapter{hint}."
-        )
-    adapted = PeftModel.from_pretrained(model, adapter)
-    if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
-        accelerate_adapters(adapted)
-    return adapted
 
 
 def _tokenizers(base: ModelChoice, new: ModelChoice, both: str | None) -> list[PreTrainedTokenizerBase]:

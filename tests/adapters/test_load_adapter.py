@@ -88,7 +88,7 @@ BROKEN = {
     "nested json": (lambda folder: (folder / CONFIG).write_text("[" * 10**5), "not valid JSON"),
     "a list": (lambda folder: (folder / CONFIG).write_text("[]"), "must be a mapping"),
     "large config": (lambda folder: (folder / CONFIG).write_text(" " * (5 * 2**20)), "at most"),
-    "no config": (lambda folder: (folder / CONFIG).unlink(), "holds no adapter_config.json"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "has no adapter_config.json"),
     "a pickle": (pickled, "is a pickle, which can run code"),
     "one byte cut off": (cut, "1 bytes are missing"),
     "git-lfs pointer": (
@@ -127,3 +127,8 @@ def test_an_adapter_of_another_model(saved):
 def test_no_such_adapter(tmp_path):
     with pytest.raises(AdapterError, match="neither a folder nor on the Hub"):
         load_adapter(qwen_model(), tmp_path / "absent")
+
+
+def test_the_folder_above_is_told_from_the_adapter(saved):
+    with pytest.raises(AdapterError, match=r"such as .*adapter"):
+        load_adapter(qwen_model(), saved[0].parent)

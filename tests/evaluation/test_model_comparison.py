@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from hf_moe.adapters.load_adapter import AdapterError
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
 from hf_moe.evaluation.comparison_page import render, write_page
 from hf_moe.evaluation.comparison_table import print_comparison
@@ -183,7 +184,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, tokenizer):
         compare_models(bare, bare, TEXTS)
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-3" / "adapter_config.json").write_text("{}")
-    with pytest.raises(EvaluationError, match=r"has no adapter_config.json.*such as .*checkpoint-3"):
+    with pytest.raises(AdapterError, match=r"has no adapter_config.json.*such as .*checkpoint-3"):
         load_model(ModelChoice(str(tmp_path / "bare"), adapter=str(tmp_path / "run")))
     dense = model(mlp_only_layers=[0, 1])
     dense.save_pretrained(tmp_path / "dense")
