@@ -57,15 +57,15 @@ from hf_moe.observability.expert_load import count_expert_load, load_entropy, ma
 from hf_moe.observability.explain import explain
 from hf_moe.observability.plots import plot_bits_per_byte, plot_expert_load, plot_loss
 from hf_moe.observability.routing_agreement import record_choices, routing_agreement
-from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback, StopOnNonFinite
-from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed, whole_folder, write_json, write_text
+from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback
+from hf_moe.training.checkpoints import whole_folder, write_json, write_text
 from hf_moe.training.corpus import EMBEDDED, Domain, TextError, embedded_corpus
+from hf_moe.training.finetuning import RecipeTrainer
 from hf_moe.training.packing import PackedRows, mix, pack
 from hf_moe.training.stages import ResumableRun, RunRefusedError
 from hf_moe.training.surroundings import one_thread, quiet
 from hf_moe.training.text_files import read_domains
 from hf_moe.training.tokenizer import encode_documents, train_tokenizer
-from hf_moe.training.trainer import MoeTrainer
 
 LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "tokenizers")
 
@@ -274,15 +274,15 @@ def train(
         seed=recipe.seed,
         report_to="none",
     )
-    trainer = MoeTrainer(
+    trainer = RecipeTrainer(
         model=model,
         args=arguments,
         train_dataset=PackedRows(rows),
-        callbacks=[SealCheckpoints(), StopOnNonFinite(), *callbacks],
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(BalanceProgress)
-    trainer.train(resume_from_checkpoint=newest_sealed(arguments.output_dir))
+    trainer.train(resume_from_checkpoint="auto")
     return [record for record in trainer.state.log_history if "loss" in record]
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,13 +28,13 @@ from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
-from hf_moe.training.callbacks import StopOnNonFinite
-from hf_moe.training.checkpoints import SealCheckpoints, newest_sealed, whole_folder
+from hf_moe.training.checkpoints import whole_folder
 from hf_moe.training.corpus import TextError
 from hf_moe.training.encoding import Encoder, Encoding, Example
 from hf_moe.training.memory import StepMemory, step_memory
 from hf_moe.training.packing import draw
 from hf_moe.training.rows import Mixture, Rows, pack_examples, pad_examples
+from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.sources import DataError, Source, hold_out, read_source
 from hf_moe.training.trainer import MoeTrainer
 
@@ -222,26 +221,29 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+class RecipeTrainer(SafeCheckpointMixin, MoeTrainer):
+    """What the recipes train with."""
+
+
 def run(
     model: nn.Module,
     data: Data,
     arguments: RecipeTrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
-) -> MoeTrainer:
+) -> RecipeTrainer:
     """The ordinary Trainer over the mixture.
 
-    `resume_from_checkpoint: auto` goes on from the newest checkpoint that is whole.
+    `resume_from_checkpoint: auto` goes on from the newest checkpoint that is valid. SIGTERM saves one and ends the
+    program with the exit code 75.
     """
     set_seed(arguments.seed)
-    trainer = MoeTrainer(
+    trainer = RecipeTrainer(
         model=model,
         args=arguments,
         train_dataset=data.mixture(trained_rows(arguments, data), arguments.seed),
-        # sealed last: what the others write belongs to the checkpoint
-        callbacks=[StopOnNonFinite(), MetricsFile(), *callbacks, SealCheckpoints()],
+        callbacks=[MetricsFile(), *callbacks],
     )
-    resume: Any = arguments.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=newest_sealed(str(arguments.output_dir)) if resume == "auto" else resume)
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     return trainer
 
 
