@@ -23,7 +23,12 @@ if TYPE_CHECKING:
         verify_adapter_base,
         verify_router_frozen,
     )
+    from hf_moe.adapters.load_adapter import load_adapter
     from hf_moe.evaluation.bits_per_byte import bits_per_byte
+    from hf_moe.evaluation.masking import mask_experts
+    from hf_moe.evaluation.model_comparison import ModelChoice, compare_models
+    from hf_moe.evaluation.text_probe import TextProbe
+    from hf_moe.hub.card import model_card
     from hf_moe.models.modeling_hf_moe import (
         HfMoeForCausalLM,
         HfMoeForQuestionAnswering,
@@ -34,43 +39,75 @@ if TYPE_CHECKING:
     from hf_moe.models.moe_layers import MoeLayer, check_index_range, checked_routing, moe_layers
     from hf_moe.observability.expert_load import count_expert_load
     from hf_moe.observability.explain import explain, explain_config
+    from hf_moe.observability.gate import Gate
+    from hf_moe.observability.health import diagnose
+    from hf_moe.observability.recording import record_routing
+    from hf_moe.observability.replay import replay_routing
     from hf_moe.observability.routing_agreement import record_choices, routing_agreement
+    from hf_moe.observability.routing_comparison import compare_traces
+    from hf_moe.observability.routing_trace import RoutingTrace
+    from hf_moe.observability.trace_texts import trace_texts
+    from hf_moe.training.balancing import BalancingCallback, BalancingMixin
+    from hf_moe.training.balancing_config import BalancingConfig
     from hf_moe.training.callbacks import RouterFreezeCallback
+    from hf_moe.training.rollback import GatedRollbackCallback
+    from hf_moe.training.routing_metrics import CollapseCallback, RoutingMetricsCallback
+    from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
     from hf_moe.training.trainer import MoeTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterExpertsConfig": "hf_moe.adapters.adapter_experts",
+    "BalancingCallback": "hf_moe.training.balancing",
+    "BalancingConfig": "hf_moe.training.balancing_config",
+    "BalancingMixin": "hf_moe.training.balancing",
+    "CollapseCallback": "hf_moe.training.routing_metrics",
     "ExpertSelection": "hf_moe.adapters.expert_selection",
+    "Gate": "hf_moe.observability.gate",
+    "GatedRollbackCallback": "hf_moe.training.rollback",
     "HfMoeForCausalLM": "hf_moe.models.modeling_hf_moe",
     "HfMoeForQuestionAnswering": "hf_moe.models.modeling_hf_moe",
     "HfMoeForSequenceClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeForTokenClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeModel": "hf_moe.models.modeling_hf_moe",
+    "ModelChoice": "hf_moe.evaluation.model_comparison",
     "MoeLayer": "hf_moe.models.moe_layers",
     "MoeTrainer": "hf_moe.training.trainer",
     "RouterFreezeCallback": "hf_moe.training.callbacks",
     "RouterNotFrozenError": "hf_moe.adapters.frozen_router",
+    "RoutingMetricsCallback": "hf_moe.training.routing_metrics",
+    "RoutingTrace": "hf_moe.observability.routing_trace",
+    "SafeCheckpointMixin": "hf_moe.training.safe_checkpoint",
+    "TextProbe": "hf_moe.evaluation.text_probe",
     "accelerate_adapters": "hf_moe.adapters.expert_lora",
     "bits_per_byte": "hf_moe.evaluation.bits_per_byte",
     "check_index_range": "hf_moe.models.moe_layers",
     "checked_routing": "hf_moe.models.moe_layers",
+    "compare_models": "hf_moe.evaluation.model_comparison",
+    "compare_traces": "hf_moe.observability.routing_comparison",
     "count_expert_load": "hf_moe.observability.expert_load",
+    "diagnose": "hf_moe.observability.health",
     "expert_lora_config": "hf_moe.adapters.expert_lora",
     "explain": "hf_moe.observability.explain",
     "explain_config": "hf_moe.observability.explain",
     "export_adapter": "hf_moe.adapters.export",
     "fold_selected_experts": "hf_moe.adapters.esft",
     "freeze_router": "hf_moe.adapters.frozen_router",
+    "load_adapter": "hf_moe.adapters.load_adapter",
     "mask_expert_lora": "hf_moe.adapters.esft",
+    "mask_experts": "hf_moe.evaluation.masking",
     "merge_and_check": "hf_moe.adapters.expert_lora",
+    "model_card": "hf_moe.hub.card",
     "moe_layers": "hf_moe.models.moe_layers",
     "record_choices": "hf_moe.observability.routing_agreement",
+    "record_routing": "hf_moe.observability.recording",
+    "replay_routing": "hf_moe.observability.replay",
     "router_hash": "hf_moe.adapters.frozen_router",
     "routing_agreement": "hf_moe.observability.routing_agreement",
     "save_router_hash": "hf_moe.adapters.frozen_router",
     "select_experts": "hf_moe.adapters.expert_selection",
+    "trace_texts": "hf_moe.observability.trace_texts",
     "train_selected_experts": "hf_moe.adapters.esft",
     "verify_adapter_base": "hf_moe.adapters.frozen_router",
     "verify_router_frozen": "hf_moe.adapters.frozen_router",
@@ -91,37 +128,57 @@ register()
 
 __all__ = [
     "AdapterExpertsConfig",
+    "BalancingCallback",
+    "BalancingConfig",
+    "BalancingMixin",
+    "CollapseCallback",
     "ExpertSelection",
+    "Gate",
+    "GatedRollbackCallback",
     "HfMoeConfig",
     "HfMoeForCausalLM",
     "HfMoeForQuestionAnswering",
     "HfMoeForSequenceClassification",
     "HfMoeForTokenClassification",
     "HfMoeModel",
+    "ModelChoice",
     "MoeLayer",
     "MoeTrainer",
     "RouterFreezeCallback",
     "RouterNotFrozenError",
+    "RoutingMetricsCallback",
+    "RoutingTrace",
+    "SafeCheckpointMixin",
+    "TextProbe",
     "accelerate_adapters",
     "bits_per_byte",
     "check_index_range",
     "checked_routing",
+    "compare_models",
+    "compare_traces",
     "count_expert_load",
+    "diagnose",
     "expert_lora_config",
     "explain",
     "explain_config",
     "export_adapter",
     "fold_selected_experts",
     "freeze_router",
+    "load_adapter",
     "mask_expert_lora",
+    "mask_experts",
     "merge_and_check",
+    "model_card",
     "moe_layers",
     "record_choices",
+    "record_routing",
     "register",
+    "replay_routing",
     "router_hash",
     "routing_agreement",
     "save_router_hash",
     "select_experts",
+    "trace_texts",
     "train_selected_experts",
     "verify_adapter_base",
     "verify_router_frozen",
