@@ -32,7 +32,7 @@ def test_every_case_is_measured_and_every_target_judged(tracing, tmp_path):
     data = json.loads((tmp_path / "tracing.json").read_text())
     assert list(data["cases"]) == ["step of 64 tokens", "forward of 64 tokens", "forward of 1 token"]
     for case in data["cases"].values():
-        assert {"plain", "counts", "tokens", "used_by_others"} == set(case)
+        assert {"plain", "plain again", "counts", "tokens", "used_by_others"} == set(case)
         assert case["plain"]["to_plain"] == 1
     assert [verdict["met"] in (True, False) for verdict in data["targets"]] == [True, True]
     assert {"date", "device", "versions", "threads", "rules", "model"} <= data.keys()

@@ -144,7 +144,7 @@ class _Watch:
         instead = self.on_routing(
             Routing(
                 layer=layer,
-                logits=_logits(returned, len(index)),
+                logits=_logits(layer, returned, len(index)),
                 weights=weights.reshape(index.shape),
                 index=index,
                 mask=None if self.call is None else self.call.token_mask(len(index)),
@@ -199,13 +199,13 @@ def _with(
     return tuple(args_list), kwargs
 
 
-def _logits(returned: Any, num_tokens: int) -> Tensor | None:
-    """The first floating-point tensor with a row for each token."""
+def _logits(layer: MoeLayer, returned: Any, num_tokens: int) -> Tensor | None:
+    """The first floating-point tensor with a row for each token and a column for each expert, at least."""
     candidates = returned if isinstance(returned, tuple) else (returned,)
     for value in candidates:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
             flat = value.reshape(-1, value.shape[-1])
-            if len(flat) == num_tokens:
+            if len(flat) == num_tokens and flat.shape[-1] >= layer.num_experts:
                 return flat
     return None
 

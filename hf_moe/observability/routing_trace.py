@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_moe.observability.layer_statistics import LayerStatistics
+from hf_moe.observability.token_table import TokenTable
+from hf_moe.observability.trace_files import StoredTrace, load_trace, save_trace
 
 if TYPE_CHECKING:
     import pandas
-
-    from hf_moe.observability.token_table import TokenTable
 
 # figures of `metrics`, each with the value of the worst layer: the largest or the smallest
 _WORST: dict[str, Callable[..., float]] = {
@@ -217,9 +217,23 @@ class RoutingTrace:
         Raises:
             FileExistsError: If the folder holds something else.
         """
-        from hf_moe.observability.trace_files import save_trace
+        self._update()
+        parts = {domain: [self.part(name, domain) for name in self.layers] for domain in self._parts}
+        save_trace(StoredTrace(list(self._empty.values()), parts, self.model_facts, self.tokens), Path(folder))
 
-        save_trace(self, Path(folder))
+    def report(self, path: str | Path, title: str | None = None) -> None:
+        """Write one HTML page about the trace, which needs no other file.
+
+        Args:
+            title: The model's name; its class if not given.
+
+        Raises:
+            ImportError: Without jinja2.
+        """
+        from hf_moe.observability.report.from_trace import report_data
+        from hf_moe.observability.report.page import write_report
+
+        write_report(Path(path), report_data(self, title))
 
     @staticmethod
     def load(folder: str | Path) -> "RoutingTrace":
@@ -229,9 +243,12 @@ class RoutingTrace:
             FileNotFoundError: If there is no trace.
             ValueError: If a file is damaged or of an unknown format.
         """
-        from hf_moe.observability.trace_files import load_trace
-
-        return load_trace(Path(folder))
+        stored = load_trace(Path(folder))
+        trace = RoutingTrace(stored.empty, stored.model_facts)
+        for domain, statistics in stored.parts.items():
+            trace.add(statistics, domain)
+        trace.tokens = stored.tokens
+        return trace
 
     def _update(self) -> None:
         if self._fetch is not None:

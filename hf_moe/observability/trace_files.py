@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
-from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.token_table import LayerSpec, TokenTable
 
 MANIFEST = "trace.json"
@@ -35,7 +34,28 @@ _MAX_MANIFEST_BYTES = 64 * 2**20
 _MAX_EXPERTS = 65535
 
 
-def save_trace(trace: RoutingTrace, folder: Path) -> None:
+@dataclass(frozen=True)
+class StoredTrace:
+    """What a folder holds.
+
+    Attributes:
+        empty: For each layer, in order, the statistics of no token.
+        parts: By domain (None: outside of every domain) the statistics of each layer, in the order of `empty`.
+        model_facts: JSON values.
+        tokens: The table of tokens, or None.
+    """
+
+    empty: list[LayerStatistics]
+    parts: dict[str | None, list[LayerStatistics]]
+    model_facts: dict[str, Any]
+    tokens: TokenTable | None
+
+    @property
+    def domains(self) -> list[str]:
+        return [domain for domain in self.parts if domain is not None]
+
+
+def save_trace(trace: StoredTrace, folder: Path) -> None:
     """See `RoutingTrace.save`."""
     if folder.exists() and not (folder.is_dir() and (_is_trace(folder) or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} exists and is no routing trace. Save the trace into a new folder.")
@@ -55,7 +75,7 @@ def save_trace(trace: RoutingTrace, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
-def load_trace(folder: Path) -> RoutingTrace:
+def load_trace(folder: Path) -> StoredTrace:
     """See `RoutingTrace.load`."""
     manifest = _read_manifest(folder)
     empty = [_layer(entry, folder) for entry in _list(manifest, "layers", folder)]
@@ -66,39 +86,36 @@ def load_trace(folder: Path) -> RoutingTrace:
         raise _damaged(folder, f"domains must be different names, got {domains!r}")
     if not isinstance(manifest.get("model_facts"), dict):
         raise _damaged(folder, "model_facts must be an object")
-    trace = RoutingTrace(empty, manifest["model_facts"])
     tensors = _read_tensors(folder)
+    parts: dict[str | None, list[LayerStatistics]] = {}
     for part, domain in enumerate([None, *domains]):
         statistics = [_statistics(each, f"{part}.{layer}", tensors, folder) for layer, each in enumerate(empty)]
         if domain is not None or any(each.tokens for each in statistics):
-            trace.add(statistics, domain)
+            parts[domain] = statistics
     if tensors:
         raise _damaged(folder, f"{STATISTICS} holds unexpected tensors: {', '.join(sorted(tensors)[:5])}")
+    tokens = None
     if manifest.get("tokens") is not None:
         specs = [LayerSpec(each.name, each.num_experts, each.top_k) for each in empty]
-        trace.tokens = TokenTable.open(folder, manifest["tokens"], specs)
-    return trace
+        tokens = TokenTable.open(folder, manifest["tokens"], specs)
+    return StoredTrace(empty, parts, manifest["model_facts"], tokens)
 
 
-def _manifest(trace: RoutingTrace) -> dict[str, Any]:
+def _manifest(trace: StoredTrace) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "layers": [
-            {"name": each.name, "num_experts": each.num_experts, "top_k": each.top_k}
-            for each in map(trace.statistics, trace.layers)
-        ],
+        "layers": [{"name": each.name, "num_experts": each.num_experts, "top_k": each.top_k} for each in trace.empty],
         "domains": trace.domains,
         "model_facts": trace.model_facts,
         "tokens": None,
     }
 
 
-def _tensors(trace: RoutingTrace) -> dict[str, Tensor]:
+def _tensors(trace: StoredTrace) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part, domain in enumerate([None, *trace.domains]):
-        for index, name in enumerate(trace.layers):
-            layer = trace.part(name, domain)
+        for index, layer in enumerate(trace.parts.get(domain, trace.empty)):
             place = f"{part}.{index}"
             dropped = -1 if layer.dropped is None else layer.dropped
             tensors[f"counts.{place}"] = layer.counts

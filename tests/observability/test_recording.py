@@ -188,6 +188,18 @@ def test_what_runs_in_inference_mode_or_autocast_adds_up(ids):
         assert torch.equal(found.coactivation.diagonal(), found.counts)
 
 
+def test_pairs_are_whole_under_autocast():
+    model = hf_moe_model()
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.router.weight.zero_()  # all tokens take the same two experts
+    odd = IDS[:1, :11].repeat(47, 1)
+    with torch.autocast("cpu", torch.bfloat16), record_routing(model) as trace:
+        model(input_ids=odd)
+    for name in trace.layers:
+        assert sorted(trace.statistics(name).coactivation.flatten().tolist())[-4:] == [517] * 4
+
+
 def test_probabilities_give_entropy_and_margin():
     model = hf_moe_model()
     mask = torch.ones_like(IDS)

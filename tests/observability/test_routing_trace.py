@@ -131,6 +131,14 @@ def test_an_interrupted_save_leaves_the_old_trace(tmp_path, monkeypatch):
     assert RoutingTrace.load(tmp_path / "trace").layers == list(LAYERS)
 
 
+def test_a_trace_writes_its_page(tmp_path):
+    pytest.importorskip("jinja2")
+    hand_made().report(tmp_path / "routing.html", "My model")
+    page = (tmp_path / "routing.html").read_text()
+    assert "My model" in page
+    assert "law" in page
+
+
 def manifest_with(**changes):
     return lambda folder: (folder / "trace.json").write_text(
         json.dumps({**json.loads((folder / "trace.json").read_text()), **changes})
