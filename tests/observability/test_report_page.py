@@ -121,9 +121,10 @@ def test_the_chosen_layer_is_in_every_chart(show, data):
     ratio = float(loads["law"][5] / sum(loads.values())[5] * 3)
     lines = hover(page, "#domain-map", 1, 5, 3, 8)
     assert lines[:2] == ["law · expert 5", f"{ratio:.{1 if ratio >= 1 else 2}f}× the mean over domains"]
-    lines = hover(page, "#together", 1, 4, 8, 8)
-    assert lines[0] == "Experts 1 and 4"
-    assert lines[1].startswith(f"{int(layer.coactivation[1, 4])} token")
+    for one, other in ((1, 4), (6, 7), (7, 0), (3, 2)):
+        lines = hover(page, "#together", one, other, 8, 8)
+        assert lines[0] == f"Experts {one} and {other}"
+        assert lines[1].startswith(f"{int(layer.coactivation[one, other])} token")
 
 
 def test_tokens_carry_their_experts_in_the_chosen_layer(show, data):

@@ -1,0 +1,149 @@
+"""hf-moe trace on a tiny saved model: what it writes, what it refuses, what it leaves alone."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hf_moe.cli.trace as command
+from hf_moe import cli
+from hf_moe.observability.report.text import count
+from hf_moe.observability.routing_trace import RoutingTrace
+from tiny_moe import hf_moe_model
+
+runner = CliRunner()
+RESULTS = ["metrics.json", "plots", "report.html", "trace"]
+
+
+def run(*arguments):
+    result = runner.invoke(cli.app, ["trace", *map(str, arguments)])
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a model, its tokenizer of letters, and text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    tiny = hf_moe_model()
+    letters = {letter: i for i, letter in enumerate("abcdefghijklmnop"[: tiny.config.vocab_size])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="a").save_pretrained(folder / "model")
+    tiny.save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    (folder / "data" / "law.txt").write_text("abcd ef " * 40)
+    records = [{"text": "gh ij " * 20, "domain": "code"}, {"text": "kl" * 30, "domain": "maths"}]
+    (folder / "data" / "mixed.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / "model"
+
+
+def test_a_run_leaves_page_trace_figures_and_plots(model, tmp_path):
+    output = tmp_path / "out"
+    code, said = run(model, "--data", model.parent / "data", "--by-domain", "--output", output)
+    assert code == 0, said
+    assert sorted(path.name for path in output.iterdir()) == RESULTS
+    trace = RoutingTrace.load(output / "trace")
+    assert trace.domains == ["law", "code", "maths"]
+    first = trace.statistics(trace.layers[0])
+    assert count(first.tokens) in said
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["metrics"]["all"]["load_cv/mean"] == pytest.approx(trace.metrics()["load_cv/mean"])
+    assert metrics["metrics"]["domain maths"]["tokens"] == 60
+    assert metrics["health"]["verdict"] in said or "Too few tokens" in said
+    page = (output / "report.html").read_text()
+    assert f"<bdi>{model.parent.name}/model</bdi>" in page
+    assert str(tmp_path) not in page
+    assert len(list((output / "plots").glob("*.png"))) == 3
+
+
+def test_without_domains_the_text_is_one_and_its_tokens_come_from_all_files(model, tmp_path):
+    options = ("--max-tokens", 300, "--detail", "counts", "--output", tmp_path / "out")
+    code, said = run(model, "--data", model.parent / "data", *options)
+    assert code == 0, said
+    trace = RoutingTrace.load(tmp_path / "out" / "trace")
+    assert (trace.domains, trace.tokens) == (["text"], None)
+    assert trace.statistics(trace.layers[0]).tokens == 300
+    assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 2
+
+
+def test_a_second_run_replaces_the_first_and_without_text_none_is_stored(model, tmp_path):
+    output = tmp_path / "out"
+    data = ("--data", model.parent / "data" / "law.txt", "--output", output)
+    for options in ((), ("--no-text",)):
+        code, said = run(model, *data, *options)
+        assert code == 0, said
+    trace = RoutingTrace.load(output / "trace")
+    assert trace.tokens.is_audit
+    assert "neither the tokens&#39; ids nor their text" in (output / "report.html").read_text()
+
+
+def test_an_adapter_is_traced_too(model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM
+
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    get_peft_model(HfMoeForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
+    data = ("--data", model.parent / "data" / "law.txt", "--detail", "counts")
+    for name, options in (("base", ()), ("adapted", ("--adapter", tmp_path / "adapter"))):
+        code, said = run(model, *data, *options, "--output", tmp_path / name)
+        assert code == 0, said
+    base, adapted = (RoutingTrace.load(tmp_path / name / "trace") for name in ("base", "adapted"))
+    assert base.layers == adapted.layers
+    assert base.metrics() != adapted.metrics()
+    assert "with adapter" in (tmp_path / "adapted" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give text to trace, such as --data law.txt"),
+        (("--data", "absent.txt"), "'absent.txt' does not exist. Check the path."),
+        (("--data", "DATA", "--max-tokens", 0), "--max-tokens must be at least 1, got 0"),
+        (("--data", "DATA", "--detail", "all"), "Invalid value for '--detail'"),
+        (("--data", "DATA", "--detail", "counts", "--no-text"), "counts hold no text"),
+        (("--data", "DATA", "--dtype", "int8"), "the dtype must be one of auto, float32"),
+        (("--data", "DATA", "--adapter", "DATA"), "has no adapter_config.json"),
+    ],
+)
+def test_bad_input_exits_with_2_and_leaves_nothing(model, tmp_path, arguments, message):
+    arguments = [model.parent / "data" if each == "DATA" else each for each in arguments]
+    code, said = run(model, *arguments, "--output", tmp_path / "out")
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_model_is_named(tmp_path, model):
+    code, said = run(tmp_path / "none", "--data", model.parent / "data", "--output", tmp_path / "out")
+    assert code == 2
+    assert str(tmp_path / "none") in said.replace(" ", "")
+
+
+def test_a_folder_of_something_else_is_left_alone(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, said = run(model, "--data", model.parent / "data", "--output", tmp_path)
+    assert code == 2
+    assert "holds something else. Name a new one with --output." in said
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_an_interrupted_run_leaves_the_old_results(model, tmp_path, monkeypatch, interruption):
+    data = ("--data", model.parent / "data" / "law.txt", "--detail", "counts", "--output", tmp_path / "out")
+    assert run(model, *data)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def interrupt(*arguments):
+        raise interruption
+
+    monkeypatch.setattr(command, "_plot", interrupt)
+    code, _ = run(model, *data)
+    assert code == (130 if interruption is KeyboardInterrupt else 2)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
