@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     )
     from hf_moe.adapters.load_adapter import load_adapter
     from hf_moe.evaluation.bits_per_byte import bits_per_byte
+    from hf_moe.evaluation.compare_models import ModelChoice, compare_models
     from hf_moe.evaluation.masking import mask_experts
-    from hf_moe.evaluation.model_comparison import ModelChoice, compare_models
     from hf_moe.evaluation.text_probe import TextProbe
     from hf_moe.hub.card import model_card
     from hf_moe.models.modeling_hf_moe import (
@@ -71,7 +71,7 @@ _HOMES = {
     "HfMoeForSequenceClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeForTokenClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeModel": "hf_moe.models.modeling_hf_moe",
-    "ModelChoice": "hf_moe.evaluation.model_comparison",
+    "ModelChoice": "hf_moe.evaluation.compare_models",
     "MoeLayer": "hf_moe.models.moe_layers",
     "MoeTrainer": "hf_moe.training.trainer",
     "RouterFreezeCallback": "hf_moe.training.callbacks",
@@ -84,7 +84,7 @@ _HOMES = {
     "bits_per_byte": "hf_moe.evaluation.bits_per_byte",
     "check_index_range": "hf_moe.models.moe_layers",
     "checked_routing": "hf_moe.models.moe_layers",
-    "compare_models": "hf_moe.evaluation.model_comparison",
+    "compare_models": "hf_moe.evaluation.compare_models",
     "compare_traces": "hf_moe.observability.routing_comparison",
     "count_expert_load": "hf_moe.observability.expert_load",
     "diagnose": "hf_moe.observability.health",

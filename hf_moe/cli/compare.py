@@ -35,7 +35,7 @@ def compare(
 ) -> None:
     """Compare two models on the same texts: routing, weights, bits per byte, latency. A gate makes it a test."""
     require("recipes", "datasets", "jinja2", "peft", "pyarrow")
-    from hf_moe.evaluation.model_comparison import ModelChoice
+    from hf_moe.evaluation.compare_models import ModelChoice
     from hf_moe.observability.gate import GateError
     from hf_moe.training.corpus import TextError
     from hf_moe.training.sources import DataError
@@ -86,7 +86,7 @@ def _measure(models: Any, texts: dict[str, list[str]], options: dict[str, Any]) 
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_moe.evaluation.model_comparison import compare_models
+    from hf_moe.evaluation.compare_models import compare_models
 
     disable_progress_bar()
     total = sum(len(text.encode()) for documents in texts.values() for text in documents)

@@ -42,7 +42,7 @@ def trace(
 ) -> None:
     """Run a model over text and see its routing: a page to look at, a verdict, figures and plots."""
     require("recipes", "datasets", "jinja2", "matplotlib", "peft", "pyarrow")
-    from hf_moe.evaluation.model_comparison import ModelChoice
+    from hf_moe.evaluation.compare_models import ModelChoice
 
     if not data:
         fail("give text to trace, such as --data law.txt --data code.jsonl, or --data embedded.")
@@ -97,7 +97,7 @@ def _trace(choice: Any, texts: dict[str, list[str]], max_tokens: int, detail: An
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_moe.evaluation.model_comparison import load_model
+    from hf_moe.evaluation.compare_models import load_model
     from hf_moe.observability.trace_texts import trace_texts
 
     disable_progress_bar()

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,52 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_moe.evaluation.bits_per_byte import BitsPerByte, bits_by_document
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.evaluation.weight_drift import LayerWeights, sample_weights
+from hf_moe.evaluation.measurement import Latency, Measurement
+from hf_moe.evaluation.model_comparison import compare_measurements
+from hf_moe.evaluation.weight_drift import sample_weights
 from hf_moe.observability.gate import Figure
 from hf_moe.observability.recording import record_routing
-from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.training.tokenizer import encode_documents
 
 WINDOW = 1024
 TIMED_ROWS, TIMED_REPEATS = 4, 5
 _TOGETHER = 8  # documents between two reports of progress
-
-
-@dataclass(frozen=True)
-class Latency:
-    """The fastest of a few forward passes without a cache, and without anything that listens.
-
-    Attributes:
-        seconds: Of the pass.
-        tokens: In it.
-    """
-
-    seconds: float
-    tokens: int
-
-    @property
-    def milliseconds_per_1k_tokens(self) -> float:
-        return 1e6 * self.seconds / self.tokens
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One model on the texts of a `TextProbe`.
-
-    Attributes:
-        trace: Routing by domain, of single tokens.
-        bits: By domain.
-        latency: By domain; empty if it was not measured.
-        weights: Samples by layer; empty if they were not taken.
-        window: Tokens that the model read at once, at most. Windows advance by half of it, so that the routing of most
-            tokens counts twice.
-    """
-
-    trace: RoutingTrace
-    bits: dict[str, BitsPerByte]
-    latency: dict[str, Latency]
-    weights: dict[str, LayerWeights]
-    window: int
 
 
 class TextProbe:
@@ -114,8 +77,6 @@ class TextProbe:
 
     def figures(self, base: Measurement, new: Measurement) -> Mapping[str, Figure]:
         """What a gate can bound, of two measurements."""
-        from hf_moe.evaluation.model_comparison import compare_measurements
-
         return compare_measurements(base, new).figures()
 
     def _bits(self, model: Any, documents: list[str], window: int, on_progress: Callable[[int], None]) -> BitsPerByte:

@@ -10,10 +10,11 @@ import torch
 
 from hf_moe.adapters.load_adapter import AdapterError
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
+from hf_moe.evaluation.compare_models import ModelChoice, compare_models, load_model
 from hf_moe.evaluation.comparison_page import render, write_page
 from hf_moe.evaluation.comparison_table import print_comparison
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.evaluation.model_comparison import ModelChoice, compare_measurements, compare_models, load_model
+from hf_moe.evaluation.model_comparison import compare_measurements
 from hf_moe.evaluation.text_probe import TextProbe, evenly_spread
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.gate import Gate
