@@ -20,8 +20,11 @@ ROWS, LENGTH = 8, 10
 
 
 def model_of(family: str):
-    if family == "hf_moe":
-        model = hf_moe_model(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, router_bias=True)
+    if family in ("hf_moe", "hf_moe, one layer"):
+        layers = 3 if family == "hf_moe" else 1
+        model = hf_moe_model(
+            router_aux_loss_coef=0.0, router_z_loss_coef=0.0, router_bias=True, num_hidden_layers=layers
+        )
     else:
         model = qwen_model() if family == "qwen3_moe" else build_tiny(family)[0]
     model.set_experts_implementation("eager")  # the fused ones have no float64

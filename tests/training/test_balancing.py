@@ -401,8 +401,10 @@ def test_autocast_computes_the_terms_in_float32(tmp_path):
 @pytest.mark.slow
 def test_a_compiled_model_is_balanced_as_it_is(tmp_path):
     balancing = {"aux_loss_coef": 1.0, "z_loss_coef": 0.3, "bias_update_rate": 0.01}
-    plain, expected = one_step(tmp_path, "hf_moe", 8, 1, balancing)
-    compiled, actual = one_step(tmp_path, "hf_moe", 8, 1, balancing, torch_compile=True, torch_compile_backend="eager")
+    plain, expected = one_step(tmp_path, "hf_moe, one layer", 8, 1, balancing)
+    compiled, actual = one_step(
+        tmp_path, "hf_moe, one layer", 8, 1, balancing, torch_compile=True, torch_compile_backend="eager"
+    )
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-7)
     for (name, bias), other in zip(plain.model.named_buffers(), compiled.model.buffers(), strict=True):
