@@ -103,10 +103,10 @@ def test_pairs_that_do_not_fit_stay_for_layers_at_even_distances():
 HOSTILE = {
     "</script><script>alert(1)</script>": "</script><script>alert(1)</script>",
     "a\u202eb": "a⟨U+202E⟩b",
-    "\x00\x1b[31m\x7f": "␀␛[31m␡",
+    "\x00\x1b[31m\x7f": "⟨U+0000⟩⟨U+001B⟩[31m⟨U+007F⟩",
     "\ud800": "⟨U+D800⟩",
     "\u2066\u200b\ufeff": "⟨U+2066⟩⟨U+200B⟩⟨U+FEFF⟩",
-    "a\tb\rc": "a⇥b␍c",
+    "a\tb\rc": "a⇥b⟨CR⟩c",
     "naïve العربية 漢字 \u00a0": "naïve العربية 漢字 \u00a0",
 }
 
@@ -141,7 +141,14 @@ def test_labels_are_short_and_different(names, labels):
 
 def test_numbers_are_for_people():
     assert [short_count(n) for n in (7, 9_999, 30_000, 3_876_224, 7e9)] == ["7", "9,999", "30k", "3.88M", "7B"]
-    assert [percent(n) for n in (0.0, 0.0004, 0.042, 0.5, float("nan"))] == ["0.0%", "<0.1%", "4.2%", "50%", "–"]
+    assert [percent(n) for n in (0.0, 0.0004, 0.042, 0.0996, 0.5, float("nan"))] == [
+        "0.0%",
+        "<0.1%",
+        "4.2%",
+        "10%",
+        "50%",
+        "–",
+    ]
     assert [times(n) for n in (0.125, 2.13, 31.7)] == ["0.12×", "2.1×", "32×"]
 
 

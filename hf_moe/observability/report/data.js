@@ -76,7 +76,7 @@ function count(value) {
 function percent(share) {
   if (!Number.isFinite(share)) return "–";
   if (share > 0 && share < 0.001) return "<0.1%";
-  return `${(100 * share).toFixed(share < 0.1 && share > 0 ? 1 : 0)}%`;
+  return `${(100 * share).toFixed(share < 0.0995 && share > 0 ? 1 : 0)}%`;
 }
 
 function times(ratio) {

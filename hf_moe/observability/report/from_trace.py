@@ -86,8 +86,10 @@ def _notes(trace: Trace) -> tuple[str, ...]:
 def _sample(
     table: TokenTable, layers: Sequence[LayerStatistics], by_domain: Mapping[str, Sequence[LayerStatistics]]
 ) -> TokenSample:
-    sizes = {domain: max((each.tokens for each in found), default=0) for domain, found in by_domain.items()}
-    rows = list(_chosen_rows(table, _quotas({**sizes, None: table.num_tokens - sum(sizes.values())})))
+    sizes: dict[str | None, int] = {
+        domain: max((each.tokens for each in found), default=0) for domain, found in by_domain.items()
+    }
+    rows = list(_chosen_rows(table, _quotas(sizes | {None: table.num_tokens - sum(sizes.values())})))
     places = {domain: place for place, domain in enumerate(by_domain)}
     lengths = [count for _, count in rows]
     return TokenSample(

@@ -85,7 +85,7 @@ def pack_tokens(sample: TokenSample, budget: int = TOKEN_BUDGET) -> dict[str, An
 def _tokens(sample: TokenSample, budget: int) -> dict[str, Any]:
     shows, pieces = _pieces(sample)
     distinct = {piece: position for position, piece in enumerate(dict.fromkeys(pieces))}
-    packed = {
+    packed: dict[str, Any] = {
         "total": sample.total,
         "shows": shows,
         "texts": pack(sample.texts.astype(np.int64)),

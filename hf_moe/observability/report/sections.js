@@ -178,10 +178,10 @@ function domainTable(report, state, views, ratio, mean) {
   const rows = views.map((view, row) => {
     const used = byLoad(view.counts).filter((expert) => view.counts[expert] >= 10 && mean[expert]);
     const most = used.sort((a, b) => ratio(row, b) - ratio(row, a)).slice(0, 3).filter((expert) => ratio(row, expert) >= 1.1);
-    const words = most.map((expert) => `expert ${expert} (${times(ratio(row, expert))})`).join(", ");
+    const words = most.map((expert) => `expert\u00a0${expert}\u00a0(${times(ratio(row, expert))})`).join(", ");
     return [report.domains[row], count(view.tokens), report.distances[row][state.layer].toFixed(3), words || "none in particular"];
   });
-  return table(["Domain", "Tokens", "Distance from the mean", "Prefers"], rows, [3]);
+  return table(["Domain", "Tokens", "Distance", "Prefers"], rows, [3]);
 }
 
 // ---- pairs of experts

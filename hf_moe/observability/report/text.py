@@ -10,12 +10,12 @@ import unicodedata
 from collections.abc import Sequence
 
 LONGEST_TOKEN, LONGEST_NAME = 48, 120
-_SHOWN_AS = {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
+_SHOWN_AS = {"\n": "↵", "\t": "⇥", "\r": "⟨CR⟩"}
 _SPACES = ("Zs",)
 
 
 def visible(text: str, limit: int = LONGEST_NAME) -> str:
-    """`text` with every control, format and unassigned character shown by its picture or number, cut to `limit`.
+    """`text` with every control, format and unassigned character shown by its number or a sign, cut to `limit`.
 
     Format characters are among them: marks of direction (U+202E), of no width (U+200B). Letters of any script and
     spaces stay.
@@ -32,10 +32,7 @@ def visible_token(text: str) -> str:
 def _visible_character(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) in _SPACES:
         return character
-    if character in _SHOWN_AS:
-        return _SHOWN_AS[character]
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
+    return _SHOWN_AS.get(character, f"⟨U+{ord(character):04X}⟩")
 
 
 def short_labels(names: Sequence[str]) -> list[str]:
@@ -83,7 +80,7 @@ def percent(share: float) -> str:
     """0.0421 -> "4.2%"; NaN is a dash."""
     if math.isnan(share):
         return "–"
-    return "<0.1%" if 0 < share < 0.001 else f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
+    return "<0.1%" if 0 < share < 0.001 else f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
 
 
 def times(ratio: float) -> str:
