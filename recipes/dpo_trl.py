@@ -19,18 +19,16 @@ from typing import Any
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
-from hf_moe.training.callbacks import RouterFreezeCallback, StopOnNonFinite
-from hf_moe.training.checkpoints import SealCheckpoints
+from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import MetricsFile, command_line, load, recipe_errors, refuse_used_folder
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    from trl import DPOTrainer
-
     from hf_moe.training.trl import (  # first: it names the extra if TRL is missing
         PREFERENCE_COLUMNS,
         DpoArguments,
+        SafeDPOTrainer,
         TrlDataArguments,
         read_for_trl,
         refuse_broken_trackio,
@@ -46,7 +44,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     model, tokenizer = load(base)  # TRL cannot build a model type that another package registers
     # 2. the router is frozen, and with it the auxiliary losses are off; every expert gets low-rank factors
     freeze_router(model)
-    trainer = DPOTrainer(
+    trainer = SafeDPOTrainer(
         model,
         args=training,
         train_dataset=train_data,
@@ -54,7 +52,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         processing_class=tokenizer,
         # not a PeftModel: TRL would copy its adapter for the reference
         peft_config=expert_lora_config(model, **asdict(adapter)),
-        callbacks=[StopOnNonFinite(), MetricsFile(), RouterFreezeCallback(), SealCheckpoints()],
+        callbacks=[MetricsFile(), RouterFreezeCallback()],
     )
     accelerate_adapters(trainer.model)
     # 3. measure, train, measure again, save

@@ -60,12 +60,12 @@ from hf_moe.observability.routing_agreement import record_choices, routing_agree
 from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback
 from hf_moe.training.checkpoints import whole_folder, write_json, write_text
 from hf_moe.training.corpus import EMBEDDED, Domain, TextError, embedded_corpus
-from hf_moe.training.finetuning import RecipeTrainer
 from hf_moe.training.packing import PackedRows, mix, pack
 from hf_moe.training.stages import ResumableRun, RunRefusedError
 from hf_moe.training.surroundings import one_thread, quiet
 from hf_moe.training.text_files import read_domains
 from hf_moe.training.tokenizer import encode_documents, train_tokenizer
+from hf_moe.training.trainer import MoeTrainer
 
 LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "tokenizers")
 
@@ -274,7 +274,7 @@ def train(
         seed=recipe.seed,
         report_to="none",
     )
-    trainer = RecipeTrainer(
+    trainer = MoeTrainer(
         model=model,
         args=arguments,
         train_dataset=PackedRows(rows),

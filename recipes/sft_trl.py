@@ -20,8 +20,7 @@ from typing import Any
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
-from hf_moe.training.callbacks import RouterFreezeCallback, StopOnNonFinite
-from hf_moe.training.checkpoints import SealCheckpoints
+from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import (
     MetricsFile,
     check_packing,
@@ -34,10 +33,9 @@ from hf_moe.training.finetuning import (
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    from trl import SFTTrainer
-
     from hf_moe.training.trl import (  # first: it names the extra if TRL is missing
         SFT_COLUMNS,
+        SafeSFTTrainer,
         SftArguments,
         TrlDataArguments,
         read_for_trl,
@@ -56,14 +54,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         check_packing(model)
     # 2. the router is frozen, and with it the auxiliary losses are off; every expert gets low-rank factors
     freeze_router(model)
-    trainer = SFTTrainer(
+    trainer = SafeSFTTrainer(
         model,
         args=training,
         train_dataset=train_data,
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=expert_lora_config(model, **asdict(adapter)),
-        callbacks=[StopOnNonFinite(), MetricsFile(), RouterFreezeCallback(), SealCheckpoints()],
+        callbacks=[MetricsFile(), RouterFreezeCallback()],
     )
     accelerate_adapters(trainer.model)
     # 3. measure, train, measure again, save

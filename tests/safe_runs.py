@@ -4,7 +4,6 @@ import torch
 from transformers import TrainingArguments
 
 from hf_moe.training.packing import PackedRows
-from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.trainer import MoeTrainer
 from tiny_moe import hf_moe_model
 
@@ -12,7 +11,7 @@ ROWS = torch.randint(1, 64, (40, 8), generator=torch.Generator().manual_seed(0),
 STEPS, SAVE_EVERY = 6, 2
 
 
-class SafeTrainer(SafeCheckpointMixin, MoeTrainer):
+class SafeTrainer(MoeTrainer):
     """Notes the step at which it began."""
 
     began: int

@@ -1,6 +1,5 @@
-"""Callbacks that stop a run which has gone wrong, before it saves what went wrong."""
+"""Callbacks for the Trainer: proof of a frozen router, and a progress bar that shows the balance."""
 
-import math
 from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
@@ -13,23 +12,6 @@ from hf_moe.adapters.frozen_router import (
     verify_adapter_base,
     verify_router_frozen,
 )
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Stop with an error at the first logged loss or gradient norm that is NaN or infinite.
-
-    One such step turns all weights into NaN, and the Trainer would go on and save them. Logs come before saves; let
-    `save_steps` be a multiple of `logging_steps`, and set `logging_nan_inf_filter=False` (it shows NaN losses as 0).
-    """
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "grad_norm"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {state.global_step}: training has diverged. Lower the learning rate, "
-                    "or look at the data of the last steps; the last saved checkpoint is from before."
-                )
 
 
 class RouterFreezeCallback(TrainerCallback):

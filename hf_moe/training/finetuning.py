@@ -34,7 +34,6 @@ from hf_moe.training.encoding import Encoder, Encoding, Example
 from hf_moe.training.memory import StepMemory, step_memory
 from hf_moe.training.packing import draw
 from hf_moe.training.rows import Mixture, Rows, pack_examples, pad_examples
-from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.sources import DataError, Source, hold_out, read_source
 from hf_moe.training.trainer import MoeTrainer
 
@@ -221,23 +220,19 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-class RecipeTrainer(SafeCheckpointMixin, MoeTrainer):
-    """What the recipes train with."""
-
-
 def run(
     model: nn.Module,
     data: Data,
     arguments: RecipeTrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
-) -> RecipeTrainer:
+) -> MoeTrainer:
     """The ordinary Trainer over the mixture.
 
     `resume_from_checkpoint: auto` goes on from the newest checkpoint that is valid. SIGTERM saves one and ends the
     program with the exit code 75.
     """
     set_seed(arguments.seed)
-    trainer = RecipeTrainer(
+    trainer = MoeTrainer(
         model=model,
         args=arguments,
         train_dataset=data.mixture(trained_rows(arguments, data), arguments.seed),

@@ -34,11 +34,10 @@ class RoutingWindow(RoutingListener):
         self._sums: dict[str, LayerSums] = {}
 
     def on_routing(self, event: Routing) -> None:
-        if event.layer.name not in self._sums:
-            self._sums[event.layer.name] = LayerSums(event.layer, event.index.device)
-        with torch.no_grad():
-            rule = self._rules[event.layer.name].of(event)
-        self._sums[event.layer.name].add(event, rule)
+        name = event.layer.name
+        if name not in self._sums:
+            self._sums[name] = LayerSums(event.layer, self._rules[name], event.index.device)
+        self._sums[name].add(event)
 
     def take(self) -> list[LayerStatistics]:
         """By layer, over all processes, which must all call it; then counting begins anew."""
@@ -46,7 +45,8 @@ class RoutingWindow(RoutingListener):
         mine = []
         for layer in self.layers:
             if layer.name in taken:
-                statistics, _ = taken[layer.name].read(self._rules[layer.name].confirmed())
+                taken[layer.name].flush()
+                statistics, _ = taken[layer.name].read(self._rules[layer.name].confirmed() is not None)
                 mine.append(replace(statistics, coactivation=None))
             else:
                 mine.append(empty_statistics(layer.plain_name, layer.num_experts, layer.top_k, coactivation=False))

@@ -1,62 +1,39 @@
-"""The ordinary Trainer with balancing, and with the routing balance in its log."""
+"""The ordinary Trainer with balancing, safe checkpoints, and the routing in its log."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from hf_moe.models.watch_routing import Routing
-from hf_moe.observability.expert_load import load_entropy, max_violation
 from hf_moe.training.balancing import BalancingMixin
-from hf_moe.training.balancing_losses import assignment_counts, routing_choice
-from hf_moe.training.routing_listener import RoutingListener
+from hf_moe.training.routing_metrics import RoutingMetricsCallback
+from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 
 
-class MoeTrainer(BalancingMixin, Trainer):
-    """`transformers.Trainer` that balances, logs the balance, and resumes models whose experts are stored singly.
+class MoeTrainer(SafeCheckpointMixin, BalancingMixin, Trainer):
+    """`transformers.Trainer` for models with experts.
 
-    `MoeTrainer(model, args, ..., balancing=BalancingConfig(...))` works on any family: see `BalancingMixin`.
-
-    Every training log gets `moe/load_entropy` (mean over the layers; 1 is balanced), `moe/load_entropy_min` and
-    `moe/max_violation` (the worst layer), without padding. A callback cannot add them: the Trainer stores and reports
-    a log before user callbacks see it.
+    It balances (`MoeTrainer(model, args, ..., balancing=BalancingConfig(...))`, any family: see `BalancingMixin`),
+    writes checkpoints that a kill cannot damage and stops at a loss that is not finite (see `SafeCheckpointMixin`),
+    resumes models whose experts are stored singly, and puts the figures of `RoutingMetricsCallback` into every
+    training log. That callback alone cannot reach `report_to`: the Trainer stores and reports a log before the
+    callbacks that were passed to it see it.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.expert_load = _TrainingLoad()
-        self.add_callback(self.expert_load)
+        self.routing_metrics = RoutingMetricsCallback()
+        self.add_callback(self.routing_metrics)
 
     def train(self, *args, **kwargs):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self.expert_load.close()
+            self.routing_metrics.close()
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            logs.update(self._balance(list(self.expert_load.counts.values())))
-            self.expert_load.clear()
+            logs.update(self.routing_metrics.metrics())
         super().log(logs, *args, **kwargs)
-
-    def _balance(self, counts: list[Tensor]) -> dict[str, float]:
-        """Balance since the last log, over all processes."""
-        if not counts:
-            return {}
-        flat = torch.cat([layer.to(self.accelerator.device) for layer in counts])
-        totals = self.accelerator.reduce(flat, "sum").cpu().split([len(layer) for layer in counts])
-        # a layer that no token reached has no balance: the vision experts of a text-only step
-        totals = [layer for layer in totals if layer.any()]
-        if not totals:
-            return {}
-        entropies = [load_entropy(layer) for layer in totals]
-        return {
-            "moe/load_entropy": sum(entropies) / len(entropies),
-            "moe/load_entropy_min": min(entropies),
-            "moe/max_violation": max(max_violation(layer) for layer in totals),
-        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the weights of a checkpoint through `from_pretrained`.
@@ -80,27 +57,3 @@ class MoeTrainer(BalancingMixin, Trainer):
         super()._load_best_model()
         if isinstance(self.model, PreTrainedModel):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-class _TrainingLoad(RoutingListener):
-    """Assignments that the experts really got since the last log, `[E]` by layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, Tensor] = {}
-
-    def open(self, model: nn.Module) -> None:
-        super().open(model)
-        self.clear()
-
-    def clear(self) -> None:
-        # of every layer: another process may run one that this does not
-        self.counts = {layer.name: torch.zeros(layer.num_experts, dtype=torch.int64) for layer in self.layers}
-
-    def on_routing(self, event: Routing) -> None:
-        experts = event.layer.num_experts
-        num_choices = experts if event.logits is None else max(experts, event.logits.shape[-1])
-        choice = routing_choice(replace(event, choice=None), num_choices)
-        mask = None if event.mask is None else event.mask.to(choice.device)
-        counts = assignment_counts(choice, num_choices, mask)[:experts]
-        self.counts[event.layer.name] = self.counts[event.layer.name].to(counts.device) + counts

@@ -21,12 +21,13 @@ from transformers import Trainer
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, RecipeError
-from hf_moe.training.checkpoints import newest_sealed, write_json
+from hf_moe.training.checkpoints import write_json
 from hf_moe.training.finetuning import folder_bytes, save_adapter, shown, versions
+from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.sources import DataError, Source, hold_out, read_records
 
 try:
-    from trl import DPOConfig, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
     from trl.trainer.utils import get_trackio_space_url
 except ImportError as error:
     raise ImportError('TRL is not installed. Install it with: pip install "hf-moe[trl]"') from error
@@ -35,7 +36,15 @@ SFT_COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
 PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
-class MoeSFTTrainer(SFTTrainer):
+class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):
+    """SFTTrainer whose checkpoints a kill cannot damage, and which stops at a loss that is not finite."""
+
+
+class SafeDPOTrainer(SafeCheckpointMixin, DPOTrainer):
+    """The same for DPOTrainer."""
+
+
+class MoeSFTTrainer(SafeSFTTrainer):
     """SFTTrainer with the loss that the model computes, its balancing losses in it. For a router that is trained.
 
     Every step builds the logits `[batch, sequence, vocab]`, which SFTTrainer spares, and TRL's `entropy`,
@@ -173,9 +182,9 @@ def train_and_save(
     trainer: Trainer, recipe: str, command: str, base: ModelArguments, adapter: ExpertLoraArguments
 ) -> dict[str, Any]:
     """Measure, train, measure again, save `adapter/` and `report.json`; returns the report."""
-    folder, resume = Path(str(trainer.args.output_dir)), trainer.args.resume_from_checkpoint
+    folder = Path(str(trainer.args.output_dir))
     hash_before, before = router_hash(trainer.model), trainer.evaluate()
-    trainer.train(resume_from_checkpoint=newest_sealed(str(folder)) if resume == "auto" else resume)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     after = trainer.evaluate()
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, folder / "adapter")

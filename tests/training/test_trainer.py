@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.observability.expert_load import load_entropy, max_violation
 from hf_moe.observability.routing_agreement import record_choices
+from hf_moe.training.checkpoints import CheckpointError
 from hf_moe.training.packing import PackedRows
 from hf_moe.training.trainer import MoeTrainer
 from tiny_moe import MODELS, hf_moe_model, qwen_model, with_expert_lora
@@ -92,7 +93,7 @@ def test_the_best_model_is_loaded_with_its_experts(tmp_path):
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     train(tmp_path, hf_moe_model())
     (tmp_path / "checkpoint-4" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"no config.json: it is incomplete"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4': config.json is missing"):
         train(tmp_path, hf_moe_model(), resume=str(tmp_path / "checkpoint-4"))
 
 
@@ -127,13 +128,13 @@ def test_evaluation_does_not_count(tmp_path):
         eval_dataset=PackedRows(ROWS[:4]),
     )
     seen = []
-    log = trainer.log
+    take = trainer.routing_metrics.take
 
-    def spy(logs, *args, **kwargs):
-        seen.append({name: int(counts.sum()) for name, counts in trainer.expert_load.counts.items()})
-        log(logs, *args, **kwargs)
+    def spy():
+        seen.append(take())
+        return seen[-1]
 
-    trainer.log = spy
+    trainer.routing_metrics.take = spy
     trainer.train()
-    # two logs of evaluation, one of training: 2 steps x 4 rows x 16 tokens x top 2
-    assert max(max(counts.values(), default=0) for counts in seen) == 2 * 4 * 16 * 2
+    # one log of training: 2 steps x 4 rows x 16 tokens
+    assert [{layer.tokens for layer in layers} for layers in seen] == [{2 * 4 * 16}]
