@@ -115,3 +115,14 @@ def empty_statistics(name: str, num_experts: int, top_k: int, *, coactivation: b
         dropped=0,
         coactivation=torch.zeros(num_experts, num_experts, dtype=torch.int64) if coactivation else None,
     )
+
+
+def jensen_shannon(load: Tensor, other: Tensor) -> float:
+    """Jensen-Shannon divergence of two distributions in bits, from 0 (equal) to 1 (nothing in common).
+
+    Source: Lin 1991, "Divergence measures based on the Shannon entropy".
+    """
+    mean = (load + other) / 2
+    entropies = [torch.special.entr(part.double()).sum() for part in (mean, load, other)]
+    value = float(entropies[0] - (entropies[1] + entropies[2]) / 2) / math.log(2)
+    return min(max(value, 0.0), 1.0)  # rounding

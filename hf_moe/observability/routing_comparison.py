@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_moe.observability.gate import Figure, json_number
-from hf_moe.observability.layer_statistics import LayerStatistics
+from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
 from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.token_table import LayerTokens
 
@@ -243,17 +243,6 @@ def _same_tokens(one: LayerTokens, two: LayerTokens, mine: Any, its: Any) -> boo
         np.array_equal(ours[mine], theirs[its])
         for ours, theirs in ((one.token_id, two.token_id), (one.position, two.position))
     )
-
-
-def jensen_shannon(load_E: Tensor, other_E: Tensor) -> float:
-    """Jensen-Shannon divergence of two distributions in bits, from 0 (equal) to 1 (nothing in common).
-
-    Source: Lin 1991, "Divergence measures based on the Shannon entropy".
-    """
-    mean_E = (load_E + other_E) / 2
-    entropies = [torch.special.entr(part.double()).sum() for part in (mean_E, load_E, other_E)]
-    value = float(entropies[0] - (entropies[1] + entropies[2]) / 2) / math.log(2)
-    return min(max(value, 0.0), 1.0)  # rounding
 
 
 def choice_agreement(base_TK: Tensor, new_TJ: Tensor, num_experts: int) -> tuple[float | None, float]:

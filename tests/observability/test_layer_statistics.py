@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
+from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics, jensen_shannon
 
 
 def statistics(counts, **values):
@@ -43,3 +43,16 @@ def test_nothing_seen_is_not_called_balanced():
 def test_different_layers_cannot_be_added():
     with pytest.raises(ValueError, match="different layers"):
         statistics([1, 1]) + statistics([1, 1, 1])
+
+
+def test_jensen_shannon_in_bits():
+    p, q = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.25, 0.75])
+    assert jensen_shannon(p, p) == 0
+    assert jensen_shannon(p, q) == pytest.approx(1)
+    r = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    mean = [(a + b) / 2 for a, b in zip(p.tolist(), r.tolist(), strict=True)]
+    truth = sum(
+        0.5 * a * math.log2(a / m) for side in (p, r) for a, m in zip(side.tolist(), mean, strict=True) if a > 0
+    )
+    assert jensen_shannon(p, r) == pytest.approx(truth, rel=1e-6)
+    assert jensen_shannon(r, p) == pytest.approx(truth, rel=1e-6)

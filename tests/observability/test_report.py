@@ -15,7 +15,7 @@ from hf_moe.observability.layer_statistics import empty_statistics
 from hf_moe.observability.report import packing
 from hf_moe.observability.report.data import ReportData
 from hf_moe.observability.report.from_trace import report_data
-from hf_moe.observability.report.page import jensen_shannon, render, write_report
+from hf_moe.observability.report.page import render, write_report
 from hf_moe.observability.report.text import percent, short_count, short_labels, times, visible, visible_token
 from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.trace_texts import trace_texts
@@ -150,14 +150,6 @@ def test_numbers_are_for_people():
         "–",
     ]
     assert [times(n) for n in (0.125, 2.13, 31.7)] == ["0.12×", "2.1×", "32×"]
-
-
-def test_divergence_of_distributions():
-    one, other = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()
-    assert jensen_shannon(one, one) == 0
-    assert jensen_shannon(one, other) == pytest.approx(1)
-    # 0.75 log2(0.75 / 0.5) + 0.25 log2(0.25 / 0.5), and so on, by hand
-    assert jensen_shannon(torch.tensor([0.5, 0.5]).double(), one) == pytest.approx(0.311278, abs=1e-6)
 
 
 def test_names_cannot_leave_their_place_in_the_page():

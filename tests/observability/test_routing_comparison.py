@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_moe.observability.layer_statistics import LayerStatistics
-from hf_moe.observability.routing_comparison import choice_agreement, compare_layers, jensen_shannon
+from hf_moe.observability.routing_comparison import choice_agreement, compare_layers
 
 
 def layer(counts, *, name="model.layers.0.mlp", top_k=1, entropy=0.5, margin=0.2):
@@ -53,19 +53,6 @@ def test_slots_without_an_expert_are_no_expert():
 def test_choices_of_different_tokens_are_refused():
     with pytest.raises(ValueError, match="must be of the same tokens, got 3 and 4"):
         choice_agreement(torch.zeros(3, 1), torch.zeros(4, 1), 2)
-
-
-def test_jensen_shannon_in_bits():
-    p, q = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.25, 0.75])
-    assert jensen_shannon(p, p) == 0
-    assert jensen_shannon(p, q) == pytest.approx(1)
-    r = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    mean = [(a + b) / 2 for a, b in zip(p.tolist(), r.tolist(), strict=True)]
-    truth = sum(
-        0.5 * a * math.log2(a / m) for side in (p, r) for a, m in zip(side.tolist(), mean, strict=True) if a > 0
-    )
-    assert jensen_shannon(p, r) == pytest.approx(truth, rel=1e-6)
-    assert jensen_shannon(r, p) == pytest.approx(truth, rel=1e-6)
 
 
 def test_the_shift_by_chance_is_that_of_two_samples():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_moe.observability.health import Finding, Health, diagnose
-from hf_moe.observability.layer_statistics import LayerStatistics
+from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
 from hf_moe.observability.report import text
 from hf_moe.observability.report.data import ReportData
 from hf_moe.observability.report.packing import pack_coactivation, pack_layers, pack_tokens
@@ -168,16 +168,6 @@ def _distances(data: ReportData) -> list[list[float]]:
             row.append(jensen_shannon(layer.load, torch.stack(every).mean(0)) if layer.tokens else 0.0)
         found.append([round(value, 4) for value in row])
     return found
-
-
-def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Divergence of two distributions `[E]` in bits: 0 are equal, 1 have nothing in common."""
-    middle = (one + other) / 2
-    return float((_entropy(middle) - (_entropy(one) + _entropy(other)) / 2).clamp(0, 1))
-
-
-def _entropy(share: torch.Tensor) -> torch.Tensor:
-    return torch.special.entr(share).sum() / math.log(2)
 
 
 def _asset(name: str) -> str:
