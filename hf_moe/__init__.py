@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from hf_moe.observability.routing_trace import RoutingTrace
     from hf_moe.observability.trace_texts import trace_texts
     from hf_moe.training.balancing import BalancingCallback, BalancingMixin
+    from hf_moe.training.balancing_checks import BalancingError
     from hf_moe.training.balancing_config import BalancingConfig
     from hf_moe.training.callbacks import RouterFreezeCallback
     from hf_moe.training.rollback import GatedRollbackCallback
@@ -61,6 +62,7 @@ _HOMES = {
     "AdapterExpertsConfig": "hf_moe.adapters.adapter_experts",
     "BalancingCallback": "hf_moe.training.balancing",
     "BalancingConfig": "hf_moe.training.balancing_config",
+    "BalancingError": "hf_moe.training.balancing_checks",
     "BalancingMixin": "hf_moe.training.balancing",
     "CollapseCallback": "hf_moe.training.routing_metrics",
     "ExpertSelection": "hf_moe.adapters.expert_selection",
@@ -130,6 +132,7 @@ __all__ = [
     "AdapterExpertsConfig",
     "BalancingCallback",
     "BalancingConfig",
+    "BalancingError",
     "BalancingMixin",
     "CollapseCallback",
     "ExpertSelection",

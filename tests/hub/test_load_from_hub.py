@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -48,8 +50,8 @@ print(json.dumps({
 """
 
 WITHOUT_HF_MOE = """
-import json, sys
-sys.modules["hf_moe"] = None
+import importlib.util, json, sys
+assert importlib.util.find_spec("hf_moe") is None
 import torch
 from transformers import AutoModelForCausalLM
 commit, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
@@ -66,9 +68,24 @@ print(json.dumps({
 """
 
 
-def run(code: str, environment: dict[str, str], *arguments: str):
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+def environment_without_hf_moe(folder: Path) -> Path:
+    """The interpreter of a new virtual environment with the libraries of this one, but not hf_moe."""
+    venv.create(folder, with_pip=False)
+    libraries = Path(sysconfig.get_paths()["purelib"])
+    if (libraries / "hf_moe").exists():
+        pytest.skip("hf_moe lies among the libraries: an editable install leaves it out of a second environment")
+    # an editable install is a .pth file of these, and .pth files are read in the environment's own folder alone
+    (path,) = folder.glob("lib/python*/site-packages")
+    (path / "libraries.pth").write_text(f"{libraries}\n")
+    return folder / "bin" / "python"
+
+
+def run(code: str, environment: dict[str, str], *arguments: str, python: Path = Path(sys.executable)):
+    command = [str(python), "-c", code, *arguments]
+    Path(environment["HF_HOME"]).mkdir(exist_ok=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, cwd=environment["HF_HOME"]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -79,7 +96,8 @@ def found(servers, tmp_path_factory):
     paths = f"{TESTS.parent}:{TESTS}"
     with_hf_moe = run(WITH_HF_MOE, hub.environment(home / "with") | {"PYTHONPATH": paths})
     arguments = (with_hf_moe["commits"][0], json.dumps(random_ids().tolist()))
-    without = run(WITHOUT_HF_MOE, hub.environment(home / "without"), *arguments)
+    python = environment_without_hf_moe(home / "venv")
+    without = run(WITHOUT_HF_MOE, hub.environment(home / "without"), *arguments, python=python)
     return {"with": with_hf_moe, "without": without, "log": hub.log()}
 
 
