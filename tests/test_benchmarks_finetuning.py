@@ -91,9 +91,13 @@ def test_the_report_has_the_means(tmp_path):
     assert "| expert LoRA | 10 | 2.0 MB | 0.25 | -0.20 | +0.30 | 50% |" in page
     assert "the same before and after" in page
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+    assert "left out" not in page
     result["runs"]["law"]["full at 0.001"]["router_unchanged"] = False
+    result["runs"]["german"] = {"full at 0.001": result["runs"]["law"]["full at 0.001"]}
     write_report(result, rates, tmp_path / "plot.png", tmp_path / "page" / "README.md")
-    assert "IN SOME RUNS IT CHANGED" in (tmp_path / "page" / "README.md").read_text()
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert "IN SOME RUNS IT CHANGED" in page
+    assert "until every method has run: german" in page
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
