@@ -1,4 +1,4 @@
-"""Check that the wheel in the given folder holds the tracked files of hf_moe/ and recipes/*.py, and no others."""
+"""Check that the wheel in the given folder holds the tracked files of hf_moe/, the recipes and their configs alone."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ def main(folder: str) -> None:
     (wheel,) = Path(folder).glob("hf_moe-*.whl")
     names = set(ZipFile(wheel).namelist())
     tracked = subprocess.run(
-        ["git", "ls-files", "hf_moe", "recipes/*.py"], check=True, capture_output=True, text=True
+        ["git", "ls-files", "hf_moe", "recipes/*.py", "recipes/configs/*.yaml"], check=True, capture_output=True, text=True
     ).stdout.split()
     installed = {f"hf_moe/{name}" if name.startswith("recipes/") else name for name in tracked}
     missing = sorted(installed - names)
