@@ -9,9 +9,9 @@ from zipfile import ZipFile
 def main(folder: str) -> None:
     (wheel,) = Path(folder).glob("hf_moe-*.whl")
     names = set(ZipFile(wheel).namelist())
-    tracked = subprocess.run(
-        ["git", "ls-files", "hf_moe", "recipes/*.py", "recipes/configs/*.yaml"], check=True, capture_output=True, text=True
-    ).stdout.split()
+    patterns = ("hf_moe", "recipes/*.py", "recipes/configs/*.yaml")
+    listing = subprocess.run(["git", "ls-files", *patterns], check=True, capture_output=True, text=True)
+    tracked = listing.stdout.split()
     installed = {f"hf_moe/{name}" if name.startswith("recipes/") else name for name in tracked}
     missing = sorted(installed - names)
     unwanted = sorted(name for name in names - installed if ".dist-info/" not in name)
