@@ -162,6 +162,7 @@ def test_what_is_not_registered_is_said_to_be_absent(monkeypatch):
     assert {"eager", "batched_mm", "grouped_mm"} <= set(names)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     measure, calls = Bench.measure, []
 
@@ -197,6 +198,7 @@ def test_results_of_another_machine_are_not_mixed(measured, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_gpu_plan_runs_with_a_clock_of_the_cpu(tmp_path, monkeypatch):
     """Decoding, LoRA through PEFT and our LoRA op are compared with float64 like everything else."""
     if not triton_interpreter.is_on():

@@ -136,6 +136,7 @@ def test_other_arguments_in_the_same_folder_are_refused_by_name(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished, tmp_path):
     _, report = finished
     again = quickstart.main(smoke(tmp_path / "again"))
@@ -146,7 +147,9 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_at", ["base:9", "base:0", "adapter:10"])
+@pytest.mark.parametrize(
+    "kill_at", ["base:0", *(pytest.param(point, marks=pytest.mark.long) for point in ("base:9", "adapter:10"))]
+)
 def test_killed_and_continued_gives_the_figures_of_an_uninterrupted_run(kill_at, finished, tmp_path):
     output = tmp_path / "out"
     killed = start(output, kill_at)
