@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from tiny_hf_moe import random_ids
-from tiny_moe import hf_moe_model
+from tiny_moe import hf_moe_model, qwen_model
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -15,15 +15,24 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 def test_the_code_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     hf_moe_model().save_pretrained(tmp_path / "quickstart-output" / "model")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    use, build, balance, trace = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     arguments = TrainingArguments(
         output_dir="out", max_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none", save_strategy="no"
     )
     names = {"args": arguments, "data": [{"input_ids": row, "labels": row} for row in random_ids(16)]}
-    for block in blocks:
+
+    def run(block):
         exec(compile(block, str(README), "exec"), names)
+
+    run(use)
     assert "MoE layers: 3" in capsys.readouterr().out
-    assert sum(parameter.numel() for parameter in names["model"].parameters()) > 1e8
     assert isinstance(names["hash_before"], str)
+    run(build)
+    assert sum(parameter.numel() for parameter in names["model"].parameters()) > 1e8
     assert torch.is_tensor(names["model"].model.layers[0].mlp.gate.e_score_correction_bias)
+    # a small model of another family for the rest
+    names |= {"model": qwen_model(), "batch": {"input_ids": random_ids(16)}}
+    run(balance)
+    run(trace)
+    assert "tokens" in capsys.readouterr().out
+    assert (tmp_path / "routing.html").stat().st_size > 10_000
