@@ -139,7 +139,13 @@ def _set_defaults(parser: HfArgumentParser, given: dict[str, Any], config: Path)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice: YAML would take the last in silence."""
+    """Refuses a key that comes twice, of which YAML would take the last in silence, and aliases, which can explode."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -157,7 +163,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping.
 
     Raises:
-        RecipeError: If the file is missing, no YAML, no mapping, or has a key twice.
+        RecipeError: If the file is missing, no YAML, no mapping, has a key twice or an alias.
     """
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)

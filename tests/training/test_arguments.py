@@ -54,6 +54,7 @@ def test_smoke_is_four_short_steps(config):
         ("model: m\ndatasets: [a]\nr: 4\nr: 8\n", "the key 'r' comes twice"),
         ("model: m\ndatasets: []\n", "at least one data set"),
         ("- a\n", "must be a mapping"),
+        ("model: &m x\ndatasets: [*m]\n", "aliases are not allowed"),
         ("model: [\n", "not valid YAML"),
         ("model: m\ndatasets: [a]\nrow_length: 4\n", "row_length must be at least 8"),
         ("model: m\ndatasets: [a]\nheld_out: 1.5\n", "between 0 and 1"),
