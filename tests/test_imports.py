@@ -175,6 +175,7 @@ def import_cost_ratio(pairs: int = 3) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_import_costs_less_than_one_and_a_half_times_the_hosts():
     ratios: list[float] = []
     while len(ratios) < 3 and (not ratios or min(ratios) >= 1.5):
