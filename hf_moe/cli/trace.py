@@ -4,9 +4,10 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +16,13 @@ from hf_moe.cli.common import app, fail, require
 TRACE, REPORT, METRICS = "trace", "report.html", "metrics.json"
 # larger models get a choice of layers
 MOST_PANELS = 12
+
+
+class Detail(StrEnum):
+    """What a trace holds. No Literal: typer takes it from 0.19 on."""
+
+    counts = "counts"
+    tokens = "tokens"
 
 
 @app.command()
@@ -29,9 +37,7 @@ def trace(
         bool, typer.Option("--by-domain", help="Each file on its own, or the field 'domain' of its records.")
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each domain, drawn from all over it.")] = 10_000,
-    detail: Annotated[
-        Literal["counts", "tokens"], typer.Option(help="Sums only, or also the experts of every token.")
-    ] = "tokens",
+    detail: Annotated[Detail, typer.Option(help="Sums only, or also the experts of every token.")] = Detail.tokens,
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Store neither text nor ids of tokens, only a hash of each passage.")
     ] = False,
@@ -48,13 +54,13 @@ def trace(
         fail("give text to trace, such as --data law.txt --data code.jsonl, or --data embedded.")
     if max_tokens < 1:
         fail(f"--max-tokens must be at least 1, got {max_tokens}.")
-    if no_text and detail == "counts":
+    if no_text and detail is Detail.counts:
         fail("--no-text is for --detail tokens: counts hold no text.")
     _check_output(output)
     try:
         choice = ModelChoice(model, adapter, dtype, experts_implementation, device)
         texts = _read(data, by_domain)
-        found = _trace(choice, texts, max_tokens, detail, audit=no_text)
+        found = _trace(choice, texts, max_tokens, detail.value, audit=no_text)
         _write(output, found, _name(choice))
     except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
