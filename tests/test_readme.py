@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from tiny_hf_moe import random_ids
+from tiny_models import CLASSES
 from tiny_moe import hf_moe_model, qwen_model, tiny_tokenizer, with_expert_lora
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -44,3 +45,10 @@ def test_the_code_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     run(trace)
     assert "tokens" in capsys.readouterr().out
     assert (tmp_path / "routing.html").stat().st_size > 10_000
+
+
+def test_its_number_of_classes_is_the_one_that_the_tests_count():
+    newest = max(CLASSES)
+    named = re.findall(r"(\d+) (?:experts )?classes (?:of|that) transformers (\d+)\.(\d+)", README.read_text())
+    assert named
+    assert {(int(count), (int(major), int(minor))) for count, major, minor in named} == {(CLASSES[newest], newest)}

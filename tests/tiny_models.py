@@ -1,9 +1,9 @@
 """Tiny, randomly initialised models of every native MoE family of the installed transformers, for CPU tests.
 
 A *family* is one experts class under the host's `use_experts_implementation` decorator, named by its model folder
-(plus the class where a folder has two). Families are discovered in the installed modeling files, so the list follows
-the transformers version. A tiny config is the family's default config with every size field shrunk by name (`SIZES`,
-then `PATTERNS`); what a family needs beyond that stands in `OVERRIDES`.
+(plus the class where a folder has two), or a model type without a modeling file that runs on such a class. They are
+discovered in the installed transformers, so the list follows its version. A tiny config is the family's default config
+with every size field shrunk by name (`SIZES`, then `PATTERNS`); what a family needs beyond that stands in `OVERRIDES`.
 
     for family in FAMILIES:
         model, inputs = build_tiny(family)   # eval mode, float32, seeded
@@ -15,14 +15,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB, HIDDEN, EXPERTS, TOP_K, WIDTH, LAYERS = 96, 32, 8, 2, 24, 3
 BATCH, LENGTH = 2, 8
@@ -102,6 +104,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"index_kpool": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "hy_v4_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "mistral4": {"head_dim": 16},
@@ -124,10 +127,11 @@ PREFERRED = ("ForCausalLM", "ForTokenClassification", "TextModel", "Model")
 
 @dataclass(frozen=True)
 class Family:
-    """One experts class under the host's decorator: its modeling module and its name."""
+    """One experts class under the host's decorator: its modeling module, its name, and whose configuration it runs."""
 
     module: str
     experts_class: str
+    model_type: str | None = None  # of a family without a modeling file
 
 
 def _discover() -> dict[str, Family]:
@@ -138,11 +142,27 @@ def _discover() -> dict[str, Family]:
         for name in classes:
             key = folder if len(classes) == 1 else f"{folder}:{name}"
             found[key] = Family(f"transformers.models.{folder}.{file.stem}", name)
+    return found | _without_a_modeling_file({family.module: family for family in found.values()})
+
+
+def _without_a_modeling_file(by_module: dict[str, Family]) -> dict[str, Family]:
+    """Model types that the Auto class sends to another family's model."""
+    found = {}
+    for model_type, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        folder = model_type_to_module_name(model_type)
+        if list((Path(transformers.__file__).parent / "models" / folder).glob("modeling_*.py")):
+            continue
+        cls = getattr(transformers, names, None) if isinstance(names, str) else None
+        if cls is not None and cls.__module__ in by_module:
+            found[model_type] = replace(by_module[cls.__module__], model_type=model_type)
     return found
 
 
 _FAMILIES = _discover()
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+# decorated experts classes by version of transformers: the README names the newest
+CLASSES = {(5, 17): 55, (5, 23): 65, (5, 24): 68}
+NUM_CLASSES = len({family.experts_class for family in _FAMILIES.values()})
 
 
 def experts_class(family: str) -> type[nn.Module]:
@@ -198,7 +218,8 @@ def _tiny_per_layer(values: list[str]) -> list[str]:
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    config_class = model_class(family).config_class
+    model_type = _FAMILIES[family].model_type
+    config_class = type(AutoConfig.for_model(model_type)) if model_type else model_class(family).config_class
     return config_class(**{**tiny_kwargs(config_class), **OVERRIDES.get(family, {}), **overrides})
 
 

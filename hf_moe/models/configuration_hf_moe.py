@@ -85,7 +85,7 @@ class HfMoeConfig(PreTrainedConfig):
 
     model_type = "hf_moe"
     _auto_class = "AutoConfig"  # saved checkpoints carry this file
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss", "z_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "router_logits", "aux_loss", "z_loss"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise",

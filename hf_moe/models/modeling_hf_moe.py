@@ -57,6 +57,7 @@ from .routing import (
     pack_assignments,
     slot_weights,
 )
+from .transformers_names import CACHE, one_cache, refuse_unread
 
 
 class HfMoeAttention(Qwen3MoeAttention):
@@ -258,7 +259,6 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         token_mask: Tensor | None = None,
@@ -269,10 +269,9 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
-            **kwargs,
+            **kwargs,  # the cache among them
         )
         hidden_states = residual + hidden_states
         residual = hidden_states
@@ -328,7 +327,7 @@ class HfMoePreTrainedModel(VerifiedCheckpointMixin, OneCommitPushMixin, PreTrain
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HfMoeDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -361,6 +360,10 @@ class HfMoePreTrainedModel(VerifiedCheckpointMixin, OneCommitPushMixin, PreTrain
                 init.zeros_(module.e_score_correction_bias)
 
 
+# taken out of a forward's keyword arguments by `capture_outputs`
+_RECORDED = frozenset(f"output_{name}" for name in HfMoePreTrainedModel._can_record_outputs)
+
+
 class HfMoeModel(HfMoePreTrainedModel):
     """Embedding, decoder layers and final norm."""
 
@@ -387,6 +390,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> HfMoeModelOutputWithPast:
         """Run the decoder.
@@ -395,25 +399,29 @@ class HfMoeModel(HfMoePreTrainedModel):
             input_ids: `[B, S]`; give these or `inputs_embeds`.
             attention_mask: `[B, S]` with 0 for padding, or a 4-D mask (then all tokens count as real for the router).
             inputs_embeds: `[B, S, H]`.
+            past_key_values, cache: The key/value cache; transformers 5.24 and newer call it `cache`.
 
         Raises:
-            ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache where attention is not causal.
+            ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache where attention is not causal, or two.
+            TypeError: An argument that nothing reads.
         """
+        refuse_unread(self, kwargs, _RECORDED)
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if not self.config.is_causal and (use_cache or past_key_values is not None):
+        if not self.config.is_causal and (use_cache or cache is not None):
             raise ValueError(
                 "A key/value cache needs causal attention, and this model has is_causal=False; pass use_cache=False."
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = positions.unsqueeze(0)
-        layer_mask = self._attention_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
+        layer_mask = self._attention_mask(inputs_embeds, attention_mask, cache, position_ids)
         token_mask = self._token_mask(inputs_embeds, attention_mask)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -423,16 +431,16 @@ class HfMoeModel(HfMoePreTrainedModel):
                 hidden_states,
                 attention_mask=layer_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 token_mask=token_mask,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return HfMoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return HfMoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _attention_mask(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, position_ids: Tensor
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
     ) -> Any:
         arguments = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         has_window = self.config.sliding_window is not None
@@ -440,7 +448,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             create = create_bidirectional_sliding_window_mask if has_window else create_bidirectional_mask
             return create(**arguments)
         create = create_sliding_window_causal_mask if has_window else create_causal_mask
-        return create(**arguments, past_key_values=past_key_values, position_ids=position_ids)
+        return create(**arguments, **{CACHE: cache}, position_ids=position_ids)
 
     def _token_mask(self, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """`[B, S]`, True for real tokens, where the routing asks: tokens compete for places in an expert."""
@@ -571,36 +579,42 @@ class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> HfMoeCausalLMOutputWithPast:
-        """Logits `[B, S, V]`, and the next-token loss where `labels` `[B, S]` (-100 is left out) are given."""
+        """Logits `[B, S, V]`, and the next-token loss where `labels` `[B, S]` (-100 is left out) are given.
+
+        `shift_labels` `[B, S]` are labels that are shifted already; the loss is divided by `num_items_in_batch`.
+        """
         outputs = self._run_model(
             output_router_logits,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: one_cache(past_key_values, cache)},
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
+            )
+        share = _share_of_step(labels, num_items_in_batch, shift_labels)
         return HfMoeCausalLMOutputWithPast(
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            **self._outputs(outputs, loss, attention_mask, _share_of_step(labels, **kwargs)),
+            **{CACHE: getattr(outputs, CACHE)},
+            **self._outputs(outputs, loss, attention_mask, share),
         )
 
 
 def _share_of_step(
-    labels: Tensor | None,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    **_: Any,
+    labels: Tensor | None, num_items_in_batch: Tensor | int | None, shift_labels: Tensor | None
 ) -> Tensor | None:
     """The part of an optimizer step's items that these labels are, counted as the Trainer counts them."""
     targets = shift_labels if shift_labels is not None or labels is None else labels[..., 1:]
@@ -646,7 +660,7 @@ class HfMoeForSequenceClassification(HfMoeHeadModel):
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return HfMoeSequenceClassifierOutputWithPast(
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             **self._outputs(outputs, loss, attention_mask),
         )
 

@@ -21,6 +21,9 @@ from transformers import Cache, PreTrainedModel
 
 from .moe_layers import MoeLayer, moe_layers
 
+# transformers 5.24 calls them all `cache`
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
 
 @dataclass(frozen=True, eq=False)
 class ModelCall:
@@ -211,10 +214,11 @@ def _logits(layer: MoeLayer, returned: Any, num_tokens: int) -> Tensor | None:
 
 
 def _model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
-    ids, embeddings, mask, cache = (
-        _argument(model, name, args, kwargs)
-        for name in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values")
+    ids, embeddings, mask = (
+        _argument(model, name, args, kwargs) for name in ("input_ids", "inputs_embeds", "attention_mask")
     )
+    caches = (_argument(model, name, args, kwargs) for name in _CACHE_NAMES)
+    cache = next((value for value in caches if isinstance(value, Cache)), None)
     given = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeddings
     shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) and given.dim() >= 2 else None
     if not (isinstance(mask, Tensor) and mask.dim() == 2 and shape is not None and mask.shape[1] >= shape[1]):
@@ -223,7 +227,7 @@ def _model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         cached = mask.shape[1] - shape[1]
     else:
         # a cache that the model has just begun to fill counts none
-        cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        cached = 0 if cache is None else int(cache.get_seq_length())
     return ModelCall(
         input_ids=given if given is ids else None,
         shape=shape,

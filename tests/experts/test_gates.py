@@ -21,7 +21,9 @@ SPECIAL = {
     "glm5_next": Gate("silu", limit=10.0),
     "gpt_oss": Gate("silu", alpha=1.702, limit=7.0, offset=1.0),
     "hy_v4": Gate("silu", limit=10.0),
+    "hy_v4_vl": Gate("silu", limit=10.0),
     "inkling2": None,  # soft caps
+    "inkling2_loop": None,  # soft caps
     "minimax_m3_vl": Gate("silu", alpha=1.702, limit=7.0, offset=1.0),
     "nemotron_h": Gate("relu2"),
     "openai_privacy_filter": Gate("silu", alpha=1.702, limit=7.0, offset=1.0),

@@ -19,7 +19,7 @@ from numerics import assert_as_good_as
 from tiny_models import FAMILIES, build_tiny, experts_class
 
 # their gates, norms or sums compute in float32 whatever the dtype
-FLOAT32_INSIDE = ("beam", "inkling2", "muse_spark", "openai_privacy_filter")
+FLOAT32_INSIDE = ("beam", "inkling2", "inkling2_loop", "muse_spark", "openai_privacy_filter")
 IMPLEMENTATIONS = ("hf_moe", "hf_moe_grouped", "hf_moe_reference")
 TOKENS, TOP_K = 13, 2
 

@@ -1,6 +1,7 @@
 """What users expect of any transformers model, for every option of the architecture."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hf_moe.models.modeling_hf_moe import (
     HfMoeModel,
     HfMoeRouter,
 )
+from hf_moe.models.transformers_names import CACHE
 from tiny_hf_moe import DECODERS, ENCODERS, VOCAB, encoder_config, left_padded, random_ids, tiny_config
 
 HEADS = {
@@ -117,6 +119,17 @@ def test_decoding_with_a_cache_is_decoding_without(name):
     torch.testing.assert_close(torch.stack(static.logits), torch.stack(plain.logits), **CLOSE)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generated_tokens_are_those_without_a_cache(options):
+    model = build()
+    ids, mask = left_padded(random_ids(), 3)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, **options}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*past_key_values")
+        tokens = model.generate(ids, **options)
+    assert torch.equal(tokens, model.generate(ids, use_cache=False, **options))
+
+
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}])
 def test_sampling_and_beam_search(options):
     model = build()
@@ -128,7 +141,7 @@ def test_static_cache_object():
     model = build()
     ids = random_ids()
     cache = StaticCache(config=model.config, max_cache_len=32)
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **CLOSE)
+    torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, model(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if not name.startswith("capacity")])
@@ -314,7 +327,7 @@ def test_outputs_that_are_asked_for():
     assert len(outputs.attentions) == 3
     assert [logits.shape for logits in outputs.router_logits] == [(24, 8)]  # one sparse layer of three
     assert outputs.aux_loss is not None
-    assert outputs.past_key_values is not None
+    assert outputs[CACHE] is not None
     plain = model(random_ids())
     assert plain.router_logits is None
     assert plain.aux_loss is None

@@ -1,15 +1,18 @@
 """Every family's decisions are heard once, as the experts get them, with the mask of the tokens."""
 
+import inspect
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_moe.models.modeling_hf_moe import HfMoeModel
 from hf_moe.models.moe_layers import moe_layers
+from hf_moe.models.transformers_names import CACHE
 from hf_moe.models.watch_routing import watch_routing
 from tiny_hf_moe import encoder_config
 from tiny_models import FAMILIES, build_tiny
-from tiny_moe import hf_moe_model
+from tiny_moe import hf_moe_model, qwen_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,17 +105,21 @@ def test_the_experts_get_what_the_listener_returns():
         model(**inputs)
 
 
-def test_what_the_model_was_called_with():
-    model = hf_moe_model().eval()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("build", [hf_moe_model, qwen_model])
+def test_what_the_model_was_called_with(build, name):
+    model = build().eval()
+    if name not in inspect.signature(model.forward).parameters:
+        pytest.skip(f"{type(model).__name__} of this transformers has no argument {name}")
     ids = torch.arange(8).view(2, 4)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     heard = []
     with torch.no_grad(), watch_routing(model, heard.append):
-        cache = model(input_ids=ids, attention_mask=mask).past_key_values
+        cache = model(input_ids=ids, attention_mask=mask)[CACHE]
         grown = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
-        model(input_ids=ids[:, :1], attention_mask=grown, past_key_values=cache)
+        model(input_ids=ids[:, :1], attention_mask=grown, **{name: cache})
         model(inputs_embeds=torch.zeros(2, 4, 32))
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **{name: cache})
     calls = [event.call for event in heard[:: len(moe_layers(model))]]
     assert heard[0].call is heard[1].call
     assert torch.equal(calls[0].input_ids, ids)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_moe.models.transformers_names import CACHE
 from hf_moe.observability import token_recording
 from hf_moe.observability.recording import record_routing
 from hf_moe.observability.routing_trace import RoutingTrace
@@ -94,9 +95,9 @@ def test_models_without_single_tokens_are_refused():
     model = hf_moe_model()
     with pytest.raises(ValueError, match="called without input_ids"), record_routing(model, "tokens"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
-    cache = model(input_ids=IDS).past_key_values
+    cache = model(input_ids=IDS)[CACHE]
     with pytest.raises(ValueError, match="cache of 12 positions that were not seen"), record_routing(model, "tokens"):
-        model(input_ids=IDS[:, :1], past_key_values=cache)
+        model(input_ids=IDS[:, :1], **{CACHE: cache})
 
 
 def test_a_cache_that_is_cut_back_is_refused():
@@ -104,9 +105,9 @@ def test_a_cache_that_is_cut_back_is_refused():
 
     def run():
         with record_routing(model, "tokens"):
-            cache = model(input_ids=IDS).past_key_values
+            cache = model(input_ids=IDS)[CACHE]
             cache.crop(-4)
-            model(input_ids=IDS[:, :1], past_key_values=cache)
+            model(input_ids=IDS[:, :1], **{CACHE: cache})
 
     with pytest.raises(ValueError, match="cut back"):
         run()
