@@ -1,4 +1,4 @@
-"""The only side effects on other libraries. They add and never replace, and can be repeated.
+"""The only side effects on other libraries. They add and never replace, can be repeated, and refuse unknown versions.
 
 Importing a modeling file costs as much as importing torch and transformers together. So the Auto classes get a
 stand-in that imports ours when a model is first built or loaded, and the experts implementations are registered when
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from hf_moe.models.configuration_hf_moe import HfMoeConfig
+from hf_moe.models.transformers_names import check_parameters, unknown
 
 AUTO_CLASSES = {
     AutoModel: "HfMoeModel",
@@ -109,7 +110,12 @@ class _Loader(importlib.abc.Loader):
 
 
 def _register_backends() -> None:
-    interface = sys.modules[EXPERTS_REGISTRY].ExpertsInterface
+    registry = sys.modules[EXPERTS_REGISTRY]
+    for name in ("ExpertsInterface", "use_experts_implementation"):
+        if not hasattr(registry, name):
+            raise unknown(f"{EXPERTS_REGISTRY} has no {name}")
+    interface = registry.ExpertsInterface
+    check_parameters({interface.register: ("key", "value"), registry.use_experts_implementation: ("experts_class",)})
     for backend in importlib.import_module("hf_moe.experts.backends").OURS:
         interface.register(backend.name, backend.forward)
 

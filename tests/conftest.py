@@ -4,6 +4,9 @@ import atexit
 import os
 import shutil
 import tempfile
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
 
 
 def _isolate() -> None:
@@ -20,6 +23,7 @@ _isolate()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from packaging.specifiers import SpecifierSet  # noqa: E402
 
 import triton_interpreter  # noqa: E402
 
@@ -35,7 +39,21 @@ def _seed():
     torch.manual_seed(0)
 
 
+def _upstream_changes() -> dict[str, str]:
+    """Tests that the installed libraries break, and how (`upstream_changes.toml`)."""
+    changes = tomllib.loads(Path(__file__).with_name("upstream_changes.toml").read_text())["change"]
+    return {
+        change["test"]: f"{change['date']}: {change['cause']}"
+        for change in changes
+        if all(SpecifierSet(wanted).contains(version(name)) for name, wanted in change["when"].items())
+    }
+
+
 def pytest_collection_modifyitems(items):
+    broken = _upstream_changes()
+    for item in items:
+        if item.nodeid.split("[")[0] in broken:
+            item.add_marker(pytest.mark.xfail(reason=broken[item.nodeid.split("[")[0]], strict=True))
     if torch.cuda.is_available():
         return
     for item in items:

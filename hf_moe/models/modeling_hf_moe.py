@@ -57,7 +57,15 @@ from .routing import (
     pack_assignments,
     slot_weights,
 )
-from .transformers_names import CACHE, one_cache, refuse_unread
+from .transformers_names import cache_name, check_parameters, one_cache, refuse_unread
+
+check_parameters(
+    {
+        create_causal_mask: ("config", "inputs_embeds", "attention_mask", "position_ids"),
+        Qwen3MoeAttention.forward: ("hidden_states", "position_embeddings", "attention_mask"),
+    }
+)
+CACHE = cache_name(create_causal_mask, Qwen3MoeAttention.forward)
 
 
 class HfMoeAttention(Qwen3MoeAttention):

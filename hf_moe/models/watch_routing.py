@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from .moe_layers import MoeLayer, moe_layers
-
-# transformers 5.24 calls them all `cache`
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+from .transformers_names import CACHE_NAMES
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +215,7 @@ def _model_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     ids, embeddings, mask = (
         _argument(model, name, args, kwargs) for name in ("input_ids", "inputs_embeds", "attention_mask")
     )
-    caches = (_argument(model, name, args, kwargs) for name in _CACHE_NAMES)
+    caches = (_argument(model, name, args, kwargs) for name in (*CACHE_NAMES, "cache_params"))
     cache = next((value for value in caches if isinstance(value, Cache)), None)
     given = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeddings
     shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) and given.dim() >= 2 else None

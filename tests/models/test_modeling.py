@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_moe.models.modeling_hf_moe import (
+    CACHE,
     HfMoeForCausalLM,
     HfMoeForQuestionAnswering,
     HfMoeForSequenceClassification,
@@ -23,7 +24,6 @@ from hf_moe.models.modeling_hf_moe import (
     HfMoeModel,
     HfMoeRouter,
 )
-from hf_moe.models.transformers_names import CACHE
 from tiny_hf_moe import DECODERS, ENCODERS, VOCAB, encoder_config, left_padded, random_ids, tiny_config
 
 HEADS = {

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
+from transformers.integrations import moe
 
+from hf_moe import registration
 from hf_moe.models.modeling_hf_moe import (
+    CACHE,
     HfMoeForCausalLM,
     HfMoeForQuestionAnswering,
     HfMoeForSequenceClassification,
     HfMoeForTokenClassification,
     HfMoeModel,
 )
-from hf_moe.models.transformers_names import CACHE, CACHE_NAMES, READ_BELOW_THE_MODEL, cache_name, check_signatures
+from hf_moe.models.transformers_names import CACHE_NAMES, READ_BELOW_THE_MODEL, cache_name, check_parameters
 from tiny_hf_moe import random_ids, tiny_config
 
 CLASSES = [
@@ -42,7 +45,7 @@ def test_a_cache_is_read_under_either_name(model_class, name):
 def test_two_caches_are_refused(model_class):
     model, ids = model_class(tiny_config()), random_ids()
     cache = model(input_ids=ids, use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match="cache once"):
+    with pytest.raises(ValueError, match="one key/value cache"):
         model(input_ids=ids, **dict.fromkeys(CACHE_NAMES, cache))
 
 
@@ -65,4 +68,10 @@ def test_a_renamed_argument_of_transformers_is_refused_by_name():
     with pytest.raises(ImportError, match=r"mask takes a key/value cache under none of .* \(5\.17 to 5\.24\)"):
         cache_name(mask)
     with pytest.raises(ImportError, match="mask has no parameter position_ids"):
-        check_signatures(((mask, ("config", "position_ids")),))
+        check_parameters({mask: ("config", "position_ids")})
+
+
+def test_a_registry_without_its_names_is_refused(monkeypatch):
+    monkeypatch.delattr(moe, "ExpertsInterface")
+    with pytest.raises(ImportError, match=r"transformers\.integrations\.moe has no ExpertsInterface"):
+        registration.register()

@@ -6,9 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_moe.models.modeling_hf_moe import HfMoeModel
+from hf_moe.models.modeling_hf_moe import CACHE, HfMoeModel
 from hf_moe.models.moe_layers import moe_layers
-from hf_moe.models.transformers_names import CACHE
 from hf_moe.models.watch_routing import watch_routing
 from tiny_hf_moe import encoder_config
 from tiny_models import FAMILIES, build_tiny

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_moe.models.transformers_names import CACHE
+from hf_moe.models.modeling_hf_moe import CACHE
 from hf_moe.observability import token_recording
 from hf_moe.observability.recording import record_routing
 from hf_moe.observability.routing_trace import RoutingTrace
