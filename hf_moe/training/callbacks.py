@@ -8,9 +8,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_moe.adapters.frozen_router import (
     HASH_FILE,
     report_auxiliary_losses,
-    save_router_hash,
+    router_record,
     verify_adapter_base,
     verify_router_frozen,
+    write_router_record,
 )
 
 
@@ -53,8 +54,9 @@ class RouterFreezeCallback(TrainerCallback):
         self._record(state, model, Path(args.output_dir))
 
     def _record(self, state, model, folder: Path) -> None:
+        record = router_record(model)  # by all processes: sharded routers are gathered
         if state.is_world_process_zero:
-            save_router_hash(folder, model)
+            write_router_record(folder, record)
 
 
 def _checkpoint(args, state) -> Path:
