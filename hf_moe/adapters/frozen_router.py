@@ -14,17 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
-from hf_moe.adapters.router_values import (
-    VERSION,
-    first_hashes,
-    refuse_flat_shards,
-    values_hash,
-    whole_tensor,
-)
+from hf_moe.adapters.router_values import VERSION, first_hashes, values_hash
+from hf_moe.adapters.sharded import is_sharded, refuse_flat_shards, reshard, whole_tensor
 from hf_moe.models.moe_layers import MoeLayer, moe_layers, plain_name
 from hf_moe.whole_files import write_json
 
@@ -51,6 +45,7 @@ def freeze_router(model: nn.Module, *, keep_aux_loss: bool = False) -> str:
     Raises:
         RouterNotFrozenError: If an adapter or a trainable copy is attached to a router.
     """
+    reshard(model)
     for layer, router in _routed_layers(model):
         for tensor in _router_tensors(model, layer, router).values():
             if tensor.requires_grad:
@@ -70,6 +65,7 @@ def verify_router_frozen(model: nn.Module, expected_hash: str | None = None) -> 
         RouterNotFrozenError: Naming the first router that requires a gradient, carries an adapter or has a trainable
             copy (`modules_to_save`); or if the hash differs.
     """
+    reshard(model)
     layers = _routed_layers(model)
     routers = {id(module): layer.name for layer, router in layers for module in router.modules()}
     if is_peft_available():
@@ -112,7 +108,7 @@ def save_router_hash(folder: str | Path, model: nn.Module) -> str:
     (`huggingface_hub.upload_file`).
     """
     record = router_record(model)
-    if not _is_sharded(model) or dist.get_rank() == 0:
+    if not is_sharded(model) or dist.get_rank() == 0:
         write_router_record(folder, record)
     return str(record["router_sha256"])
 
@@ -221,10 +217,6 @@ def _router_values(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     for layer, router in _routed_layers(model):
         tensors = _router_tensors(model, layer, router)
         yield {name: whole_tensor(tensors[name], f"{layer.name}.{name}") for name in sorted(tensors)}
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(tensor, DTensor) for tensor in model.parameters())
 
 
 def _router_dtypes(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""SHA-256 over the values of routers, whatever they are stored as and however they are sharded.
+"""SHA-256 over the values of routers, whatever they are stored as.
 
 The first form of the hash (records without a version) took dtype and bytes as they lay in memory. One bfloat16
 checkpoint then had two: transformers 5.24 keeps the router of 19 families in float32, transformers 5.23 did not.
@@ -9,9 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 VERSION = 2
 """Of what `values_hash` hashes; written into each record."""
@@ -49,32 +47,6 @@ def first_hashes(routers: Sequence[Router], dtypes: str) -> Iterator[str]:
     if count <= _MOST_CANDIDATES:
         for chosen in product(*choices):
             yield _first_hash(routers, dict(zip(names, chosen, strict=True)))
-
-
-def whole_tensor(tensor: Tensor, name: str) -> Tensor:
-    """The tensor on the CPU, gathered if it is a DTensor: every process of its mesh calls this, in one order.
-
-    Raises:
-        ValueError: If its values are not there (meta device), or DeepSpeed keeps them elsewhere (ZeRO stage 3).
-    """
-    if tensor.is_meta:
-        raise ValueError(f"router {name} is on the meta device: it has no weights. Load the model first.")
-    if hasattr(tensor, "ds_status"):
-        raise ValueError(
-            f"router {name} is partitioned by DeepSpeed ZeRO-3, where it has no values to compare. Train with ZeRO-2 "
-            "or FSDP2, or without the proof of frozen routers."
-        )
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def refuse_flat_shards(model: nn.Module) -> None:
-    """Raises ValueError if FSDP version 1 holds the weights: a router's parameters are then pieces of flat ones."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "FSDP version 1 keeps no router as a tensor of its own, so it cannot be compared. Use version 2 "
-            '(fsdp_config={"fsdp_version": 2}).'
-        )
 
 
 def _canonical(tensor: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from hf_moe.adapters.frozen_router import (
     HASH_FILE,
@@ -21,8 +23,10 @@ from hf_moe.adapters.frozen_router import (
     verify_router_frozen,
 )
 from hf_moe.models.moe_layers import moe_layers
+from tiny_hf_moe import DECODERS, tiny_config
 from tiny_models import build_tiny
 from tiny_moe import EXPERT_PARAMETERS, MODELS, hf_moe_model, with_expert_lora
+from torchrun import torchrun
 
 
 @pytest.fixture(params=MODELS)
@@ -222,6 +226,35 @@ def test_all_linear_trains_the_router_and_is_refused(family):
         verify_router_frozen(tuned)
     with pytest.raises(RouterNotFrozenError):
         freeze_router(tuned)
+
+
+@pytest.mark.slow
+def test_the_proof_holds_for_routers_that_are_sharded_over_processes(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config(**DECODERS["shared_and_dense"]))
+    model.save_pretrained(tmp_path / "model")
+    torchrun(Path(__file__).with_name("sharded_routers.py"), str(tmp_path))
+    for rank in range(2):
+        outcomes = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        for layout, found in outcomes.items():
+            # tensor parallelism leaves the router whole
+            expected = {"hash": router_hash(model), "sharded": layout != "tp", "trainable": False}
+            assert found == {**expected, "same base": True, "change": "found"}, (layout, rank)
+        assert {verify_adapter_base(tmp_path / layout, model, strict=True) for layout in outcomes} == {True}
+
+
+class Flat(nn.Module):
+    """FSDP version 1 without its flat parameters: what tells it is the class."""
+
+
+def test_shards_that_are_no_tensors_of_their_own_are_refused(model, monkeypatch):
+    monkeypatch.setattr("hf_moe.adapters.sharded.FullyShardedDataParallel", Flat)
+    model.wrapper = Flat()
+    with pytest.raises(ValueError, match=r"Use version 2 \(fsdp_config"):
+        router_hash(model)
+    del model.wrapper
+    moe_layers(model)[0].router.weight.ds_status = None
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3"):
+        freeze_router(model)
 
 
 # ---- the record beside an adapter
