@@ -37,7 +37,8 @@ def freeze_router(model: nn.Module, *, keep_aux_loss: bool = False) -> str:
     """Stop gradients into every router and return `router_hash(model)`, to compare with later.
 
     The auxiliary losses can balance nothing through a frozen router; they would only move attention and experts. So
-    they are turned off, in the model and in its configs (and so in saved ones), with a line in the log.
+    they are turned off, in the model and in its configs (and so in saved ones), with a line in the log. TRL's trainers
+    take the coefficient from the config when they are built: call this before.
 
     Args:
         keep_aux_loss: Leave the auxiliary losses as they are; what is on is logged.
@@ -247,14 +248,20 @@ def active_auxiliary_losses(model: nn.Module) -> dict[str, float]:
     The host's models add theirs with the router logits (`output_router_logits`); hf_moe's, which have a z-loss,
     whenever they train.
     """
-    coefficients: dict[str, float] = {}
-    is_on = False
-    for owner in _loss_settings(model):
-        found = {name: vars(owner)[name] for name in AUXILIARY_COEFFICIENTS if vars(owner).get(name)}
-        coefficients |= found
-        adds = getattr(owner, "output_router_logits", False) or "router_z_loss_coef" in vars(owner)
-        is_on = is_on or bool(found and adds)
-    return coefficients if is_on else {}
+    is_on = any(
+        _coefficients(owner) and (getattr(owner, "output_router_logits", False) or "router_z_loss_coef" in vars(owner))
+        for owner in _loss_settings(model)
+    )
+    return auxiliary_coefficients(model) if is_on else {}
+
+
+def auxiliary_coefficients(model: nn.Module) -> dict[str, float]:
+    """Names and weights of the balancing losses in the model and its configs, whether its forward adds them or not."""
+    return {name: value for owner in _loss_settings(model) for name, value in _coefficients(owner).items()}
+
+
+def _coefficients(owner: Any) -> dict[str, float]:
+    return {name: vars(owner)[name] for name in AUXILIARY_COEFFICIENTS if vars(owner).get(name)}
 
 
 def report_auxiliary_losses(model: nn.Module) -> bool:

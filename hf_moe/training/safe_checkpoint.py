@@ -43,13 +43,16 @@ from hf_moe.training.checkpoints import (
     write_failure,
 )
 from hf_moe.training.non_finite import FiniteTrainingMixin, NonFiniteError, non_finite_weight
+from hf_moe.training.same_weights import SameWeightsMixin
 from hf_moe.training.termination import EXIT_CODE, Terminated, TerminationRequest, outlive_group_signal, sigterm_held
 from hf_moe.whole_files import move_into_place
 
 logger = logging.get_logger(__name__)
 
 
-class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, CheckpointLoadingMixin, Trainer):
+class SafeCheckpointMixin(
+    FiniteTrainingMixin, BreakableEvaluationMixin, CheckpointLoadingMixin, SameWeightsMixin, Trainer
+):
     """For any Trainer: `class MyTrainer(SafeCheckpointMixin, SFTTrainer)`.
 
     - A checkpoint appears whole, with a manifest of sizes and SHA-256. Older ones are deleted, and the new one is
@@ -60,6 +63,8 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
       run gives the same weights, bit for bit. Only the next line of the log differs: it covers the steps since. An
       evaluation is broken off, and made anew when the run resumes.
     - A loss, gradient norm or weight that is not finite stops the run: see `FiniteTrainingMixin`.
+    - Several processes: `evaluate()` before `train()` does no harm, and the first step is proved to be one model's
+      (`SameWeightsCallback`).
 
     What cannot be resumed exactly: data that draws random numbers in the workers of the DataLoader, and
     `save_only_model` or `ignore_data_skip`.
@@ -70,6 +75,7 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
     Raises (from `train`):
         CheckpointError: A checkpoint cannot be written (the earlier ones are kept) or is not valid.
         NonFiniteError: See there.
+        SameWeightsError: The processes train apart.
         Terminated: See above.
         ValueError: `enable_jit_checkpoint` is on; several nodes with a `save_total_limit` of 1.
     """
