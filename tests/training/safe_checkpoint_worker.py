@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_moe.training import safe_checkpoint
@@ -62,7 +62,10 @@ def without_resuming(root: Path) -> None:
     assert flaw(saved) is None
     assert not [path.name for path in saved.iterdir() if path.name.startswith(("optimizer", "scheduler", "rng"))]
     assert not (root / "own" / RESUMABLE).exists()
+    code = [path.name for path in (root / "model").glob("*.py")]
+    assert sorted(path.name for path in saved.glob("*.py")) == sorted(code)  # and none of torch's FSDP
     loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert loaded.config.auto_map == AutoConfig.from_pretrained(root / "model").auto_map
     for (name, expected), actual in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(actual, expected.full_tensor()), name
     with pytest.raises(CheckpointError, match="does not resume a model that DistributedConfig sharded"):
