@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from hf_moe.training.rollback import GatedRollbackCallback
     from hf_moe.training.routing_metrics import CollapseCallback, RoutingMetricsCallback
     from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
+    from hf_moe.training.same_weights import SameWeightsCallback
     from hf_moe.training.trainer import MoeTrainer
 
 __version__ = "0.1.0"
@@ -82,6 +83,7 @@ _HOMES = {
     "RoutingMetricsCallback": "hf_moe.training.routing_metrics",
     "RoutingTrace": "hf_moe.observability.routing_trace",
     "SafeCheckpointMixin": "hf_moe.training.safe_checkpoint",
+    "SameWeightsCallback": "hf_moe.training.same_weights",
     "TextProbe": "hf_moe.evaluation.text_probe",
     "accelerate_adapters": "hf_moe.adapters.expert_lora",
     "bits_per_byte": "hf_moe.evaluation.bits_per_byte",
@@ -153,6 +155,7 @@ __all__ = [
     "RoutingMetricsCallback",
     "RoutingTrace",
     "SafeCheckpointMixin",
+    "SameWeightsCallback",
     "TextProbe",
     "accelerate_adapters",
     "bits_per_byte",

@@ -4,7 +4,6 @@ A router here is its module (weights, biases, correction-bias buffers) and what 
 of transformers 5.23 hold the correction bias of the choice beside the router (AFMoE, HY-V3, LFM2-MoE, MiniMax-M2).
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -13,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
+from hf_moe.adapters.router_values import VERSION, first_hashes, values_hash
+from hf_moe.adapters.sharded import is_sharded, refuse_flat_shards, reshard, whole_tensor
 from hf_moe.models.moe_layers import MoeLayer, moe_layers, plain_name
 from hf_moe.whole_files import write_json
 
@@ -36,7 +37,8 @@ def freeze_router(model: nn.Module, *, keep_aux_loss: bool = False) -> str:
     """Stop gradients into every router and return `router_hash(model)`, to compare with later.
 
     The auxiliary losses can balance nothing through a frozen router; they would only move attention and experts. So
-    they are turned off, in the model and in its configs (and so in saved ones), with a line in the log.
+    they are turned off, in the model and in its configs (and so in saved ones), with a line in the log. TRL's trainers
+    take the coefficient from the config when they are built: call this before.
 
     Args:
         keep_aux_loss: Leave the auxiliary losses as they are; what is on is logged.
@@ -44,6 +46,7 @@ def freeze_router(model: nn.Module, *, keep_aux_loss: bool = False) -> str:
     Raises:
         RouterNotFrozenError: If an adapter or a trainable copy is attached to a router.
     """
+    reshard(model)
     for layer, router in _routed_layers(model):
         for tensor in _router_tensors(model, layer, router).values():
             if tensor.requires_grad:
@@ -63,6 +66,7 @@ def verify_router_frozen(model: nn.Module, expected_hash: str | None = None) -> 
         RouterNotFrozenError: Naming the first router that requires a gradient, carries an adapter or has a trainable
             copy (`modules_to_save`); or if the hash differs.
     """
+    reshard(model)
     layers = _routed_layers(model)
     routers = {id(module): layer.name for layer, router in layers for module in router.modules()}
     if is_peft_available():
@@ -75,52 +79,61 @@ def verify_router_frozen(model: nn.Module, expected_hash: str | None = None) -> 
                     "freeze_router(model) after the adapter is attached."
                 )
     actual = router_hash(model)
-    if expected_hash is not None and actual != expected_hash:
+    if expected_hash is not None and not _has_hash(model, actual, expected_hash):
         raise RouterNotFrozenError(
-            f"the routers have changed: sha256 {actual}, expected {expected_hash}. Train with freeze_router(model), "
-            "and compare models of one dtype."
+            f"the routers have changed: sha256 {actual}, expected {expected_hash}. Train with freeze_router(model)."
         )
     return actual
 
 
 def router_hash(model: nn.Module) -> str:
-    """SHA-256 over all routers: the position in the model, name, dtype, shape and bytes of each parameter and buffer.
+    """SHA-256 over all routers: the position in the model, name, shape and values of each parameter and buffer.
 
-    The same before and after an adapter is attached elsewhere, and after saving and loading in one dtype.
+    The same whatever the dtype they are stored in, as long as it holds the same values; before and after an adapter
+    is attached elsewhere; after saving and loading; and however FSDP2 or tensor parallelism shards them (they are
+    gathered one by one: every process calls this).
 
     Raises:
-        ValueError: If a router's weights are not there (meta device).
+        ValueError: If a router's weights are not there (meta device, FSDP version 1, DeepSpeed ZeRO-3).
     """
-    digest = hashlib.sha256()
-    for position, (layer, router) in enumerate(_routed_layers(model)):
-        tensors = _router_tensors(model, layer, router)
-        for name in sorted(tensors):
-            tensor = tensors[name].detach()
-            if tensor.is_meta:
-                raise ValueError(
-                    f"router {layer.name}.{name} is on the meta device: it has no weights. Load the model first."
-                )
-            digest.update(f"{position} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return values_hash(_router_values(model))
 
 
 def save_router_hash(folder: str | Path, model: nn.Module) -> str:
     """Write `router_hash(model)` into `folder` as `router_hash.json`, beside an adapter or a model; returns the hash.
 
+    With sharded routers every process calls this, and the first one writes.
+
     A file of its own, because PEFT writes only the fields that it knows into its config, and warns of others.
     `Trainer.push_to_hub` uploads the folder with it; `model.push_to_hub` uploads what it saves itself, so add the file
     (`huggingface_hub.upload_file`).
     """
-    layers = _routed_layers(model)
-    record = {"router_sha256": router_hash(model), "routers": len(layers), "dtype": _router_dtypes(model)}
+    record = router_record(model)
+    if not is_sharded(model) or dist.get_rank() == 0:
+        write_router_record(folder, record)
+    return str(record["router_sha256"])
+
+
+def router_record(model: nn.Module) -> dict[str, Any]:
+    """What `router_hash.json` holds; every process calls this. `dtype` is a note: in which dtype to load the base."""
+    return {
+        "version": VERSION,
+        "router_sha256": router_hash(model),
+        "routers": len(_routed_layers(model)),
+        "dtype": _router_dtypes(model),
+    }
+
+
+def write_router_record(folder: str | Path, record: dict[str, Any]) -> None:
+    """The record of `router_record` as `router_hash.json` in `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder, HASH_FILE), record)
-    return str(record["router_sha256"])
 
 
 def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = False) -> bool:
     """Whether `model` has the routers that the adapter (or checkpoint) in `folder` was trained with.
+
+    Records of earlier versions of hf_moe, whose hash depended on the dtype, are compared as well.
 
     Args:
         folder: Holds `router_hash.json`, which `RouterFreezeCallback` and `save_router_hash` write.
@@ -129,7 +142,7 @@ def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = 
 
     Raises:
         RouterNotFrozenError: With `strict`.
-        ValueError: If the record is damaged.
+        ValueError: If the record is damaged, or of a later version of hf_moe.
     """
     path = Path(folder, HASH_FILE)
     problem: str | None
@@ -152,16 +165,30 @@ def _difference(path: Path, model: nn.Module) -> str | None:
     """What tells the routers of `model` from those recorded in `path`; None if they are the same."""
     record = _read_record(path)
     actual, dtype = router_hash(model), _router_dtypes(model)
-    if actual == record["router_sha256"]:
+    recorded = record["router_sha256"]
+    if _has_hash(model, actual, recorded, None if record["version"] == VERSION else record["dtype"]):
         return None
-    problem = f"the routers differ from those that {str(path.parent)!r} was trained with: sha256 {actual}, recorded "
-    problem += f"{record['router_sha256']}. "
+    problem = (
+        f"the routers differ from those that {str(path.parent)!r} was trained with: sha256 {actual}, recorded "
+        f"{recorded}. "
+    )
     if dtype != record["dtype"]:
         return problem + (
-            f"The hash depends on the dtype: recorded in {record['dtype']}, here {dtype}. Load the base with that "
+            f"The values may have been rounded: recorded in {record['dtype']}, here {dtype}. Load the base with that "
             "dtype to compare."
         )
     return problem + "Load the base that the adapter was trained on."
+
+
+def _has_hash(model: nn.Module, actual: str, expected: str, first_dtypes: str | None = "") -> bool:
+    """Whether `expected` is the hash of these routers: the `actual` one, or the first form's, stored as recorded.
+
+    Args:
+        first_dtypes: The dtypes that the first form was recorded with; None if it is not of the first form.
+    """
+    if actual == expected:
+        return True
+    return first_dtypes is not None and expected in first_hashes(list(_router_values(model)), first_dtypes)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -177,7 +204,20 @@ def _read_record(path: Path) -> dict[str, Any]:
             f"{str(path)!r} must hold 64 hexadecimal digits under 'router_sha256', got {digest!r:.80}: take it from "
             "the adapter again."
         )
-    return {"router_sha256": digest, "dtype": str(record.get("dtype"))}
+    version = record.get("version", 1)
+    if isinstance(version, bool) or version not in (1, VERSION):
+        raise ValueError(
+            f"{str(path)!r} is of version {version!r:.80}, this hf_moe reads up to {VERSION}. Update hf_moe."
+        )
+    return {"version": version, "router_sha256": digest, "dtype": str(record.get("dtype"))}
+
+
+def _router_values(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each router, whole and on the CPU."""
+    refuse_flat_shards(model)
+    for layer, router in _routed_layers(model):
+        tensors = _router_tensors(model, layer, router)
+        yield {name: whole_tensor(tensors[name], f"{layer.name}.{name}") for name in sorted(tensors)}
 
 
 def _router_dtypes(model: nn.Module) -> str:
@@ -208,14 +248,20 @@ def active_auxiliary_losses(model: nn.Module) -> dict[str, float]:
     The host's models add theirs with the router logits (`output_router_logits`); hf_moe's, which have a z-loss,
     whenever they train.
     """
-    coefficients: dict[str, float] = {}
-    is_on = False
-    for owner in _loss_settings(model):
-        found = {name: vars(owner)[name] for name in AUXILIARY_COEFFICIENTS if vars(owner).get(name)}
-        coefficients |= found
-        adds = getattr(owner, "output_router_logits", False) or "router_z_loss_coef" in vars(owner)
-        is_on = is_on or bool(found and adds)
-    return coefficients if is_on else {}
+    is_on = any(
+        _coefficients(owner) and (getattr(owner, "output_router_logits", False) or "router_z_loss_coef" in vars(owner))
+        for owner in _loss_settings(model)
+    )
+    return auxiliary_coefficients(model) if is_on else {}
+
+
+def auxiliary_coefficients(model: nn.Module) -> dict[str, float]:
+    """Names and weights of the balancing losses in the model and its configs, whether its forward adds them or not."""
+    return {name: value for owner in _loss_settings(model) for name, value in _coefficients(owner).items()}
+
+
+def _coefficients(owner: Any) -> dict[str, float]:
+    return {name: vars(owner)[name] for name in AUXILIARY_COEFFICIENTS if vars(owner).get(name)}
 
 
 def report_auxiliary_losses(model: nn.Module) -> bool:

@@ -186,7 +186,7 @@ def _load_model(
 
 
 def _dtype(folder: Path) -> torch.dtype | str:
-    """The dtype that the record of the routers speaks of: their hash depends on it."""
+    """The dtype that the record of the routers speaks of: in another one the base may be rounded otherwise."""
     named = read_json(folder / HASH_FILE).get("dtype") if (folder / HASH_FILE).is_file() else None
     return getattr(torch, named) if named in _DTYPES else "auto"
 

@@ -29,6 +29,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -351,6 +352,20 @@ def _auto_map(model_class: type[PreTrainedModel], known: dict[str, str] | None) 
     return entries
 
 
+@contextmanager
+def _under_own_name(model_class: type) -> Iterator[None]:
+    """FSDP2 makes a class of its own in a module of torch, whose code transformers would save in place of ours."""
+    made, parents = (model_class.__module__, model_class.__name__), model_class.__mro__
+    if parents[1].__name__ != "FSDPModule":
+        yield
+        return
+    model_class.__module__, model_class.__name__ = parents[2].__module__, parents[2].__name__
+    try:
+        yield
+    finally:
+        model_class.__module__, model_class.__name__ = made
+
+
 def _put_aside(model: PreTrainedModel, folder: Path, variant: str | None) -> Path:
     """Make the checkpoint in `folder`, if there is one, not load any more; the path of its single file."""
     single, index = (folder / with_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
@@ -459,9 +474,10 @@ class VerifiedCheckpointMixin(_Host):
         given = signature(save).bind(save_directory, *args, **kwargs).arguments
         if self._hf_peft_config_loaded or not self.should_save_on_this_rank(given.get("is_main_process", True)):
             return save(save_directory, *args, **kwargs)
-        if self._auto_class is not None and type(self).__module__ != "__main__":
-            self.config.auto_map = _auto_map(type(self), getattr(self.config, "auto_map", None))
-        refuse_links(Path(save_directory))
-        superseded = _put_aside(self, Path(save_directory), given.get("variant"))
-        save(save_directory, *args, **kwargs)
+        with _under_own_name(type(self)):
+            if self._auto_class is not None and type(self).__module__ != "__main__":
+                self.config.auto_map = _auto_map(type(self), getattr(self.config, "auto_map", None))
+            refuse_links(Path(save_directory))
+            superseded = _put_aside(self, Path(save_directory), given.get("variant"))
+            save(save_directory, *args, **kwargs)
         superseded.unlink(missing_ok=True)

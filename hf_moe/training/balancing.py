@@ -4,7 +4,7 @@ class BalancedSFTTrainer(BalancingMixin, SFTTrainer): ...
 BalancedSFTTrainer(model, args, ..., balancing=BalancingConfig(aux_loss_coef=0.01))
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -17,12 +17,8 @@ from hf_moe.training.balancing_losses import assignment_counts, routing_choice
 from hf_moe.training.balancing_terms import BalancingTerms
 from hf_moe.training.bias_update import BiasUpdater
 from hf_moe.training.routing_listener import RoutingListener
+from hf_moe.training.same_weights import SameWeightsCallback, SameWeightsMixin
 from hf_moe.training.step_share import count_step_tokens, count_tokens, step_share
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 
 class _BalancingRun(RoutingListener):
@@ -71,7 +67,7 @@ class BalancingCallback(_BalancingRun):
 
     A callback cannot add to the loss, nor put figures into the log: for an auxiliary loss or a z-loss use
     `MoeTrainer`, or `BalancingMixin` before another Trainer class. If a training fails with an exception the hooks
-    stay on the model until the callback's `close` is called.
+    stay on the model until the callback's `close` is called. Also a `SameWeightsCallback`.
 
     Raises:
         ValueError: If the config asks for a loss.
@@ -85,9 +81,18 @@ class BalancingCallback(_BalancingRun):
                 "class of BalancingMixin and your Trainer, for aux_loss_coef and z_loss_coef."
             )
         super().__init__(config)
+        self._same_weights = SameWeightsCallback()
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._same_weights.on_train_begin(args, state, control, model=model, **kwargs)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self._same_weights.on_optimizer_step(args, state, control, optimizer=optimizer, **kwargs)
+        super().on_optimizer_step(args, state, control, optimizer=optimizer, **kwargs)
 
 
-class BalancingMixin(_Trainer):
+class BalancingMixin(SameWeightsMixin):
     """Put it before a Trainer class: `balancing=BalancingConfig(...)` then balances what that Trainer trains.
 
     Losses are added in `compute_loss`, from the decisions of every forward in it that has gradients, and in training
@@ -113,6 +118,7 @@ class BalancingMixin(_Trainer):
         if balancing is not None:
             self._refuse_parallelism(balancing)
             balanced_layers(self.model, balancing)
+            self._refuse_second_source(balancing)
             self._balancing_run = _BalancingRun(balancing)
             self.add_callback(self._balancing_run)
 
@@ -187,6 +193,15 @@ class BalancingMixin(_Trainer):
         if declared is not None:
             return not declared
         return not ((self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None)
+
+    def _refuse_second_source(self, config: BalancingConfig) -> None:
+        # TRL's trainers read the coefficient once, and ask the model for its loss in each call
+        if config.aux_loss_coef > 0 and getattr(self, "aux_loss_enabled", False):
+            raise BalancingError(
+                f"{type(self).__name__} adds the model's balancing loss by itself (router_aux_loss_coef "
+                f"{self.router_aux_loss_coef}): balancing would count twice. Pass router_aux_loss_coef=0.0 in its "
+                "config, or leave aux_loss_coef out of BalancingConfig."
+            )
 
     def _refuse_parallelism(self, config: BalancingConfig) -> None:
         if config.has_loss and (self.get_cp_size() > 1 or self.get_sp_size() > 1):

@@ -1,38 +1,51 @@
 """Callbacks for the Trainer: proof of a frozen router, and a progress bar that shows the balance."""
 
+import logging
 from pathlib import Path
+from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_moe.adapters.frozen_router import (
     HASH_FILE,
+    RouterNotFrozenError,
+    auxiliary_coefficients,
     report_auxiliary_losses,
-    save_router_hash,
+    router_record,
     verify_adapter_base,
     verify_router_frozen,
+    write_router_record,
 )
+from hf_moe.training.same_weights import SameWeightsCallback
+
+logger = logging.getLogger(__name__)
 
 
-class RouterFreezeCallback(TrainerCallback):
+class RouterFreezeCallback(SameWeightsCallback):
     """Prove that a run leaves the routers as they are, and leave the proof beside what it saves.
 
     Refuses to start if a router tensor can be trained (it requires a gradient, carries an adapter or has a trainable
     copy: `target_modules="all-linear"` does that); hashes all routers before training, at every save and at the end;
     raises if one value changed, at a save before the Trainer goes on to train. The SHA-256 is written as
     `router_hash.json` into each checkpoint and into `output_dir`, for `verify_adapter_base`. A resumed run must begin
-    with the routers of its checkpoint. An auxiliary loss that is on is logged.
+    with the routers of its checkpoint. An auxiliary loss that is on is logged; one that TRL's trainers add although
+    `freeze_router` turned it off in the model is refused in the first forward. Also a `SameWeightsCallback`.
 
     Raises:
         RouterNotFrozenError: From the Trainer's `train`.
+        SameWeightsError: See there.
     """
 
     def __init__(self) -> None:
         self.router_hash: str | None = None
+        self._trl_watch: Any = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer)
         self.router_hash = verify_router_frozen(model)
         report_auxiliary_losses(model)
+        self._watch_trl(args, model)
         resumed = _checkpoint(args, state)
         if (resumed / HASH_FILE).exists():
             verify_adapter_base(resumed, model, strict=True)
@@ -51,10 +64,36 @@ class RouterFreezeCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         verify_router_frozen(model, self.router_hash)
         self._record(state, model, Path(args.output_dir))
+        self._unwatch_trl()
+
+    def _watch_trl(self, args, model) -> None:
+        """TRL's trainers read the coefficient when they are built, and ask for router logits where they use it."""
+        self._unwatch_trl()
+        if hasattr(args, "router_aux_loss_coef"):
+            self._is_trl_loss_said = False
+            self._trl_watch = model.register_forward_pre_hook(self._hear_trl, with_kwargs=True)
+
+    def _hear_trl(self, model, args, kwargs) -> None:
+        if not (model.training and kwargs.get("output_router_logits")) or self._is_trl_loss_said:
+            return
+        what = "TRL's trainer adds the auxiliary loss of a frozen router, which trains attention and experts alone. "
+        if not auxiliary_coefficients(model):
+            raise RouterNotFrozenError(
+                f"{what}Pass router_aux_loss_coef=0.0 in its config, or call freeze_router before the trainer is "
+                "built (with keep_aux_loss=True if the loss is wanted)."
+            )
+        logger.warning("%srouter_aux_loss_coef=0.0 in its config turns it off.", what)
+        self._is_trl_loss_said = True
+
+    def _unwatch_trl(self) -> None:
+        if self._trl_watch is not None:
+            self._trl_watch.remove()
+            self._trl_watch = None
 
     def _record(self, state, model, folder: Path) -> None:
+        record = router_record(model)  # by all processes: sharded routers are gathered
         if state.is_world_process_zero:
-            save_router_hash(folder, model)
+            write_router_record(folder, record)
 
 
 def _checkpoint(args, state) -> Path:

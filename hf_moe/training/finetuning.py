@@ -256,7 +256,7 @@ def run(
     """The ordinary Trainer over the mixture.
 
     `resume_from_checkpoint: auto` goes on from the newest checkpoint that is valid. SIGTERM saves one and ends the
-    program with the exit code 75.
+    program with the exit code 75, and leaves the file `RESUMABLE` (`torchrun` itself ends with 1).
     """
     set_seed(arguments.seed)
     trainer = MoeTrainer(

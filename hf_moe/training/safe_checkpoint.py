@@ -43,13 +43,24 @@ from hf_moe.training.checkpoints import (
     write_failure,
 )
 from hf_moe.training.non_finite import FiniteTrainingMixin, NonFiniteError, non_finite_weight
-from hf_moe.training.termination import EXIT_CODE, Terminated, TerminationRequest, outlive_group_signal, sigterm_held
+from hf_moe.training.resumption import is_resumable, limit_to_weights, refuse_resuming, say_what_is_lost
+from hf_moe.training.same_weights import SameWeightsMixin
+from hf_moe.training.termination import (
+    Terminated,
+    TerminationRequest,
+    mark_resumable,
+    outlive_group_signal,
+    sigterm_held,
+    unmark_resumable,
+)
 from hf_moe.whole_files import move_into_place
 
 logger = logging.get_logger(__name__)
 
 
-class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, CheckpointLoadingMixin, Trainer):
+class SafeCheckpointMixin(
+    FiniteTrainingMixin, BreakableEvaluationMixin, CheckpointLoadingMixin, SameWeightsMixin, Trainer
+):
     """For any Trainer: `class MyTrainer(SafeCheckpointMixin, SFTTrainer)`.
 
     - A checkpoint appears whole, with a manifest of sizes and SHA-256. Older ones are deleted, and the new one is
@@ -58,11 +69,16 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
       `"auto"` does the same and begins at step 0 if there is none. A path is checked as well.
     - SIGTERM: the step is finished, saved, and `Terminated` (a SystemExit with the exit code 75) is raised. A resumed
       run gives the same weights, bit for bit. Only the next line of the log differs: it covers the steps since. An
-      evaluation is broken off, and made anew when the run resumes.
+      evaluation is broken off, and made anew when the run resumes. `torchrun` ends with 1 then; that the run can go on
+      is told by the file `RESUMABLE` in the output folder.
     - A loss, gradient norm or weight that is not finite stops the run: see `FiniteTrainingMixin`.
+    - Several processes: `evaluate()` before `train()` does no harm, and the first step is proved to be one model's
+      (`SameWeightsCallback`).
 
     What cannot be resumed exactly: data that draws random numbers in the workers of the DataLoader, and
-    `save_only_model` or `ignore_data_skip`.
+    `save_only_model` (what is lost is said at the start) or `ignore_data_skip`. Under FSDP a run with
+    `save_only_model`, and on transformers' own engine (`DistributedConfig`) every run, cannot be resumed at all: its
+    checkpoints hold the weights, SIGTERM ends it with the exit code 143, and resuming is refused.
 
     Raises:
         ValueError: For a `hub_token`: the host pickles its arguments beside the weights.
@@ -70,8 +86,10 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
     Raises (from `train`):
         CheckpointError: A checkpoint cannot be written (the earlier ones are kept) or is not valid.
         NonFiniteError: See there.
+        SameWeightsError: The processes train apart.
         Terminated: See above.
-        ValueError: `enable_jit_checkpoint` is on; several nodes with a `save_total_limit` of 1.
+        ValueError: `enable_jit_checkpoint` is on; several nodes with a `save_total_limit` of 1;
+            `load_best_model_at_end` on transformers' own engine.
     """
 
     checkpoint_rename: bool | None = None
@@ -92,7 +110,11 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         _refuse(self.args, rename=self._renames())
+        limit_to_weights(self)
         self.last_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        say_what_is_lost(self, self.last_checkpoint)
+        if self.args.should_save:
+            unmark_resumable(Path(str(self.args.output_dir)))
         self._saved_step, self._ended_step, self._push_waits = None, None, False
         with self._termination:
             return super().train(self.last_checkpoint, *args, **kwargs)
@@ -111,6 +133,7 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
         if self.args.process_index == 0:
             try:
                 choice = [_choose(str(self.args.output_dir), wanted)]
+                refuse_resuming(self, choice[0])
             except (CheckpointError, ValueError) as error:
                 choice = [error]  # raised below by every process
         broadcast_object_list(choice)
@@ -188,11 +211,18 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
             stop = True
         self._save_once(model, trial, needed=stop)
         if stop:
-            logger.warning(
-                f"SIGTERM: saved {self.last_checkpoint!r}. Ending with the exit code {EXIT_CODE}; the same command, "
-                "with resume_from_checkpoint, goes on from here."
-            )
-            raise Terminated(str(self.last_checkpoint))
+            self._end(Path(str(self.last_checkpoint)))
+
+    def _end(self, checkpoint: Path) -> None:
+        """Raises Terminated."""
+        ending = Terminated(str(checkpoint), is_resumable(self))
+        said = "the weights can be loaded from there, but the run cannot be resumed"
+        if is_resumable(self):
+            said = "the same command, with resume_from_checkpoint, goes on from here"
+            if self.args.should_save:
+                mark_resumable(Path(str(self.args.output_dir)), checkpoint)
+        logger.warning(f"SIGTERM: saved {str(checkpoint)!r}. Ending with the exit code {ending.code}; {said}.")
+        raise ending
 
     def _save_once(self, model: nn.Module, trial: Any, needed: bool) -> None:
         """Save this step if it is needed and was not; what callbacks wrote into its checkpoint belongs to it."""

@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,17 +15,38 @@ import torch
 import torch.distributed as dist
 
 from hf_moe.training.host_copy import HostCopy
+from hf_moe.whole_files import write_text
 
 EXIT_CODE = 75
 """Of a run that SIGTERM ended and that goes on when it is started again: EX_TEMPFAIL of sysexits.h."""
 
 
-class Terminated(SystemExit):
-    """SIGTERM came; the checkpoint is saved. Ends the program with `EXIT_CODE`."""
+RESUMABLE = "RESUMABLE"
+"""A file in the output folder of such a run, with the checkpoint's name: `torchrun` and `accelerate launch` end with 1
+whatever their processes ended with. It is gone as soon as the run goes on."""
 
-    def __init__(self, checkpoint: str):
-        super().__init__(EXIT_CODE)
+
+class Terminated(SystemExit):
+    """SIGTERM came; the checkpoint is saved. Ends the program with `EXIT_CODE`.
+
+    With 143, as SIGTERM itself would, where no run can go on from the checkpoint.
+    """
+
+    def __init__(self, checkpoint: str, is_resumable: bool = True):
+        super().__init__(EXIT_CODE if is_resumable else 128 + signal.SIGTERM)
         self.checkpoint = checkpoint
+
+
+def mark_resumable(output_dir: Path, checkpoint: Path) -> None:
+    """Write `RESUMABLE`."""
+    write_text(output_dir / RESUMABLE, checkpoint.name + "\n")
+
+
+def unmark_resumable(output_dir: Path) -> None:
+    """Delete `RESUMABLE`, if it is ours."""
+    mark = output_dir / RESUMABLE
+    if mark.is_file() and re.fullmatch(rb"checkpoint-\d+\n", mark.read_bytes()[:100]):
+        mark.unlink()
 
 
 class TerminationRequest:

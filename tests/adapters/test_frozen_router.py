@@ -1,12 +1,15 @@
 """A router is frozen only if nothing can change it, and every way to change it is found."""
 
+import hashlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from hf_moe.adapters.frozen_router import (
     HASH_FILE,
@@ -20,8 +23,10 @@ from hf_moe.adapters.frozen_router import (
     verify_router_frozen,
 )
 from hf_moe.models.moe_layers import moe_layers
+from tiny_hf_moe import DECODERS, tiny_config
 from tiny_models import build_tiny
 from tiny_moe import EXPERT_PARAMETERS, MODELS, hf_moe_model, with_expert_lora
+from torchrun import torchrun
 
 
 @pytest.fixture(params=MODELS)
@@ -58,7 +63,7 @@ def nudge(router):
     router.weight.data.view(-1)[-1] += 1e-6
 
 
-def cast(router):
+def rounding(router):
     router.weight.data = router.weight.data.to(torch.bfloat16)
 
 
@@ -70,13 +75,35 @@ def buffer(router):
     router.register_buffer("e_score_correction_bias", torch.zeros(8))
 
 
-@pytest.mark.parametrize("change", [nudge, cast, swap, buffer])
+@pytest.mark.parametrize("change", [nudge, rounding, swap, buffer])
 def test_every_change_changes_the_hash(model, change):
     expected = freeze_router(model)
     change(moe_layers(model)[-1].router)
     assert router_hash(model) != expected
     with pytest.raises(RouterNotFrozenError, match=f"sha256 [0-9a-f]+, expected {expected}"):
         verify_router_frozen(model, expected)
+
+
+def stored_as(model, dtype):
+    for layer in moe_layers(model):
+        layer.router.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_hash_is_of_the_values_and_not_of_the_dtype_that_stores_them(family, dtype):
+    """transformers 5.24 keeps the routers of 19 families in float32 where 5.23 had the checkpoint's bfloat16."""
+    model = build_tiny(family)[0].bfloat16()
+    expected = freeze_router(model)
+    assert router_hash(stored_as(model, dtype)) == verify_router_frozen(model, expected) == expected
+
+
+def test_a_float64_that_float32_cannot_hold_counts(model):
+    stored_as(model, torch.float64)
+    expected = router_hash(model)
+    moe_layers(model)[0].router.weight.data[0, 0] *= 1 + 2.0**-50
+    assert router_hash(model) != expected
 
 
 def test_routers_of_two_layers_cannot_be_exchanged(model):
@@ -201,6 +228,35 @@ def test_all_linear_trains_the_router_and_is_refused(family):
         freeze_router(tuned)
 
 
+@pytest.mark.slow
+def test_the_proof_holds_for_routers_that_are_sharded_over_processes(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config(**DECODERS["shared_and_dense"]))
+    model.save_pretrained(tmp_path / "model")
+    torchrun(Path(__file__).with_name("sharded_routers.py"), str(tmp_path))
+    for rank in range(2):
+        outcomes = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        for layout, found in outcomes.items():
+            # tensor parallelism leaves the router whole
+            expected = {"hash": router_hash(model), "sharded": layout != "tp", "trainable": False}
+            assert found == {**expected, "same base": True, "change": "found"}, (layout, rank)
+        assert {verify_adapter_base(tmp_path / layout, model, strict=True) for layout in outcomes} == {True}
+
+
+class Flat(nn.Module):
+    """FSDP version 1 without its flat parameters: what tells it is the class."""
+
+
+def test_shards_that_are_no_tensors_of_their_own_are_refused(model, monkeypatch):
+    monkeypatch.setattr("hf_moe.adapters.sharded.FullyShardedDataParallel", Flat)
+    model.wrapper = Flat()
+    with pytest.raises(ValueError, match=r"Use version 2 \(fsdp_config"):
+        router_hash(model)
+    del model.wrapper
+    moe_layers(model)[0].router.weight.ds_status = None
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3"):
+        freeze_router(model)
+
+
 # ---- the record beside an adapter
 
 
@@ -236,8 +292,49 @@ def test_another_base_is_refused_or_warned_about(model, adapter):
 
 def test_another_dtype_is_named(model, adapter):
     base = load_base(model, adapter, dtype=torch.bfloat16)
-    with pytest.raises(RouterNotFrozenError, match=r"recorded in float32, here bfloat16\. Load the base with that"):
+    with pytest.raises(RouterNotFrozenError, match=r"rounded: recorded in float32, here bfloat16\. Load the"):
         verify_adapter_base(adapter, base, strict=True)
+
+
+def first_form(model):
+    """The record of hf_moe before it had versions: dtype and bytes as they lay in memory."""
+    digest, dtypes = hashlib.sha256(), set()
+    for position, layer in enumerate(moe_layers(model)):
+        tensors = dict([*layer.router.named_parameters(), *layer.router.named_buffers()])
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{position} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    return {"router_sha256": digest.hexdigest(), "routers": 2, "dtype": ", ".join(sorted(dtypes))}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])  # deepseek_v3 has a bias in float32 beside
+def test_records_of_the_first_form_are_still_verified(family, tmp_path):
+    model = build_tiny(family)[0].bfloat16()
+    for layer in moe_layers(model):
+        layer.router.register_buffer("bias", torch.full((8,), 1 / 3))
+    record = first_form(model)
+    (tmp_path / HASH_FILE).write_text(json.dumps(record))
+    assert record["router_sha256"] != router_hash(model)
+    assert verify_adapter_base(tmp_path, model, strict=True)
+    assert verify_adapter_base(tmp_path, stored_as(model, torch.float32), strict=True)
+    moe_layers(model)[0].router.weight.data[0, 0] += 2.0**-20
+    with pytest.raises(RouterNotFrozenError, match="the routers differ"):
+        verify_adapter_base(tmp_path, model, strict=True)
+
+
+def test_a_hash_of_the_first_form_that_was_kept_is_still_compared():
+    model = build_tiny("qwen3_moe")[0].bfloat16()
+    freeze_router(model)
+    verify_router_frozen(model, first_form(model)["router_sha256"])
+
+
+def test_the_record_has_a_version_and_a_later_one_is_refused(model, adapter):
+    record = json.loads((adapter / HASH_FILE).read_text())
+    assert record["version"] == 2
+    (adapter / HASH_FILE).write_text(json.dumps({**record, "version": 3}))
+    with pytest.raises(ValueError, match=r"is of version 3, this hf_moe reads up to 2\. Update hf_moe"):
+        verify_adapter_base(adapter, model)
 
 
 def test_an_adapter_without_a_record_cannot_be_checked(model, adapter):

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_moe.training import safe_checkpoint
 from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.checkpoints import MANIFEST, UNFINISHED, CheckpointError, flaw, seal, sealed_bytes
+from hf_moe.training.resumption import is_resumable
 from hf_moe.training.safe_checkpoint import state_bytes
 from hf_moe.training.termination import EXIT_CODE, Terminated, sigterm_held
 from safe_runs import ROWS, STEPS, SafeTrainer, assert_same, make_trainer, state, train
@@ -233,10 +234,39 @@ def test_sigterm_saves_and_resumes_exactly(event, whole, tmp_path):
     assert stopped.value.code == EXIT_CODE == 75
     assert stopped.value.checkpoint == str(tmp_path / "checkpoint-3")
     assert signal.getsignal(signal.SIGTERM) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["RESUMABLE", "checkpoint-3"]
+    assert (tmp_path / "RESUMABLE").read_text() == "checkpoint-3\n"
     resumed = train(tmp_path, resume=True)
+    assert not (tmp_path / "RESUMABLE").exists()
     assert resumed.began == 3
     assert_same(state(resumed), whole[2])
+
+
+def test_a_file_of_that_name_that_is_not_ours_stays(tmp_path):
+    (tmp_path / "RESUMABLE").write_text("my notes")
+    train(tmp_path, max_steps=1)
+    assert (tmp_path / "RESUMABLE").read_text() == "my notes"
+
+
+def test_what_weights_alone_lose_is_said_at_the_start(tmp_path, caplog):
+    train(tmp_path, max_steps=2, save_only_model=True)
+    assert "save_only_model: a run that is resumed from a checkpoint of this one begins with a new opt" in caplog.text
+    caplog.clear()
+    train(tmp_path, resume=True, max_steps=3)
+    assert "checkpoint-2' holds the weights alone: this run goes on at its step, but begins with a new" in caplog.text
+    caplog.clear()
+    train(tmp_path, resume=True, max_steps=4)
+    assert "weights alone" not in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_distributed_loading_by_transformers"])
+def test_what_an_engine_cannot_resume_is_refused_by_all_processes_at_the_start(engine, tmp_path):
+    """One process of FSDP raised FileNotFoundError and the others waited for it; the own engine failed in `copy_`."""
+    trainer = train(tmp_path, max_steps=2, save_only_model=True)
+    setattr(trainer, engine, True)
+    assert not is_resumable(trainer)
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2'.*\. Load the model from it with"):
+        trainer.train(resume_from_checkpoint="auto")
 
 
 def test_sigterm_at_a_step_that_is_saved_anyway_saves_once(tmp_path):

@@ -9,12 +9,16 @@ from torch.nn import functional as F
 
 pytest.importorskip("trl", reason="needs TRL: pip install hf-moe[trl]")
 
+import trl
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
-from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router
 from hf_moe.training.arguments import RecipeError
+from hf_moe.training.balancing import BalancingConfig, BalancingError, BalancingMixin
+from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.sources import DataError
 from hf_moe.training.trl import (
     PREFERENCE_COLUMNS,
@@ -153,6 +157,70 @@ def test_bfloat16_is_left_off_where_no_gpu_has_it(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_moe.training.trl.is_torch_bf16_gpu_available", lambda: False)
     assert kind(output_dir=str(tmp_path)).bf16 is False
     assert kind(output_dir=str(tmp_path), bf16=True, use_cpu=True).bf16 is True  # asked for
+
+
+# ---- TRL's own balancing loss, in a script of its trainers
+
+
+def plain_trainer(name, folder, model, tokenizer, mixin=None, callbacks=(), **options):
+    """As a script builds it: with the config's own defaults."""
+    kind, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    made = type(f"Mixed{name}", (mixin, kind), {}) if mixin else kind
+    if name == "GRPO":
+        options |= {"reward_funcs": lambda completions, **kwargs: [float(len(text)) for text in completions]}
+    texts = [{"prompt": words(4, row), "chosen": words(5, row + 9), "rejected": words(5, row + 5)} for row in range(8)]
+    if name == "KTO":
+        texts = [
+            {"prompt": text["prompt"], "completion": text["chosen"], "label": row % 2 == 0}
+            for row, text in enumerate(texts)
+        ]
+    if name == "SFT":
+        texts = [{"text": text["prompt"]} for text in texts]
+    settings = {"GRPO": {"num_generations": 4, "max_completion_length": 4}}.get(name, {"max_length": 24})
+    tokenizer.pad_token = tokenizer.eos_token
+    arguments = config(
+        str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, report_to="none",
+        per_device_train_batch_size=4, max_steps=1, save_strategy="no", logging_steps=1, **settings,
+    )  # fmt: skip
+    return made(
+        model, args=arguments, train_dataset=Dataset.from_list(texts), processing_class=tokenizer,
+        callbacks=list(callbacks), **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def own_loss(tokenizer, tmp_path):
+    """A model whose config has the coefficient while its forward adds nothing by default, as Qwen3-MoE's."""
+    folder = tmp_path / "model"  # TRL loads the reference model from it
+    build("qwen3_moe", tokenizer, router_aux_loss_coef=0.5, output_router_logits=False).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+BALANCED = BalancingConfig(aux_loss_coef=0.01)
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "SFT"])
+def test_trls_own_balancing_loss_beside_ours_is_refused(name, own_loss, tokenizer, tmp_path):
+    """DPO logged moe/aux_loss 1.489 and TRL's aux_loss 2.29: both were trained."""
+    with pytest.raises(BalancingError, match=r"router_aux_loss_coef=?0\.0 in"):
+        plain_trainer(name, tmp_path, own_loss, tokenizer, BalancingMixin, balancing=BALANCED)
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "SFT"])
+def test_trls_own_loss_on_a_router_frozen_too_late_is_refused(name, own_loss, tokenizer, tmp_path):
+    trainer = plain_trainer(name, tmp_path, own_loss, tokenizer, callbacks=[RouterFreezeCallback()])
+    freeze_router(trainer.model)
+    with pytest.raises(RouterNotFrozenError, match="call freeze_router before the trainer is built"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_router_frozen_in_time_has_no_loss_from_trl_unless_kept(keep, own_loss, tokenizer, tmp_path, caplog):
+    freeze_router(own_loss, keep_aux_loss=keep)
+    trainer = plain_trainer("DPO", tmp_path, own_loss, tokenizer, callbacks=[RouterFreezeCallback()])
+    trainer.train()
+    assert ("aux_loss" in trainer.state.log_history[0]) == keep
+    assert ("TRL's trainer adds the auxiliary loss of a frozen router" in caplog.text) == keep
 
 
 def test_packed_examples_do_not_see_each_other(tokenizer, data, tmp_path):
