@@ -160,8 +160,8 @@ def refuse_router_targets(config: LoraConfig, model: nn.Module, layers: list[Moe
     for layer in layers:
         if _is_copied(plain_path(layer.experts_name), read.modules_to_save or ()):
             raise ValueError(
-                f"modules_to_save={config.modules_to_save} would train a whole copy of {layer.experts_name} beside its "
-                "factors: take its name out."
+                f"modules_to_save={config.modules_to_save} would train a whole copy of {layer.experts_name} beside "
+                "its factors: take its name out."
             )
 
 
