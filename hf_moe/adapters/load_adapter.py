@@ -104,6 +104,12 @@ def load_adapter(
     try:
         loaded = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, is_trainable=is_trainable)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, ImportError) as error:
+        if offloaded := _offloaded(model):
+            raise AdapterError(
+                f"the adapter in {str(folder)!r} cannot be loaded while {offloaded} is offloaded: PEFT has no way to "
+                f"put factors on fused experts there. Load {type(model).__name__} without 'cpu' and 'disk' in its "
+                "device_map, for instance in a smaller dtype."
+            ) from error
         # a line for each tensor that does not fit: the first say enough
         said = " ".join(str(error).split())
         raise AdapterError(
@@ -118,6 +124,14 @@ def load_adapter(
 
         accelerate_adapters(loaded)
     return loaded
+
+
+def _offloaded(model: PreTrainedModel) -> str | None:
+    """A module that accelerate brings in only when it runs, and where it is meanwhile."""
+    for name, place in getattr(model, "hf_device_map", {}).items():
+        if place in ("cpu", "disk") and any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
+            return f"{name!r} ({place})"
+    return None
 
 
 def check_adapter(folder: Path) -> list[StoredTensor]:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 
@@ -144,6 +144,36 @@ def test_the_other_nesting_is_read_from_the_shapes(tmp_path):
     tuned.save_pretrained(tmp_path / "adapter")
     export_adapter(tmp_path / "adapter", tmp_path / "out")
     torch.testing.assert_close(outputs(PeftModel.from_pretrained(plain, tmp_path / "out"), inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral"])
+def test_peft_finds_single_experts_and_nothing_beside_them(family, tmp_path):
+    """As models of transformers 4 have them."""
+    saved(tmp_path, family)
+    export_adapter(tmp_path / "adapter", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    layers = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    beside = {re.sub(r"experts\.\d+", "shared_expert", name) for name in layers}
+    beside |= {re.sub(r"\.experts\.\d+", "", name) for name in layers}
+    model = torch.nn.Module()
+    for name in layers | beside:
+        owner, _, last = name.rpartition(".")
+        *_, module = iterate_modules(model, owner)
+        a, b = (tensors.get(f"base_model.model.{name}.lora_{factor}.weight", torch.zeros(4, 4)) for factor in "AB")
+        module.add_module(last, torch.nn.Linear(a.shape[1], len(b), dtype=torch.float64))
+    loaded = PeftModel.from_pretrained(model, tmp_path / "out")
+    found = get_peft_model_state_dict(loaded)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+def iterate_modules(model, path):
+    """The modules on the way to `path`, made where they are not there."""
+    for part in path.split("."):
+        if part not in model._modules:
+            model.add_module(part, torch.nn.Module())
+        model = model._modules[part]
+        yield model
 
 
 def test_a_rank_stabilised_scale_survives_the_doubled_rank(tmp_path):
