@@ -23,13 +23,13 @@ from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, parse
 from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import (
     MetricsFile,
-    check_packing,
     command_line,
     load_model,
     load_tokenizer,
     recipe_errors,
     refuse_used_folder,
 )
+from hf_moe.training.packing_check import check_packing
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(base)
     model = load_model(base, training.device)  # TRL cannot build a model type that another package registers
     if training.packing:
-        check_packing(model)
+        # TRL flattens a batch of packed rows into one
+        check_packing(model, (training.max_length or 0) * training.per_device_train_batch_size)
     # 2. the router is frozen, and with it the auxiliary losses are off; every expert gets low-rank factors
     freeze_router(model)
     trainer = SafeSFTTrainer(

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
-from hf_moe.adapters import lora_targets
+from hf_moe.adapters import lora_options, lora_targets
 from hf_moe.experts.backends import BACKENDS
 from hf_moe.experts.contract import LowRank, LowRankPair, read_weights, up_name
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers
@@ -41,17 +41,17 @@ def expert_lora_config(
         lora_alpha: The product is scaled by `lora_alpha / r`; without it by 2.
         attention: Also the projections of the attention in the layers' stack.
         shared_experts: Also the linear layers of shared experts.
-        **kwargs: Of `LoraConfig`; `target_modules`, a list of names, adds to what the options choose.
+        **kwargs: Of `LoraConfig`, those that `lora_options.HONOURED` lists; `target_modules`, a list of names, adds to
+            what the options choose. `layers_to_transform`, `layers_pattern` and `exclude_modules` choose experts by
+            the paths of their module and parameters as PEFT chooses modules; `rank_pattern` and `alpha_pattern` are
+            matched with `experts.gate_up_proj` and `experts.down_proj`.
 
     Raises:
-        ValueError: If there are no experts, what was asked for is not there, a target would train a router, or
-            `lora_dropout` is not 0.
+        ValueError: If there are no experts, what was asked for is not there, a target would train a router, or an
+            option would not reach the experts (DoRA, PiSSA, dropout and the like).
+        TypeError: If `LoraConfig` has no such option.
     """
-    if kwargs.get("lora_dropout"):
-        raise ValueError(
-            f"lora_dropout must be 0 on fused experts, got {kwargs['lora_dropout']}: PEFT has no input to drop from "
-            "where a parameter is adapted, and refuses it. Use weight_decay or a lower r."
-        )
+    lora_options.refuse_options(kwargs)
     if kwargs.get("target_parameters"):
         raise ValueError("expert_lora_config chooses target_parameters: use LoraConfig itself to name others.")
     named = kwargs.pop("target_modules", None) or []
@@ -62,17 +62,20 @@ def expert_lora_config(
         )
     model = lora_targets.base_model(model)
     layers = lora_targets.layers_of(model)
+    chosen = lora_targets.Choice(model, kwargs, named)
+    experts = lora_targets.expert_parameters(model, layers, chosen)
     wanted = lora_targets.attention_modules(model, layers) if attention else set()
     wanted |= lora_targets.shared_expert_modules(model, layers) if shared_experts else set()
-    modules, as_parameters = lora_targets.module_targets(model, wanted)
+    modules, as_parameters = lora_targets.module_targets(model, {path for path in wanted if chosen(path)})
     config = LoraConfig(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         target_modules=[*modules, *named],
-        target_parameters=[*lora_targets.expert_parameters(model, layers), *as_parameters],
+        target_parameters=[*experts, *as_parameters],
         **kwargs,
     )
     lora_targets.refuse_router_targets(config, model, layers)
+    lora_targets.refuse_unused_patterns(config, model)
     return config
 
 

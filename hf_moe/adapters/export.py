@@ -1,56 +1,52 @@
 """Write an expert adapter with a pair of factors for every expert, as servers and older tools read them.
 
-PEFT keeps the factors of all experts of a projection in two matrices, A `[E * R, in]` with the expert slowest and B
-`[out, R * E]` with the expert fastest. Servers of models whose checkpoints hold every expert by itself (Qwen3-MoE,
-Mixtral, OLMoE, DeepSeek) read `experts.3.up_proj.lora_A.weight` instead.
+What is written is read back: folded, it must be the adapter that it came from, and where the base's config can be
+read, stock PEFT must find a place for every tensor of it. What reads it (their code was read in November 2026; PEFT
+alone is run in the tests):
+
+- PEFT on the fused experts of transformers 5 and on the single experts of transformers 4: `adapter_config.json` names
+  the modules as `experts.3.up_proj`, which no shared expert or dense layer matches. Families that PEFT's importer does
+  not know get the fused parameters and their doubled rank as well.
+- vLLM, for models whose checkpoints hold single experts: the names of tensors, whatever the config targets. Where the
+  config has a doubled rank, `--max-lora-rank` must cover it.
+- SGLang: the last part of each target, `gate_proj`, `up_proj`, `down_proj` or the fused `gate_up_proj`; other names
+  (Mixtral's `w1`) get the fused ones beside them.
+- `hf_moe.load_adapter`: folds it, so that the rank is not doubled.
 """
 
 import importlib
+import importlib.util
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_moe.adapters import per_expert
+from hf_moe.adapters.per_expert import CONFIG, FUSED_PATTERN, WEIGHTS, Experts, Layout, PerExpertError, Stack
 from hf_moe.whole_files import whole_folder, write_json
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMATS = ("per_expert",)
+_REPORT = "Report this with the adapter's config."
+_INNER = ".base_layer.lora_A.weight"
+_LIBRARY = re.compile(r"(?:transformers|hf_moe)\.models\.(?:modeling_)?(\w+)(?:\.modeling_\w+)?")
 
 
 class AdapterExportError(ValueError):
     """A folder that is no adapter on fused experts, or one that the format cannot hold."""
-
-
-class Layout(NamedTuple):
-    """How checkpoints of a family name one expert's projections, and the parts of the path that transformers renames.
-
-    Attributes:
-        up: Names of what the fused up projection joins, in its order: `("gate_proj", "up_proj")`, or one.
-        down: Name of the down projection.
-        renamed: Pairs of path parts: in the model, on disk.
-    """
-
-    up: tuple[str, ...]
-    down: str
-    renamed: tuple[tuple[str, str], ...]
-
-
-class Stack(NamedTuple):
-    """One projection's factors for all experts."""
-
-    a: Tensor
-    b: Tensor
-
-    def split(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A `[E, R, in]` and B `[E, out, R]`."""
-        num_experts = self.a.shape[0] // rank
-        a = self.a.reshape(num_experts, rank, -1)
-        return a, self.b.reshape(len(self.b), rank, num_experts).permute(2, 0, 1)
 
 
 def export_adapter(
@@ -59,8 +55,8 @@ def export_adapter(
     """Write the PEFT adapter in `path` anew, in another format, and leave everything else in it as it is.
 
     `per_expert` gives every expert factors of its own, under the names of the family's checkpoints; gate and up share
-    A and have half of B each. PEFT's importer for per-expert adapters of transformers 4 reads it for the families that
-    it knows; loading it doubles the rank of the fused projection and changes no output.
+    A and have half of B each. Stock PEFT reads it with the rank of the fused projection doubled, which changes no
+    output; a rank-stabilised scale is written as a plain `lora_alpha`, because doubling would change it.
 
     Args:
         path: Folder that PEFT saved, of an adapter on both projections of fused experts with one rank and alpha.
@@ -72,7 +68,8 @@ def export_adapter(
         `output`.
 
     Raises:
-        AdapterExportError: If the folder holds no such adapter, or the family's checkpoints hold fused experts.
+        AdapterExportError: If the folder holds no such adapter, the family's checkpoints hold fused experts, or no
+            reader would apply what was written.
         FileExistsError: If `output` exists and is not an empty folder.
         ValueError: If the format is unknown.
     """
@@ -82,9 +79,21 @@ def export_adapter(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already: name a new folder, or empty this one.")
     config, tensors = _read(folder)
-    layout = _layout(model_type or _model_type(config, folder), folder)
-    converted, experts = _per_expert(tensors, config["r"], layout, folder)
-    _write(output, _converted_config(config, layout, experts), converted)
+    model_type = model_type or _model_type(config, folder)
+    layout = _layout(model_type, folder)
+    experts, others = _experts(tensors, config["r"], layout, folder)
+    written = dict(others)
+    for root, both in experts.items():
+        written |= per_expert.unfold(root, both, config["r"], layout)
+    num_experts = next(iter(experts.values())).up.a.shape[0] // config["r"]
+    exported = _exported_config(config, model_type, layout, num_experts, others)
+    with whole_folder(output) as temporary:
+        save_file(written, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / CONFIG, dict(sorted(exported.items())))
+        _read_back(temporary, layout, experts, others)
+        base = _base(config, model_type)
+        if base is not None:
+            _refuse_unread(temporary, base, experts, config)
     return output
 
 
@@ -108,9 +117,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _model_type(config: dict[str, Any], folder: Path) -> str:
-    """The base's model type, from what PEFT noted of its class, or from the base's own config."""
+    """Of the adapted model, from what PEFT noted of its class, or from the base's own config."""
+    adapted = _adapted_class(config)
+    if adapted is not None and adapted.config_class is not None:
+        return adapted.config_class.model_type
     library = (config.get("auto_mapping") or {}).get("parent_library") or ""
-    if found := re.fullmatch(r"(?:transformers|hf_moe)\.models\.(?:modeling_)?(\w+)(?:\.modeling_\w+)?", library):
+    if found := _LIBRARY.fullmatch(library):
         return found[1]
     base = config.get("base_model_name_or_path")
     if base:
@@ -123,61 +135,57 @@ def _model_type(config: dict[str, Any], folder: Path) -> str:
     raise AdapterExportError(f"{folder} does not say which model it adapts: give its model_type, such as 'qwen3_moe'.")
 
 
+def _adapted_class(config: dict[str, Any]) -> type[PreTrainedModel] | None:
+    """The class that PEFT noted, if it is one of transformers or of hf_moe."""
+    noted = config.get("auto_mapping") or {}
+    library, name = noted.get("parent_library") or "", noted.get("base_model_class") or ""
+    if not _LIBRARY.fullmatch(library) or importlib.util.find_spec(library) is None:
+        return None
+    found = getattr(importlib.import_module(library), name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
 def _layout(model_type: str, folder: Path) -> Layout:
-    """The names on disk, from the host's own table of how checkpoints become fused."""
-    if model_type == "hf_moe":  # registers its layout when it is imported
-        importlib.import_module("hf_moe.models.modeling_hf_moe")
-    conversion = importlib.import_module("transformers.conversion_mapping")
-    names: dict[str, list[str]] = {}
-    renamed = []
-    for entry in conversion.get_checkpoint_conversion_mapping(model_type) or ():
-        source, target = entry.source_patterns, entry.target_patterns
-        if all(re.fullmatch(r".*\.?experts\.\*\.\w+\.weight", pattern) for pattern in source):
-            names[target[0].rpartition(".")[2]] = [pattern.split(".")[-2] for pattern in source]
-        elif re.fullmatch(r"\.\w+\.", source[0]) and re.fullmatch(r"\.\w+\.", target[0]):
-            renamed.append((target[0], source[0]))
-    up = names.get("gate_up_proj") or names.get("up_proj")
-    if not up or "down_proj" not in names:
+    layout = per_expert.layout_of(model_type)
+    way_out = f"use the files in {folder} as they are, or merge the adapter."
+    if layout is None:
         raise AdapterExportError(
-            f"checkpoints of {model_type!r} hold no expert by itself, so its servers read the fused factors: use the "
-            f"files in {folder} as they are, or merge the adapter."
+            f"checkpoints of {model_type!r} hold no expert by itself, so its servers read the fused factors: {way_out}"
         )
-    return Layout(tuple(up), names["down_proj"][0], tuple(renamed))
+    if len(layout.up) == 1:
+        raise AdapterExportError(
+            f"experts of {model_type!r} have no gate, and PEFT reads single experts' factors only where gate and up "
+            f"are one parameter: {way_out}"
+        )
+    return layout
 
 
-def _per_expert(
+def _experts(
     tensors: dict[str, Tensor], rank: int, layout: Layout, folder: Path
-) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors to write, and the last part of the names that the experts modules have."""
-    roots = sorted(key.removesuffix(".base_layer.lora_A.weight") for key in tensors if ".base_layer.lora_A." in key)
-    if not roots:
+) -> tuple[dict[str, Experts], dict[str, Tensor]]:
+    """The factors of experts by their module's path, and the other tensors."""
+    others = dict(tensors)
+    experts = {}
+    for root in sorted(key.removesuffix(_INNER) for key in tensors if key.endswith(_INNER)):
+        inner, outer = (
+            Stack(*(others.pop(f"{root}{nesting}.lora_{factor}.weight") for factor in "AB"))
+            for nesting in (".base_layer", "")
+        )
+        experts[root] = _which(inner, outer, layout, root)
+        _check_rank(rank, *experts[root], root)
+    if not experts:
         raise AdapterExportError(
             f"{folder} has no factors of two projections of fused experts: train with expert_lora_config, or use the "
             "files as they are."
         )
-    converted = dict(tensors)
-    for root in roots:
-        inner, outer = (
-            Stack(*(converted.pop(f"{root}{nesting}.lora_{factor}.weight") for factor in "AB"))
-            for nesting in (".base_layer", "")
-        )
-        up, down = _which(inner, outer, layout, root)
-        _check_rank(rank, up, down, root)
-        on_disk = root
-        for in_model, in_checkpoint in layout.renamed:
-            on_disk = on_disk.replace(in_model, in_checkpoint)
-        a, b = up.split(rank)
-        for name, part in zip(layout.up, b.chunk(len(layout.up), 1), strict=True):
-            _add(converted, on_disk, name, a, part)
-        _add(converted, on_disk, layout.down, *down.split(rank))
-    return converted, {root.rpartition(".")[2] for root in roots}
+    return experts, others
 
 
-def _which(inner: Stack, outer: Stack, layout: Layout, root: str) -> tuple[Stack, Stack]:
+def _which(inner: Stack, outer: Stack, layout: Layout, root: str) -> Experts:
     """The up and the down projection. PEFT's keys name neither; where weights are parametrised, down is the inner."""
     for up, down in ((inner, outer), (outer, inner)):
         if up.a.shape[1] == len(down.b) and len(up.b) == len(layout.up) * down.a.shape[1]:
-            return up, down
+            return Experts(up, down)
     raise AdapterExportError(
         f"the factors of {root} fit no experts of two projections: in/out {inner.a.shape[1]}/{len(inner.b)} and "
         f"{outer.a.shape[1]}/{len(outer.b)}. Is this the adapter of another family?"
@@ -193,31 +201,128 @@ def _check_rank(rank: int, up: Stack, down: Stack, root: str) -> None:
         )
 
 
-def _add(converted: dict[str, Tensor], root: str, name: str, a: Tensor, b: Tensor) -> None:
-    for expert in range(len(a)):
-        # copies: safetensors refuses tensors that share memory
-        converted[f"{root}.{expert}.{name}.lora_A.weight"] = a[expert].clone()
-        converted[f"{root}.{expert}.{name}.lora_B.weight"] = b[expert].clone(memory_format=torch.contiguous_format)
-
-
-def _converted_config(config: dict[str, Any], layout: Layout, experts: set[str]) -> dict[str, Any]:
+def _exported_config(
+    config: dict[str, Any], model_type: str, layout: Layout, num_experts: int, others: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """The config with the experts' projections among the modules; other targeted parameters stay."""
-    fused = ("gate_up_proj", "up_proj", "down_proj")
-    kept = []
-    for name in config.get("target_parameters") or ():
-        owner, _, parameter = name.rpartition(".")
-        if not (parameter in fused and owner.rpartition(".")[2] in (*experts, "")):
-            kept.append(name)
-    modules = config.get("target_modules") or []
-    if isinstance(modules, str):
-        raise AdapterExportError(f"target_modules is the pattern {modules!r}: only a list can take the experts in.")
-    return config | {
-        "target_modules": sorted({*modules, *layout.up, layout.down}),
-        "target_parameters": kept or None,
+    if isinstance(config.get("target_modules"), str):
+        raise AdapterExportError(
+            f"target_modules is the pattern {config['target_modules']!r}: only a list can take the experts in."
+        )
+    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
+    modules, parameters = per_expert.without_experts(config, (), others)
+    fused = [name for name in config.get("target_parameters") or () if per_expert.is_of_experts(name)]
+    exported = config | {
+        "target_modules": [*modules, *per_expert.targets(num_experts, layout)],
+        "target_parameters": parameters or None,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+    }
+    if _is_known_to_peft(exported["target_modules"], model_type):
+        return exported
+    joined = len(layout.up)
+    return exported | {
+        "target_parameters": [*parameters, *fused],
+        "rank_pattern": {FUSED_PATTERN: joined * config["r"]},
+        "alpha_pattern": {FUSED_PATTERN: joined * alpha},
     }
 
 
-def _write(output: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    with whole_folder(output) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, dict(sorted(config.items())))
+def _scale(config: Mapping[str, Any]) -> float:
+    rank = config["r"]
+    return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _is_known_to_peft(modules: list[str], model_type: str) -> bool:
+    """Whether PEFT turns the names of single experts into the fused parameters of this family by itself."""
+    probe = LoraConfig(target_modules=modules)
+    convert_peft_config_for_transformers(probe, SimpleNamespace(config=SimpleNamespace(model_type=model_type)), None)
+    return bool(probe.target_parameters)
+
+
+def _read_back(folder: Path, layout: Layout, experts: Mapping[str, Experts], others: Mapping[str, Tensor]) -> None:
+    """Raise if the file, folded, is not bit for bit what it was made of."""
+    try:
+        found, rest = per_expert.fold(load_file(folder / WEIGHTS), layout)
+    except PerExpertError as error:
+        raise AdapterExportError(f"what was written is no adapter: {error} {_REPORT}") from error
+    written, meant = _flat(found, rest), _flat(experts, others)
+    if written.keys() != meant.keys() or not all(torch.equal(written[key], meant[key]) for key in meant):
+        raise AdapterExportError(f"what was written is not what the adapter holds. {_REPORT}")
+
+
+def _flat(experts: Mapping[str, Experts], others: Mapping[str, Tensor]) -> dict[Any, Tensor]:
+    factors = {
+        (root, projection, factor): value
+        for root, both in experts.items()
+        for projection, stack in both._asdict().items()
+        for factor, value in stack._asdict().items()
+    }
+    return factors | dict(others)
+
+
+def _base(config: dict[str, Any], model_type: str) -> PreTrainedModel | None:
+    """The adapted model without its weights, if the base's config is on this machine."""
+    name = config.get("base_model_name_or_path")
+    if not name:
+        return None
+    try:
+        base = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # not here, or of a type that transformers does not know
+        return None
+    adapted = _adapted_class(config)
+    if adapted is None:
+        if type(base) not in AutoModelForCausalLM._model_mapping:
+            return None
+        adapted = AutoModelForCausalLM._model_mapping[type(base)]
+    if not isinstance(base, adapted.config_class):
+        base = base.get_text_config()
+    if not isinstance(base, adapted.config_class) or base.model_type != model_type:
+        return None
+    with torch.device("meta"):
+        return adapted(base)
+
+
+def _refuse_unread(
+    folder: Path, base: PreTrainedModel, experts: Mapping[str, Experts], config: Mapping[str, Any]
+) -> None:
+    """Raise unless stock PEFT puts every tensor into a place of its own, and every expert's product is the same."""
+    read_config = LoraConfig.from_pretrained(folder)
+    tuned = get_peft_model(base, read_config, low_cpu_mem_usage=True)
+    read = convert_peft_adapter_state_dict_for_transformers(tuned, read_config, load_file(folder / WEIGHTS))
+    places = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    name = type(base).__name__
+    if odd := sorted(places.keys() ^ read.keys()):
+        what = "finds nothing in the file for" if odd[0] in places else "has no place for"
+        raise AdapterExportError(
+            f"stock PEFT {what} {odd[0]!r} of {name} ({len(odd)} in all): use the files as they are, or merge."
+        )
+    for root, both in experts.items():
+        for wrapper, key in _wrappers(tuned, root):
+            stack = both.down if wrapper.parameter_name == "down_proj" else both.up
+            loaded = Stack(read[f"{key}.lora_A.weight"], read[f"{key}.lora_B.weight"])
+            expected = _products(stack, config["r"], _scale(config))
+            actual = _products(loaded, wrapper.r["default"], wrapper.scaling["default"])
+            # float64: block by block the same sums, in another order
+            if actual.shape != expected.shape or (actual - expected).abs().max() > 1e-9 * expected.abs().max():
+                raise AdapterExportError(
+                    f"stock PEFT would apply other factors to {key} of {name} than the adapter has: use the files as "
+                    "they are, or merge."
+                )
+
+
+def _wrappers(tuned: Any, root: str) -> list[tuple[Any, str]]:
+    """PEFT's wrappers of an experts module, each with the path of its factors."""
+    found = []
+    wrapper, key = tuned.get_submodule(root), root
+    while isinstance(wrapper, ParamWrapper):
+        found.append((wrapper, key))
+        wrapper, key = wrapper.base_layer, f"{key}.base_layer"
+    return found
+
+
+def _products(stack: Stack, rank: int, scale: float) -> Tensor:
+    """`scale * B A x` of every expert for one vector, `[E, out]`."""
+    a, b = (factor.double() for factor in stack.split(rank))
+    x = torch.randn(a.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return scale * (b @ (a @ x).unsqueeze(-1)).squeeze(-1)

@@ -61,7 +61,8 @@ def load_adapter(
     """`PeftModel.from_pretrained` for adapters that are not trusted.
 
     Before: the config is JSON of sane numbers, the weights are one whole safetensors file (no pickle is ever read)
-    that explains every size in the config. After: the adapter holds exactly the file's tensors, finite.
+    that explains every size in the config. After: the adapter holds exactly the file's tensors, finite. What
+    `export_adapter` wrote is folded into the form of fused experts first.
 
     Args:
         model: The base.
@@ -81,13 +82,34 @@ def load_adapter(
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ImportError('adapters need peft. Install it with: pip install "hf-moe[recipes]"') from error
+    from hf_moe.adapters.per_expert import PerExpertError, fused, is_per_expert
+
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):
         raise AdapterError(f"an adapter's name is 1 to 64 letters, digits, '_' and '-', got {adapter_name!r:.80}.")
     folder = _local(adapter, revision)
     stored = check_adapter(folder)
+    if is_per_expert(folder):
+        try:
+            with fused(folder, model) as folded:
+                return load_adapter(
+                    model,
+                    folded,
+                    adapter_name,
+                    is_trainable=is_trainable,
+                    strict_router=strict_router,
+                    accelerate=accelerate,
+                )
+        except PerExpertError as error:
+            raise AdapterError(f"the adapter in {str(folder)!r}: {error}") from error
     try:
         loaded = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, is_trainable=is_trainable)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, ImportError) as error:
+        if offloaded := _offloaded(model):
+            raise AdapterError(
+                f"the adapter in {str(folder)!r} cannot be loaded while {offloaded} is offloaded: PEFT has no way to "
+                f"put factors on fused experts there. Load {type(model).__name__} without 'cpu' and 'disk' in its "
+                "device_map, for instance in a smaller dtype."
+            ) from error
         # a line for each tensor that does not fit: the first say enough
         said = " ".join(str(error).split())
         raise AdapterError(
@@ -102,6 +124,14 @@ def load_adapter(
 
         accelerate_adapters(loaded)
     return loaded
+
+
+def _offloaded(model: PreTrainedModel) -> str | None:
+    """A module that accelerate brings in only when it runs, and where it is meanwhile."""
+    for name, place in getattr(model, "hf_device_map", {}).items():
+        if place in ("cpu", "disk") and any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
+            return f"{name!r} ({place})"
+    return None
 
 
 def check_adapter(folder: Path) -> list[StoredTensor]:

@@ -2,11 +2,12 @@
 
 import copy
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
@@ -24,12 +25,54 @@ def plain_path(path: str) -> str:
     return path.replace(".base_layer", "")
 
 
-def expert_parameters(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
-    """Names for `target_parameters` that match both projections of every layer's experts, and nothing else.
+class Choice:
+    """Whether `layers_to_transform`, `layers_pattern` and `exclude_modules` take a path, as PEFT reads them.
+
+    PEFT reads them for modules alone, so that of parameters is asked here.
+
+    Args:
+        model: Whose paths.
+        options: Of `LoraConfig`.
+        named: `target_modules` of the caller.
+
+    Raises:
+        ValueError: If a layer does not exist, or a module is named by its whole path, which PEFT adapts in any layer.
+    """
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any], named: Iterable[str] = ()):
+        names = ("layers_to_transform", "layers_pattern", "exclude_modules")
+        self.options = {name: options[name] for name in names if options.get(name) is not None}
+        paths = [plain_path(path) for path, _ in model.named_modules()]
+        layers = self.options.get("layers_to_transform", [])
+        for layer in [layers] if isinstance(layers, int) else layers:
+            if not any(f".{layer}." in f".{path}." for path in paths):
+                raise ValueError(f"layers_to_transform names layer {layer!r}, which {type(model).__name__} has not.")
+        if whole := sorted(path for path in set(named).intersection(paths) if not self(path)):
+            raise ValueError(
+                f"target_modules names {whole[0]!r} by its whole path, which PEFT adapts whatever {self} say. Take it "
+                "out, or give a shorter name."
+            )
+
+    def __str__(self) -> str:
+        return " and ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def __call__(self, path: str) -> bool:
+        if not self.options:
+            return True
+        probe = LoraConfig(target_modules=[path.rpartition(".")[2]], **self.options)
+        return bool(check_target_module_exists(probe, path))
+
+
+def expert_parameters(model: nn.Module, layers: list[MoeLayer], chosen: Choice | None = None) -> list[str]:
+    """Names for `target_parameters` that match both projections of the chosen layers' experts, and nothing else.
 
     Short names (`mlp.experts.down_proj`) where they are unambiguous. PEFT finds parametrised weights by their full
     names only.
+
+    Raises:
+        ValueError: If experts are not stored as parameters, or none is chosen.
     """
+    chosen = chosen or Choice(model, {})
     wanted: set[str] = set()
     parametrised_paths: set[str] = set()
     for layer in layers:
@@ -41,8 +84,11 @@ def expert_parameters(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
                     "parameter for each projection. Load the model without this quantisation."
                 )
             path = f"{plain_path(layer.experts_name)}.{name}"
-            wanted.add(path)
-            parametrised_paths |= {path} if name in parametrised else set()
+            if chosen(plain_path(layer.experts_name)) and chosen(path):
+                wanted.add(path)
+                parametrised_paths |= {path} if name in parametrised else set()
+    if not wanted:
+        raise ValueError(f"{chosen} leave no experts to adapt: use LoraConfig itself for other modules.")
     everything = {plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     return _compact(wanted, everything, parametrised_paths)
 
@@ -105,17 +151,49 @@ def refuse_router_targets(config: LoraConfig, model: nn.Module, layers: list[Moe
         parameters = [plain_path(f"{root}.{name}") for name, _ in layer.router.named_parameters()]
         hit = [path for path in modules if check_target_module_exists(read, path)]
         hit += [path for path in parameters if _matching(path, read.target_parameters or ())]
-        hit += [path for path in modules for name in read.modules_to_save or () if name in path.split(".")]
+        hit += [path for path in modules if _is_copied(path, read.modules_to_save or ())]
         if hit:
             raise ValueError(
                 f"the targets would train the router {hit[0]}: an expert adapter leaves the routers as they are. Take "
                 "its name out of target_modules and modules_to_save."
             )
+    for layer in layers:
+        if _is_copied(plain_path(layer.experts_name), read.modules_to_save or ()):
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save} would train a whole copy of {layer.experts_name} beside "
+                "its factors: take its name out."
+            )
+
+
+def refuse_unused_patterns(config: LoraConfig, model: nn.Module) -> None:
+    """Raise if a `rank_pattern` or `alpha_pattern` matches nothing that PEFT will adapt, and would be ignored."""
+    read = copy.deepcopy(config)
+    convert_peft_config_for_transformers(read, model, None)
+    paths = [plain_path(path) for path, _ in model.named_modules()]
+    targets = [path for path in paths if check_target_module_exists(read, path)]
+    parameters = {plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    targets += [path for path in parameters if _matching(path, read.target_parameters or ())]
+    # parametrised weights are no parameters of their own name
+    targets += read.target_parameters or ()
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name) or {}:
+            if not any(get_pattern_key([pattern], path) == pattern for path in targets):
+                raise ValueError(
+                    f"{name} {pattern!r} matches nothing that is adapted and would be ignored: the ends of the names "
+                    f"are {', '.join(sorted({'.'.join(path.split('.')[-2:]) for path in targets}))}."
+                )
 
 
 def _matching(path: str, names: Iterable[str]) -> list[str]:
     """Those of `names` that PEFT takes for `path`."""
     return [name for name in names if path == name or path.endswith(f".{name}")]
+
+
+def _is_copied(path: str, names: Iterable[str]) -> bool:
+    """Whether PEFT, which looks at the ends of paths, takes a module in `modules_to_save` for `path` or a parent."""
+    parts = path.split(".")
+    parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(parent.endswith(name) for parent in parents for name in names)
 
 
 def _compact(wanted: set[str], everything: set[str], whole: Collection[str] = ()) -> list[str]:

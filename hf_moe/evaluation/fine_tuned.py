@@ -24,7 +24,6 @@ from hf_moe.training.encoding import context_of
 from hf_moe.training.finetuning import (
     Data,
     banner,
-    check_packing,
     folder_bytes,
     load_model,
     load_tokenizer,
@@ -35,6 +34,7 @@ from hf_moe.training.finetuning import (
     shown,
     versions,
 )
+from hf_moe.training.packing_check import check_packing
 
 # of the host's TrainingArguments, for the report
 SETTINGS = (
@@ -153,7 +153,7 @@ class FineTuning:
         self.data = prepare_data(self.tokenizer, texts, self.context)
         self.model = load_model(base, training.device)
         if texts.packing:
-            check_packing(self.model)
+            check_packing(self.model, texts.row_length)
         self.router_hash = router_hash(self.model)
         self.before = self._measure(self.model)
 

@@ -145,32 +145,6 @@ def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, argum
     return make(examples, row_length=arguments.row_length, padding=padding)
 
 
-@torch.no_grad()
-def check_packing(model: PreTrainedModel) -> None:
-    """Check that the model keeps packed examples apart, by what it computes.
-
-    Recurrent layers carry state over; gpt-oss (transformers 5.23) builds its attention mask without the position ids.
-
-    Raises:
-        RecipeError: If an example's logits depend on the example before it in the row.
-    """
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(2, 34, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
-    half = ids.shape[1] // 2
-    apart = torch.cat([torch.arange(half), torch.arange(half)]).to(model.device)[None]
-    alone = model(input_ids=ids[:, half:], use_cache=False).logits
-    packed = model(input_ids=ids, position_ids=apart, use_cache=False).logits[:, half:]
-    joined = model(input_ids=ids, use_cache=False).logits[:, half:]
-    model.train(was_training)
-    leak, whole = (float((logits - alone).float().norm()) for logits in (packed, joined))
-    if leak > 0.1 * whole:
-        raise RecipeError(
-            f"{type(model).__name__} does not keep packed examples apart (its layers carry state over, or its "
-            "attention mask takes no notice of the position ids). Set packing: false."
-        )
-
-
 def rows_per_step(arguments: RecipeTrainingArguments) -> int:
     """Rows of one optimizer step, over all processes."""
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

@@ -47,7 +47,7 @@ def pack_examples(examples: Sequence[Example], *, row_length: int, padding: int)
     """Whole examples packed into rows by best fit; `position_ids` begin at 0 with each, and what is left is padded.
 
     Without an attention mask the host's attention keeps such examples apart by their position ids; recurrent layers
-    (Mamba, linear attention) do not, see `finetuning.check_packing`.
+    (Mamba, linear attention) do not, see `packing_check.check_packing`.
 
     Raises:
         ValueError: If an example is longer than a row.

@@ -1,6 +1,7 @@
 """Accelerated adapters are PEFT's adapters: the same numbers, the same files, the same calls; and no `W + BA`."""
 
 import copy
+import dataclasses
 import json
 import logging
 import subprocess
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_moe
-from hf_moe.adapters import expert_lora
+from hf_moe.adapters import expert_lora, lora_options
 from hf_moe.adapters.expert_lora import MergeError, accelerate_adapters, expert_lora_config, merge_and_check
 from hf_moe.experts import pipeline
 from hf_moe.experts.contract import LowRank, LowRankPair
@@ -508,12 +509,23 @@ def test_shared_experts_are_adapted_whatever_peft_makes_of_their_names(family):
 
 
 BAD_CONFIGS = {
-    "dropout": ({"lora_dropout": 0.1}, r"lora_dropout must be 0 on fused experts, got 0.1"),
+    "dropout": ({"lora_dropout": 0.1}, r"lora_dropout must be 0.0 on fused experts, got 0.1: PEFT has no input"),
     "other_parameters": ({"target_parameters": ["x"]}, "chooses target_parameters"),
     "all_linear": ({"target_modules": "all-linear"}, "must be a list of names, got 'all-linear'"),
     "the_router": ({"target_modules": ["mlp.gate"]}, r"would train the router model.layers.0.mlp.gate"),
     "the_router_by_its_old_name": ({"target_modules": ["gate"]}, "would train the router"),
     "a_copy_of_the_router": ({"modules_to_save": ["gate"]}, "would train the router"),
+    "a_copy_of_a_block": ({"modules_to_save": ["layers.0.mlp"]}, "would train the router"),
+    "a_copy_of_the_experts": ({"modules_to_save": ["experts"]}, "a whole copy of model.layers.0.mlp.experts"),
+    "no_such_layer": ({"layers_to_transform": [1, 7]}, "names layer 7, which Qwen3MoeForCausalLM has not"),
+    "no_experts_left": ({"exclude_modules": ["experts"]}, r"exclude_modules=\['experts'\] leave no experts"),
+    "a_module_of_another_layer": (
+        {"layers_to_transform": 1, "target_modules": ["model.layers.0.self_attn.q_proj"]},
+        "by its whole path, which PEFT adapts whatever layers_to_transform=1 say",
+    ),
+    "a_rank_of_nothing": ({"rank_pattern": {"experts.up_proj": 2}}, "rank_pattern 'experts.up_proj' matches nothing"),
+    "an_alpha_of_nothing": ({"alpha_pattern": {"q_proj": 2}}, "the ends of the names are experts.down_proj, experts"),
+    "no_option": ({"layers_to_transfrom": [1]}, "LoraConfig has no option 'layers_to_transfrom'"),
     "no_shared_experts": ({"shared_experts": True}, "Qwen3MoeForCausalLM has no shared experts"),
 }
 
@@ -522,8 +534,65 @@ BAD_CONFIGS = {
 def test_bad_configs_are_refused(case):
     options, message = BAD_CONFIGS[case]
     model, _ = build("qwen3_moe")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         expert_lora_config(model, **options)
+
+
+OTHER_VALUES = {"bias": "all", "fan_in_fan_out": True, "megatron_core": "other", "qalora_group_size": 8}
+
+
+def test_every_option_of_peft_is_honoured_or_refused():
+    """A field that a newer PEFT adds fails here until it is in one of the two."""
+    fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    assert fields <= lora_options.HONOURED | lora_options.REFUSED.keys()
+    assert not lora_options.HONOURED & lora_options.REFUSED.keys()
+    model, _ = build("qwen3_moe")
+    for name in fields - lora_options.HONOURED:
+        with pytest.raises(ValueError, match=rf"{name} must be .* on fused experts, got .*: [^.]+\."):
+            expert_lora_config(model, **{name: OTHER_VALUES.get(name, 1)})
+    plain = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig) if field.init}
+    expert_lora_config(model, **{name: plain[name] for name in fields & lora_options.REFUSED.keys()})
+
+
+def test_an_option_that_hf_moe_does_not_know_is_refused(monkeypatch):
+    monkeypatch.setattr(lora_options, "HONOURED", lora_options.HONOURED - {"use_rslora"})
+    with pytest.raises(ValueError, match=r"use_rslora must be False .* does not know this option of a newer PEFT"):
+        expert_lora_config(build("qwen3_moe")[0], use_rslora=True)
+
+
+STARTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa", "pissa_niter_4")
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_starts_from_the_weights_are_refused(start):
+    with pytest.raises(ValueError, match=f"init_lora_weights must be .*, got '{start}': any other is computed from"):
+        expert_lora_config(build("qwen3_moe")[0], init_lora_weights=start)
+
+
+CHOICES = {
+    "one_layer": ({"layers_to_transform": 1}, {1}),
+    "two_layers": ({"layers_to_transform": [0, 2], "layers_pattern": "layers"}, {0, 2}),
+    "without_the_experts_of_one": ({"exclude_modules": ["layers.1.mlp.experts"]}, {0, 2}),
+    "without_one_layer": ({"exclude_modules": r".*layers\.1\..*"}, {0, 2}),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_experts_are_chosen_by_layer_as_modules_are(case):
+    options, expected = CHOICES[case]
+    model, _ = build("deepseek_v3", first_k_dense_replace=0)
+    tuned = get_peft_model(model, expert_lora_config(model, r=2, attention=True, shared_experts=True, **options))
+    layers = {"experts": set(), "self_attn": set(), "shared_experts": set()}
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            layers[next(kind for kind in layers if f".{kind}." in name)].add(int(name.split(".layers.")[1][0]))
+    everywhere = {0, 1, 2} if case == "without_the_experts_of_one" else expected
+    assert layers == {"experts": expected, "self_attn": everywhere, "shared_experts": everywhere}
+
+
+def test_one_projection_is_left_out_by_name():
+    model, _ = build("qwen3_moe")
+    assert expert_lora_config(model, exclude_modules=["experts.gate_up_proj"]).target_parameters == EXPERTS[1:]
 
 
 def test_a_linear_inside_a_router_is_refused():

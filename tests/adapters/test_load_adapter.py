@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf_moe.adapters.expert_lora import ParamWrapper as AcceleratedParamWrapper
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash
@@ -164,3 +165,14 @@ def test_no_such_adapter(tmp_path):
 def test_the_folder_above_is_told_from_the_adapter(saved):
     with pytest.raises(AdapterError, match=r"such as .*adapter"):
         load_adapter(qwen_model(), saved[0].parent)
+
+
+def test_offloading_is_named_as_the_cause(saved, tmp_path):
+    qwen_model().save_pretrained(tmp_path / "model")
+    here = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    places = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    with pytest.raises(AdapterError, match=r"while 'model\.layers\.1' \(disk\) is offloaded: .* Load Qwen3Moe"):
+        load_adapter(base, saved[0])

@@ -5,12 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_moe.training.arguments import RecipeError
 from hf_moe.training.encoding import IGNORED, Example
-from hf_moe.training.finetuning import check_packing
 from hf_moe.training.packing import draw
 from hf_moe.training.rows import Mixture, pack_examples, pad_examples
-from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, qwen_model
 
 LENGTHS = [3, 16, 7, 9, 1, 12, 4, 16, 5]
@@ -75,16 +72,6 @@ def test_padded_rows_mask_what_is_not_there():
     columns = pad_examples(given, row_length=8, padding=0).columns
     assert columns["attention_mask"].sum(1).tolist() == [3, 5]
     assert (columns["labels"][columns["attention_mask"] == 0] == IGNORED).all()
-
-
-def test_attention_models_may_be_packed():
-    check_packing(qwen_model())
-
-
-def test_a_model_with_recurrent_layers_may_not():
-    model, _ = build_tiny("nemotron_h")
-    with pytest.raises(RecipeError, match="packing: false"):
-        check_packing(model)
 
 
 def test_a_mixture_has_the_shares_asked_for():
