@@ -23,6 +23,7 @@ from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import (
     MetricsFile,
     command_line,
+    known_config,
     load_model,
     load_tokenizer,
     recipe_errors,
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     adapter, base, texts, training = parse_recipe(kinds, arguments, __file__)
     refuse_broken_trackio()
     refuse_used_folder(training)
+    known_config(base)
     train_data, held_out = read_for_trl(texts, PREFERENCE_COLUMNS, training.seed)
     tokenizer = load_tokenizer(base)
     model = load_model(base, training.device)  # TRL cannot build a model type that another package registers

@@ -25,6 +25,7 @@ from hf_moe.training.finetuning import (
     MetricsFile,
     check_packing,
     command_line,
+    known_config,
     load_model,
     load_tokenizer,
     recipe_errors,
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     adapter, base, texts, training = parse_recipe(kinds, arguments, __file__)
     refuse_broken_trackio()
     refuse_used_folder(training)
+    known_config(base)
     train_data, held_out = read_for_trl(texts, SFT_COLUMNS, training.seed)
     tokenizer = load_tokenizer(base)
     model = load_model(base, training.device)  # TRL cannot build a model type that another package registers
