@@ -19,6 +19,7 @@ from typing import Any
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
 from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import (
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         peft_config=expert_lora_config(model, **asdict(adapter)),
         callbacks=[MetricsFile(), RouterFreezeCallback()],
     )
+    refuse_unreadable(trainer.model)
     accelerate_adapters(trainer.model)
     # 3. measure, train, measure again, save
     return train_and_save(trainer, "SFT with TRL", command_line(__file__, arguments), base, adapter)

@@ -80,7 +80,8 @@ def _tiny(config_class: type[PreTrainedConfig], text: dict[str, Any]) -> PreTrai
         kwargs |= TEXT_OVERRIDES.get(config_class.__module__.split(".")[2], {}) | text
     elif "text_config" not in kwargs:
         kwargs |= {name: HIDDEN for name in TEXT_WIDTHS if name in fields}
-    special = [name for name in fields if name.startswith(("image", "video", "audio", "vision")) and name.endswith("_id")]
+    others = ("image", "video", "audio", "vision")
+    special = [name for name in fields if name.startswith(others) and name.endswith("_id")]
     kwargs |= {name: VOCAB - 1 - place for place, name in enumerate(special)}
     return config_class(**{**kwargs, **OVERRIDES.get(config_class.model_type, {})})
 

@@ -63,9 +63,9 @@ def is_language_model(auto_class: Any, config: PreTrainedConfig) -> bool:
     return chosen is None or {"input_ids", "labels"} <= set(inspect.signature(chosen.forward).parameters)
 
 
-def _classes(auto_class: str, config: PreTrainedConfig) -> tuple[type, ...]:
-    known = getattr(transformers, auto_class)._model_mapping.get(type(config), None)
-    return known if isinstance(known, tuple | list) else () if known is None else (known,)
+def _classes(auto_class: str, config: PreTrainedConfig) -> tuple[Any, ...]:
+    known = getattr(transformers, auto_class)._model_mapping.get(type(config), ())
+    return tuple(known) if isinstance(known, tuple | list) else (known,)
 
 
 def _class_names(auto_class: str, config: PreTrainedConfig) -> set[str]:

@@ -25,10 +25,20 @@ from .auto_classes import is_language_model, whole_auto_class
 from .unseen_experts import required_layers
 
 _SECONDS = 10.0
+_ABSENT: dict[type[Exception], str] = {
+    HFValidationError: "it is no name on the Hub (owner/name). Check the path.",
+    GatedRepoError: "on the Hub it is gated, without access for this account. Ask for it on its page.",
+    RepositoryNotFoundError: "the Hub has none that this account may see. Check the spelling, or `hf auth whoami`.",
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set: nothing of it is in the cache. Check the spelling.",
+}
 
 
 class ModelError(ValueError):
     """A model that cannot be used; says why and the way out. No weight has been read."""
+
+
+class ModelNotFoundError(ModelError, OSError):
+    """There is no such model, or its config cannot be had."""
 
 
 def find_model(name: str, *, file: str = "config.json") -> None:
@@ -39,32 +49,23 @@ def find_model(name: str, *, file: str = "config.json") -> None:
         file: What the cache holds of a model (or an adapter) that is there.
 
     Raises:
-        ModelError: If there is no such folder, and the Hub has no such repository or cannot be reached.
+        ModelNotFoundError: If there is no such folder, and the Hub has no such repository or cannot be reached.
     """
     if Path(name).exists():
         return
-    missing = f"no folder here is called {name!r}, and"
     try:
         if isinstance(try_to_load_from_cache(name, file), str):
             return
         HfApi().model_info(name, timeout=_SECONDS)
-    except HFValidationError as error:
-        raise ModelError(f"{missing} it is no name on the Hub (owner/name). Check the path.") from error
-    except GatedRepoError as error:
-        raise ModelError(f"{name!r} is gated and this account has no access. Ask for it on its page.") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{missing} the Hub has no such repository that this account may see. Check the spelling, or "
-            "`hf auth whoami`."
-        ) from error
+    except (HFValidationError, GatedRepoError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
+        said = next(said for kind, said in _ABSENT.items() if isinstance(error, kind))
+        raise ModelNotFoundError(f"no folder here is called {name!r}, and {said}") from error
     except HfHubHTTPError:
         return  # the Hub is there: whoever loads the model hears what it says
-    except OfflineModeIsEnabled as error:
-        raise ModelError(f"{missing} it is not in the cache, with HF_HUB_OFFLINE set. Check the spelling.") from error
     except (HTTPError, ConnectionError) as error:
-        raise ModelError(
-            f"{missing} the Hub cannot be reached ({type(error).__name__}: {error}). Check the spelling and the "
-            "connection."
+        raise ModelNotFoundError(
+            f"no folder here is called {name!r}, and the Hub cannot be reached ({type(error).__name__}: {error}). "
+            "Check the spelling and the connection."
         ) from error
 
 
@@ -72,13 +73,16 @@ def read_config(name: str) -> PreTrainedConfig:
     """The config of a folder or of a name on the Hub. No code of the checkpoint is run.
 
     Raises:
-        ModelError: If there is none, it is damaged, or transformers does not know the model type.
+        ModelNotFoundError: If there is none.
+        ModelError: If it is damaged, or transformers does not know the model type.
     """
     find_model(name)
     try:
         # False, not transformers' default, which asks on the terminal whether to run the checkpoint's code
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (StrictDataclassError, ValueError, OSError) as error:
+    except OSError as error:
+        raise ModelNotFoundError(f"{name!r} has no config that can be read: {_first(error)}") from error
+    except (StrictDataclassError, ValueError) as error:
         raise ModelError(f"the config of {name!r} cannot be read: {_first(error)}") from error
 
 

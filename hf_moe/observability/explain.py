@@ -143,8 +143,8 @@ def explain_config(config: PreTrainedConfig | str) -> Explanation:
         config: A config, or what `AutoConfig.from_pretrained` takes: a checkpoint folder or a name on the Hub.
 
     Raises:
-        ModelError: If there is no config at `config`, or it cannot be read.
-        ValueError: If no auto class has a model for it.
+        OSError: If there is no config at `config`.
+        ValueError: If it cannot be read, or no auto class has a model for it.
     """
     return explain(build_empty(read_config(config) if isinstance(config, str) else config))
 

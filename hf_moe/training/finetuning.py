@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash, verify_adapter_without_router
+from hf_moe.adapters.readable import UnreadableAdapterError
 from hf_moe.models.loading import ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
@@ -41,6 +42,11 @@ from hf_moe.training.trainer import MoeTrainer
 from hf_moe.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
+
+# what a recipe says in one line
+_REFUSALS = (
+    DataError, ImportError, ModelError, OSError, RecipeError, RouterNotFrozenError, TextError, UnreadableAdapterError
+)  # fmt: skip
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -95,7 +101,10 @@ def load_model(arguments: ModelArguments, device: torch.device) -> PreTrainedMod
     frozen = freeze_what_text_does_not_reach(model) if has_other_towers(model) else []
     if frozen:
         logger.warning(
-            "text does not reach %s parameters of %s: they stay as they are.", f"{len(frozen):,}", found.model_class
+            "text does not reach %d tensors of %s, such as %s: they stay as they are.",
+            len(frozen),
+            found.model_class,
+            frozen[0],
         )
     for warning in found.warnings:
         logger.warning(warning)
@@ -342,6 +351,6 @@ def recipe_errors() -> Iterator[None]:
     try:
         with without_host_warnings():
             yield
-    except (DataError, ImportError, OSError, RecipeError, RouterNotFrozenError, TextError) as error:
+    except _REFUSALS as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Mixtures of experts with vision or audio towers: loaded whole, trained on text, saved so that stock PEFT takes it."""
+"""Mixtures of experts with vision or audio towers: loaded whole, trained on text, read again by stock PEFT."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.adapters.readable import UnreadableAdapterError, refuse_unreadable
 from hf_moe.models.auto_classes import whole_auto_class
 from hf_moe.models.loading import ModelError, load_language_model
 from hf_moe.models.moe_layers import moe_layers
@@ -16,6 +17,8 @@ from tiny_multimodal import MULTIMODAL, build_multimodal
 # no loss for text: its training is block diffusion
 REFUSED = ("diffusion_gemma",)
 TRAINED = tuple(kind for kind in MULTIMODAL if kind not in REFUSED)
+# peft 0.21 renames an adapter's tensors on loading, and then finds no place for them
+UNREADABLE = ("deepseek_ocr2", "mistral_large4", "unlimited_ocr")
 
 
 def folder_of(kind, tmp_path):
@@ -24,7 +27,7 @@ def folder_of(kind, tmp_path):
     return model, inputs, str(tmp_path / kind)
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", [kind for kind in TRAINED if kind not in UNREADABLE])
 def test_an_adapter_trained_on_text_fits_the_whole_model_in_stock_peft(kind, tmp_path):
     """Until now the text model alone was trained, and its adapter did nothing on the whole one."""
     saved, inputs, folder = folder_of(kind, tmp_path)
@@ -34,9 +37,10 @@ def test_an_adapter_trained_on_text_fits_the_whole_model_in_stock_peft(kind, tmp
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     plain = model(**inputs).logits
     model = get_peft_model(model, expert_lora_config(model, r=2))
+    refuse_unreadable(model)
     freeze_router(model)
     accelerate_adapters(model)
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=50.0)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):  # in the first only B moves
         optimizer.zero_grad()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -49,15 +53,24 @@ def test_an_adapter_trained_on_text_fits_the_whole_model_in_stock_peft(kind, tmp
     torch.testing.assert_close(loaded(**inputs).logits, trained, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_adapter_that_peft_could_not_load_again_is_refused_before_training(kind):
+    model, _ = build_multimodal(kind)
+    with pytest.raises(UnreadableAdapterError, match=f"on {type(model).__name__} when it loads them"):
+        refuse_unreadable(get_peft_model(model, expert_lora_config(model, r=2)))
+
+
 @pytest.mark.parametrize("kind", TRAINED)
 def test_what_text_does_not_reach_is_frozen(kind):
     model, inputs = build_multimodal(kind)
     assert has_other_towers(model)
+    could_train = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen = set(freeze_what_text_does_not_reach(model))
-    assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
-    model.requires_grad_(True)
+    assert frozen == {name for name in could_train if not model.get_parameter(name).requires_grad}
+    for name in could_train:
+        model.get_parameter(name).requires_grad_(True)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert frozen == {name for name, p in model.named_parameters() if p.grad is None}
+    assert frozen == {name for name in could_train if model.get_parameter(name).grad is None}
     reached = [layer for layer in moe_layers(model) if f"{layer.experts_name}.down_proj" not in frozen]
     assert reached
 
