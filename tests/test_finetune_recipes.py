@@ -125,6 +125,15 @@ def test_a_vision_language_model_is_trained_and_saved_whole(kind, data, tmp_path
     assert (adapted - plain).abs().max() > 1e-3
 
 
+def test_experts_of_a_tower_that_text_does_not_reach_stay_out_of_the_measurements(data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    model, _ = build_multimodal("ernie4_5_vl_moe", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "ernie")
+    tokenizer.save_pretrained(tmp_path / "ernie")
+    report = run("finetune_expert_lora", options(tmp_path, data, tmp_path / "out", "ernie", "--packing", "false"))
+    assert [len(domain["routing_agreement"]) for domain in report["domains"].values()] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
