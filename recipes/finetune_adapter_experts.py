@@ -20,6 +20,7 @@ from peft import get_peft_model
 
 from hf_moe.adapters.adapter_experts import AdapterExpertsConfig
 from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.evaluation.fine_tuned import FineTuning, print_domains
 from hf_moe.hub.finetune_card import write_results
 from hf_moe.training.arguments import RECIPE, parse_recipe
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     job = FineTuning("Adapter experts", command_line(__file__, arguments), adapter, *others)
     # 2. new experts in every MoE layer; everything else is frozen
     model = get_peft_model(job.model, AdapterExpertsConfig(task_type="CAUSAL_LM", **asdict(adapter)))
+    refuse_unreadable(model)
     freeze_router(model)
     # 3. train with the ordinary Trainer, and measure again
     job.train(model, [RouterFreezeCallback()])

@@ -20,6 +20,7 @@ from peft import get_peft_model
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.evaluation.fine_tuned import FineTuning, print_domains
 from hf_moe.hub.finetune_card import write_results
 from hf_moe.training.arguments import RECIPE, ExpertLoraArguments, parse_recipe
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     job = FineTuning("Expert LoRA", command_line(__file__, arguments), adapter, *others)
     # 2. low-rank factors on every expert, none on the router
     model = get_peft_model(job.model, expert_lora_config(job.model, **asdict(adapter)))
+    refuse_unreadable(model)
     accelerate_adapters(model)
     freeze_router(model)
     # 3. train with the ordinary Trainer, and measure again

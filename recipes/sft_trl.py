@@ -19,11 +19,13 @@ from typing import Any
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
 from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import (
     MetricsFile,
     command_line,
+    known_config,
     load_model,
     load_tokenizer,
     recipe_errors,
@@ -49,6 +51,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     adapter, base, texts, training = parse_recipe(kinds, arguments, __file__)
     refuse_broken_trackio()
     refuse_used_folder(training)
+    known_config(base)
     train_data, held_out = read_for_trl(texts, SFT_COLUMNS, training.seed)
     tokenizer = load_tokenizer(base)
     model = load_model(base, training.device)  # TRL cannot build a model type that another package registers
@@ -66,6 +69,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         peft_config=expert_lora_config(model, **asdict(adapter)),
         callbacks=[MetricsFile(), RouterFreezeCallback()],
     )
+    refuse_unreadable(trainer.model)
     accelerate_adapters(trainer.model)
     # 3. measure, train, measure again, save
     return train_and_save(trainer, "SFT with TRL", command_line(__file__, arguments), base, adapter)

@@ -21,6 +21,8 @@ from hf_moe.training.arguments import RecipeError
 from hf_moe.training.sources import DataError
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
+from tiny_multimodal import build_multimodal, multimodal_config
+from tiny_unseen import llama4
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_PEFT_21 = pytest.mark.skipif(version.parse(peft.__version__) < version.parse("0.21"), reason="needs peft 0.21")
@@ -94,6 +96,57 @@ def test_a_recipe_runs_on_every_family(recipe, family, models, data, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in card + json.dumps(report)
     assert str(models) not in card + json.dumps(report)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "qwen3_vl_moe"])
+def test_a_vision_language_model_is_trained_and_saved_whole(kind, data, tmp_path):
+    """The text model alone was trained and saved, without a word; of Qwen3-VL-MoE nothing loaded."""
+    tokenizer = tiny_tokenizer()
+    whole, inputs = build_multimodal(kind, vocab_size=len(tokenizer))
+    whole.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    (tmp_path / kind / "preprocessor_config.json").write_text("{}")
+    report = run("finetune_full", options(tmp_path, data, tmp_path / "full", kind, "--packing", "false"))
+    saved = type(whole).from_pretrained(tmp_path / "full" / "model")
+    before, after = whole.state_dict(), saved.state_dict()
+    assert before.keys() == after.keys()
+    vision = [name for name in before if "visual" in name]
+    assert vision
+    assert all(torch.equal(before[name], after[name]) for name in vision)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert report["parameters"]["trained"] < sum(before[name].numel() for name in before if name not in vision)
+    assert (tmp_path / "full" / "model" / "preprocessor_config.json").exists()
+    assert "import AutoModelForImageTextToText" in (tmp_path / "full" / "README.md").read_text()
+
+    more = ("--packing", "false", "--learning_rate", "0.05")
+    run("finetune_expert_lora", options(tmp_path, data, tmp_path / "lora", kind, *more))
+    plain = whole(**inputs).logits
+    adapted = PeftModel.from_pretrained(whole, tmp_path / "lora" / "adapter")(**inputs).logits
+    assert (adapted - plain).abs().max() > 1e-3
+
+
+def test_experts_of_a_tower_that_text_does_not_reach_stay_out_of_the_measurements(data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    model, _ = build_multimodal("ernie4_5_vl_moe", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "ernie")
+    tokenizer.save_pretrained(tmp_path / "ernie")
+    report = run("finetune_expert_lora", options(tmp_path, data, tmp_path / "out", "ernie", "--packing", "false"))
+    assert [len(domain["routing_agreement"]) for domain in report["domains"].values()] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("llama4", "experts outside of transformers' experts interface"),
+        ("diffusion_gemma", "no language model that gives logits and a loss for text alone"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_its_weights_are_read(kind, message, data, tmp_path):
+    config = llama4().config if kind == "llama4" else multimodal_config(kind)
+    config.save_pretrained(tmp_path / kind)  # no weights, and no tokenizer
+    with pytest.raises(RecipeError, match=message) as raised:
+        run("finetune_full", options(tmp_path, data, tmp_path / "out", kind))
+    assert len(str(raised.value)) < 500
 
 
 def test_what_is_loaded_back_has_the_figures_of_the_report(models, data, tmp_path):

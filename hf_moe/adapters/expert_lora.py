@@ -18,6 +18,7 @@ from hf_moe.adapters import lora_options, lora_targets
 from hf_moe.experts.backends import BACKENDS
 from hf_moe.experts.contract import LowRank, LowRankPair, read_weights, up_name
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers
+from hf_moe.models.unseen_experts import required_layers
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def expert_lora_config(
             "router in) cannot be joined with the experts."
         )
     model = lora_targets.base_model(model)
-    layers = lora_targets.layers_of(model)
+    layers = required_layers(model)
     chosen = lora_targets.Choice(model, kwargs, named)
     experts = lora_targets.expert_parameters(model, layers, chosen)
     wanted = lora_targets.attention_modules(model, layers) if attention else set()
@@ -299,7 +300,7 @@ def merge_and_check(peft_model: PeftModel, **batch: Any) -> nn.Module:
     with peft_model.disable_adapter():
         base = _output(peft_model, batch)
     adapted = _output(peft_model, batch)
-    dtype = read_weights(lora_targets.layers_of(peft_model)[0].experts).down.dtype
+    dtype = read_weights(required_layers(peft_model)[0].experts).down.dtype
     merged: Any = peft_model.merge_and_unload()
     _check_merge(_Outputs(base, adapted, _output(merged, batch)), dtype, _num_layers(merged))
     return merged.train(was_training)

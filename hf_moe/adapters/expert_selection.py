@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
+from hf_moe.models.moe_layers import MoeLayer
+from hf_moe.models.unseen_experts import required_layers
 from hf_moe.whole_files import write_json
 
 METHODS = ("gate", "frequency")
@@ -77,7 +78,7 @@ class ExpertSelection:
         Raises:
             ValueError: For a layer that `model` lacks, or an id out of range.
         """
-        found = {layer.plain_name: layer for layer in moe_layers(model)}
+        found = {layer.plain_name: layer for layer in required_layers(model)}
         if unknown := sorted(set(experts) - set(found)):
             raise ValueError(f"the model has no MoE layer {unknown[0]!r:.80}. It has {listed(found)}.")
         layers = {
@@ -152,7 +153,7 @@ class ExpertSelection:
         Raises:
             ValueError: If the selection was made for another architecture.
         """
-        found = {layer.plain_name: layer for layer in moe_layers(model)}
+        found = {layer.plain_name: layer for layer in required_layers(model)}
         if set(found) != set(self.layers):
             name = min(set(found) ^ set(self.layers))
             where = "the model lacks it" if name in self.layers else "the selection lacks it"

@@ -19,7 +19,8 @@ from transformers.utils import is_peft_available
 
 from hf_moe.adapters.router_values import VERSION, first_hashes, values_hash
 from hf_moe.adapters.sharded import is_sharded, refuse_flat_shards, reshard, whole_tensor
-from hf_moe.models.moe_layers import MoeLayer, moe_layers, plain_name
+from hf_moe.models.moe_layers import MoeLayer, plain_name
+from hf_moe.models.unseen_experts import required_layers
 from hf_moe.whole_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -335,9 +336,7 @@ def _routed_layers(model: nn.Module) -> list[tuple[MoeLayer, nn.Module]]:
     Raises:
         ValueError: If there is no router to freeze: that would prove nothing.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer, so no router. Pass a Mixture-of-Experts model.")
+    layers = required_layers(model)
     for layer in layers:
         if layer.router is None:
             raise ValueError(f"the block {layer.name!r} routes by itself: it has no router module to freeze.")

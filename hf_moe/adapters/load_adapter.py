@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_moe.adapters.frozen_router import HASH_FILE, verify_adapter_base
 from hf_moe.models.checkpoint_files import CheckpointError, StoredTensor, read_headers
+from hf_moe.models.loading import ModelError, find_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -210,6 +211,10 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
         if revision is not None:
             raise AdapterError(f"{str(adapter)!r} is a folder, which has no revision {revision!r}. Leave it out.")
         return Path(adapter)
+    try:
+        find_model(str(adapter), file=CONFIG)  # the client asks for long before it gives up
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

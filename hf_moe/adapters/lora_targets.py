@@ -12,7 +12,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from hf_moe.experts.contract import up_name
-from hf_moe.models.moe_layers import MoeLayer, moe_layers, recorded_modules
+from hf_moe.models.moe_layers import MoeLayer, recorded_modules
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -237,15 +237,3 @@ def _is_renamed(name: str, model: nn.Module) -> bool:
     except ValueError:  # one of two names that are fused into one parameter
         return True
     return probe.target_modules != {name}
-
-
-def layers_of(model: nn.Module) -> list[MoeLayer]:
-    """The MoE layers of `model`.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer whose experts an adapter could go on.")
-    return layers

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_moe.adapters import lora_targets
 from hf_moe.adapters.frozen_router import HASH_FILE
+from hf_moe.models.unseen_experts import required_layers
 from hf_moe.whole_files import write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -214,7 +215,7 @@ def fused(folder: Path, model: nn.Module) -> Iterator[Path]:
     for name in ("rank_pattern", "alpha_pattern"):
         if unknown := sorted(set(config.get(name) or ()) - {FUSED_PATTERN}):
             raise PerExpertError(f"{name} {unknown[0]!r} cannot be joined with pairs for every expert.")
-    layers = {lora_targets.plain_path(layer.experts_name): layer for layer in lora_targets.layers_of(model)}
+    layers = {lora_targets.plain_path(layer.experts_name): layer for layer in required_layers(model)}
     tensors = dict(others)
     for root, both in experts.items():
         layer = layers.get(root.removeprefix(_PREFIX))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_moe.adapters.expert_selection import METHODS, ExpertSelection, LayerSelection, check_budget, listed
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
+from hf_moe.models.moe_layers import MoeLayer
+from hf_moe.models.unseen_experts import required_layers
 from hf_moe.models.watch_routing import Routing, watch_routing
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,7 @@ def select_experts(
     for name, value in (("max_tokens", max_tokens), ("max_length", max_length), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer. Pass a Mixture-of-Experts model.")
+    layers = required_layers(model)
     scores = _Scores(layers, method)
     rows = _cut(_rows(dataset, tokenizer, max_length), max_tokens)
     _measure(model, scores, rows, batch_size, max_tokens if progress else None)

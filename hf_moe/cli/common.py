@@ -49,7 +49,8 @@ def said(error: Exception, *models: str | None) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{str(error.filename)!r}: {error.strerror}. Check the path."
     elsewhere = [repr(name) for name in models if name is not None and not Path(name).exists()]
-    if isinstance(error, OSError) and elsewhere:
+    # an error that is a ValueError as well is ours, and names the model
+    if isinstance(error, OSError) and not isinstance(error, ValueError) and elsewhere:
         return f"no folder here is called {' or '.join(elsewhere)}, and the Hub gave nothing: {error}"
     return str(error)
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.evaluation.measurement import Measurement
 from hf_moe.evaluation.model_comparison import ModelComparison, compare_measurements
 from hf_moe.evaluation.text_probe import WINDOW, TextProbe
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.models.loading import ModelError, load_language_model
 from hf_moe.training.encoding import context_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -94,8 +94,8 @@ def load_model(choice: ModelChoice) -> nn.Module:
     """The model with its adapter, for evaluation.
 
     Raises:
-        EvaluationError: If it has no MoE layer, or the adapter's folder holds none.
-        OSError, ValueError: As the host's loaders.
+        EvaluationError: If the model cannot be used, before its weights are read.
+        AdapterError: As `load_adapter`.
     """
     options: dict[str, Any] = {"dtype": choice.dtype}
     if choice.experts_implementation is not None:
@@ -103,12 +103,10 @@ def load_model(choice: ModelChoice) -> nn.Module:
     device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu":
         options["device_map"] = device  # quantised checkpoints cannot be moved later
-    model = AutoModelForCausalLM.from_pretrained(choice.path, **options)
-    if not moe_layers(model):
-        raise EvaluationError(
-            f"{choice.path!r} ({type(model).__name__}) has no MoE layer: its routing cannot be compared. Name a "
-            "Mixture-of-Experts model."
-        )
+    try:
+        model = load_language_model(choice.path, **options)
+    except ModelError as error:
+        raise EvaluationError(str(error)) from error
     if choice.adapter is not None:
         return load_adapter(model, choice.adapter).eval()
     return model.eval()

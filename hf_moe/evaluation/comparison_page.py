@@ -69,7 +69,7 @@ def _facts(comparison: ModelComparison) -> list[tuple[str, str, str, bool]]:
     for name, key, show in (
         ("model type", "model_type", str),
         ("parameters", "parameters", short_count),
-        ("active for a token", "active_parameters", short_count),
+        ("active for a token", "active_parameters", _known_count),
         ("dtype of the experts", "dtype", str),
         ("MoE layers", "layers", str),
         ("experts in a layer", "experts", str),
@@ -78,6 +78,10 @@ def _facts(comparison: ModelComparison) -> list[tuple[str, str, str, bool]]:
         values = [visible(show(side[key])) for side in sides]
         rows.append((name, values[0], values[1], values[0] != values[1]))
     return rows
+
+
+def _known_count(value: int | None) -> str:
+    return "not known" if value is None else short_count(value)
 
 
 def _summary(comparison: ModelComparison, labels: dict[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.evaluation.held_out import HeldOut, evaluate_rows
@@ -25,6 +25,7 @@ from hf_moe.training.finetuning import (
     Data,
     banner,
     folder_bytes,
+    known_config,
     load_model,
     load_tokenizer,
     prepare_data,
@@ -148,8 +149,8 @@ class FineTuning:
         self.method, self.command, self.training, self.texts = method, command, training, texts
         self.choices = {**asdict(own), "model": shown(base.model), "row_length": texts.row_length}
         self.folder = Path(str(training.output_dir))
+        self.context = context_of(known_config(base))
         self.tokenizer = load_tokenizer(base)
-        self.context = context_of(AutoConfig.from_pretrained(base.model))
         self.data = prepare_data(self.tokenizer, texts, self.context)
         self.model = load_model(base, training.device)
         if texts.packing:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.models.loading import find_model, language_class
 
 LARGEST_CPU_BATCH = 16
 
@@ -58,6 +59,7 @@ class HfMoeLM(HFLM):
 
     Raises:
         EvaluationError: For a device or dtype that is not there; lm-eval would take another device.
+        ModelError: If there is no such model, or it is no language model.
         ValueError: For an unknown experts implementation, or one that refuses the model.
         OSError: If the model or adapter cannot be found.
     """
@@ -74,6 +76,9 @@ class HfMoeLM(HFLM):
     ):
         device = _checked_device(device)
         _check_dtype(options.get("dtype", "auto"))
+        self._is_named = isinstance(pretrained, str)
+        if isinstance(pretrained, str):
+            find_model(pretrained)
         if experts_implementation is not None:
             if isinstance(pretrained, str):
                 options["experts_implementation"] = experts_implementation
@@ -89,6 +94,12 @@ class HfMoeLM(HFLM):
         self.work = Work()
         self.input_mask: Tensor | None = None
         self._is_trial = False
+
+    def _get_backend(self, config: Any, *args: Any, **options: Any) -> None:
+        # the class that loads the checkpoint whole; HFLM would read the text model out of a vision-language one
+        super()._get_backend(config, *args, **options)
+        if self._is_named and self.backend == "causal":
+            self.AUTO_MODEL_CLASS = language_class(config, config.name_or_path)
 
     def clear_work(self) -> None:
         self.work = Work()

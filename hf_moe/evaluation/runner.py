@@ -24,6 +24,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.results import FORMAT, NAME, check_results, harness_identity, versions
 from hf_moe.evaluation.scoring import group_figures, prepare
 from hf_moe.evaluation.tasks import Tasks
+from hf_moe.observability.explain import explain
 from hf_moe.training.stages import ResumableRun
 from hf_moe.whole_files import write_json
 
@@ -52,6 +53,8 @@ def evaluate(evaluation: Evaluation, output: Path, *, command: str = "") -> dict
     )
     domains = read_domains(evaluation.domains)
     lm = HfMoeLM(evaluation.model, adapter=evaluation.adapter, batch_size=evaluation.batch_size, **evaluation.options)
+    for warning in explain(lm.model).warnings:
+        Console(stderr=True, soft_wrap=True).print(f"warning: {warning}", markup=False, highlight=False)
     for name, task in tasks.tasks.items():
         prepare(lm, name, task, evaluation)
     return _Run(evaluation, tasks, domains, lm).into(output, command)

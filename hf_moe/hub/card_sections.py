@@ -59,30 +59,30 @@ def loading(checkpoint: CheckpointFacts, training: TrainingFacts, name: str, bas
 
 
 def _load_model(checkpoint: CheckpointFacts, training: TrainingFacts, name: str) -> str:
-    ours = (checkpoint.model_type or training.model_type) == "hf_moe"
+    ours, auto = (checkpoint.model_type or training.model_type) == "hf_moe", checkpoint.auto_class
     lines = [
-        f'model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, experts_implementation="hf_moe")',
+        f'model = {auto}.from_pretrained({json.dumps(name)}, experts_implementation="hf_moe")',
         *([f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})"] if checkpoint.has_tokenizer else []),
     ]
-    classes = "AutoModelForCausalLM" + (", AutoTokenizer" if checkpoint.has_tokenizer else "")
+    classes = auto + (", AutoTokenizer" if checkpoint.has_tokenizer else "")
     with_ours = ["import hf_moe  # registers", f"from transformers import {classes}", "", *lines]
     options = ", trust_remote_code=True" if ours else ""
     without = [
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto}",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{options})",
+        f"model = {auto}.from_pretrained({json.dumps(name)}{options})",
     ]
     return _with_and_without(with_ours, without)
 
 
 def _load_adapter(checkpoint: CheckpointFacts, training: TrainingFacts, name: str, base_model: str) -> str:
     base = json.dumps(base_model)
-    ours = (checkpoint.model_type or training.model_type) == "hf_moe"
-    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    ours, auto = (checkpoint.model_type or training.model_type) == "hf_moe", checkpoint.auto_class
+    lines = ["from peft import PeftModel", f"from transformers import {auto}", ""]
     with_ours = [
         "import hf_moe  # registers",
         *lines,
-        f'model = AutoModelForCausalLM.from_pretrained({base}, experts_implementation="hf_moe")',
+        f'model = {auto}.from_pretrained({base}, experts_implementation="hf_moe")',
         f"model = PeftModel.from_pretrained(model, {json.dumps(name)})",
         *(["hf_moe.accelerate_adapters(model)"] if checkpoint.adapter.get("peft_type") == "LORA" else []),
     ]
@@ -90,7 +90,7 @@ def _load_adapter(checkpoint: CheckpointFacts, training: TrainingFacts, name: st
         return fenced("\n".join(with_ours), "python") + "\n\nWithout hf_moe this kind of adapter does not load."
     without = [
         *lines,
-        f"model = AutoModelForCausalLM.from_pretrained({base}{', trust_remote_code=True' if ours else ''})",
+        f"model = {auto}.from_pretrained({base}{', trust_remote_code=True' if ours else ''})",
         f"model = PeftModel.from_pretrained(model, {json.dumps(name)})",
     ]
     return _with_and_without(with_ours, without)

@@ -34,6 +34,7 @@ class CheckpointFacts:
     layers: tuple[str, ...] = ()
     num_moe_layers: int | None = None
     is_causal_lm: bool = True
+    auto_class: str = "AutoModelForCausalLM"
     router: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
     context: int | None = None
@@ -96,6 +97,7 @@ def _of_config(folder: Path) -> dict[str, Any]:
     """From config.json; sizes from the model that it describes, built without storage."""
     from transformers import AutoConfig
 
+    from hf_moe.models.auto_classes import whole_auto_class
     from hf_moe.observability.explain import explain_config
 
     written = read_facts(folder / "config.json")
@@ -109,12 +111,14 @@ def _of_config(folder: Path) -> dict[str, Any]:
     }
     try:
         # False, not the host's default, which asks on the terminal whether to run the checkpoint's code
-        found = explain_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        found = explain_config(config)
     except StrictDataclassError as error:
         raise CardError(f"{str(folder / 'config.json')!r} is damaged: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, ImportError, KeyError):
         return facts  # a model that this transformers does not know: its sizes stay unknown
     return facts | {
+        "auto_class": whole_auto_class(config).__name__,
         "model_class": found.model_class,
         "dtype": found.dtype,
         "total": found.total_parameters,

@@ -16,6 +16,7 @@ from torch import nn
 from hf_moe.adapters.frozen_router import HASH_FILE, RouterNotFrozenError, verify_adapter_base
 from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, LoadsBackError, PushRefusedError, Upload, read_json
+from hf_moe.models.auto_classes import named_auto_class
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, check_folder, check_index, read_headers, read_index
 from hf_moe.models.checkpoint_layout import is_finite
 
@@ -33,16 +34,6 @@ _NOT_LOADED = (
     ImportError,
     AttributeError,
     SafetensorError,
-)
-_AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForImageTextToText",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModel",
 )
 
 
@@ -176,7 +167,7 @@ def _load_model(
     folder: Path, trust_remote_code: bool, dtype: torch.dtype | str, fits: bool
 ) -> tuple[Any, Mapping[str, Any]]:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return _auto_class(config, next(iter(config.architectures or []), None)).from_pretrained(
+    return _auto_class(config).from_pretrained(
         folder,
         dtype=dtype,
         device_map="cpu" if fits else "meta",
@@ -191,23 +182,20 @@ def _dtype(folder: Path) -> torch.dtype | str:
     return getattr(torch, named) if named in _DTYPES else "auto"
 
 
-def _auto_class(config: Any, wanted: str | None) -> Any:
-    """The Auto class whose model for this config is the `wanted` class.
+def _auto_class(config: Any) -> Any:
+    """The auto class whose model for this config is the one that it names.
 
     Raises:
         LoadsBackError: If there is none.
     """
-    remote = getattr(config, "auto_map", None) or {}
-    for name in _AUTO_CLASSES:
-        auto_class = getattr(transformers, name)
-        known = auto_class._model_mapping.get(type(config), None)
-        known_names = {each.__name__ for each in (known if isinstance(known, tuple) else (known,)) if each is not None}
-        if wanted in known_names or str(remote.get(name, "")).endswith(f".{wanted}"):
-            return auto_class
-    raise LoadsBackError(
-        f"architectures in config.json says {wanted!r}, which no Auto class knows for {config.model_type!r}. Save the "
-        "model with save_pretrained of its own class."
-    )
+    found = named_auto_class(config)
+    if found is None:
+        wanted = next(iter(config.architectures or []), None)
+        raise LoadsBackError(
+            f"architectures in config.json says {wanted!r}, which no Auto class knows for {config.model_type!r}. Save "
+            "the model with save_pretrained of its own class."
+        )
+    return found
 
 
 @torch.no_grad()

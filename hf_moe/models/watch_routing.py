@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from .moe_layers import MoeLayer, moe_layers
+from .moe_layers import MoeLayer
 from .transformers_names import CACHE_NAMES
+from .unseen_experts import required_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +95,7 @@ def watch_routing(
         ValueError: If the model has no MoE layer.
         TypeError: From inside a forward, if a layer's experts get no integer ids.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer to watch. Pass a Mixture-of-Experts model.")
+    layers = required_layers(model)
     watch = _Watch(on_routing)
     # not the outermost module: PEFT's generate calls the model that it wraps
     called = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)

@@ -1,34 +1,25 @@
 """What a Mixture-of-Experts model consists of and what runs it: `print(explain(model))`."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_moe.experts.backends import BACKENDS, refusals
 from hf_moe.experts.engines import choose
-from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers, recorded_routers
+from hf_moe.models.loading import build_empty, read_config
+from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers
+from hf_moe.models.path_ranges import join_ranges, split_path
+from hf_moe.models.unseen_experts import unseen_experts
+from hf_moe.observability.unquantised_experts import unquantised_experts
 
 ACTIVE_RULE = (
     "active = all parameters outside of the routed experts (embeddings and output head counted whole, tied ones once) "
     "+ top_k / num_experts of the routed experts and of adapters on them"
 )
-_EXPERT_COUNT_FIELDS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,7 +52,7 @@ class Explanation:
         model_type: Of its config.
         dtype: Of the expert weights as stored; of the first parameter in a dense model.
         total_parameters: Each once, packed weights with the count that they stand for.
-        active_parameters: At most so many for one token; see `ACTIVE_RULE`.
+        active_parameters: At most so many for one token; see `ACTIVE_RULE`. None where some experts cannot be seen.
         trainable_parameters: Those that require a gradient.
         router: "trainable", "frozen", "partly trainable", or "none" (no layer has a router module).
         layers: MoE layers, those of one shape together.
@@ -76,7 +67,7 @@ class Explanation:
     model_type: str
     dtype: str
     total_parameters: int
-    active_parameters: int
+    active_parameters: int | None
     trainable_parameters: int
     router: str
     layers: tuple[LayerGroup, ...]
@@ -91,9 +82,10 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"{self.model_class} ({self.model_type}), {self.dtype}",
-            f"parameters: total {_count(self.total_parameters)}, active per token {_count(self.active_parameters)}, "
+            f"parameters: total {_count(self.total_parameters)}, active per token "
+            f"{'not known' if self.active_parameters is None else _count(self.active_parameters)}, "
             f"trainable {_count(self.trainable_parameters)}",
-            f"  {ACTIVE_RULE}",
+            *([] if self.active_parameters is None else [f"  {ACTIVE_RULE}"]),
             f"router: {self.router}",
             f"MoE layers: {sum(group.count for group in self.layers)}",
             *(f"  {group}" for group in self.layers),
@@ -126,42 +118,35 @@ def explain(model: nn.Module) -> Explanation:
     config = getattr(inner, "config", None)
     total, active = _count_parameters(model, layers)
     refused, warnings = _refusals(layers)
+    unseen = unseen_experts(model, layers)
+    more = [unseen, unquantised_experts(model, layers, config)]
     return Explanation(
         model_class=type(inner).__name__,
         model_type=getattr(config, "model_type", "unknown"),
         dtype=_dtype_name(model, layers),
         total_parameters=total,
-        active_parameters=active,
+        active_parameters=None if unseen else active,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         router=_router_state(layers),
         layers=tuple(_groups(layers)),
         backend=", ".join(dict.fromkeys(_backend(layer) for layer in layers)),
         choices=tuple(dict.fromkeys(choice for layer in layers for choice in _choices(model, layer))),
         refusals=refused,
-        warnings=(*warnings, *_undecorated(model, layers, config)),
+        warnings=(*warnings, *(warning for warning in more if warning)),
     )
 
 
 def explain_config(config: PreTrainedConfig | str) -> Explanation:
-    """`explain` the model that `config` describes, without its weights: it is built on the meta device.
+    """`explain` the whole model that `config` describes, without its weights: it is built on the meta device.
 
     Args:
         config: A config, or what `AutoConfig.from_pretrained` takes: a checkpoint folder or a name on the Hub.
 
     Raises:
         OSError: If there is no config at `config`.
-        ValueError: If no Auto class has a model for it.
+        ValueError: If it cannot be read, or no auto class has a model for it.
     """
-    if isinstance(config, str):
-        config = AutoConfig.from_pretrained(config)
-    mappings = (
-        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
-        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
-        (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification),
-    )
-    auto_class = next((auto for mapping, auto in mappings if type(config) in mapping), AutoModel)
-    with torch.device("meta"):
-        return explain(auto_class.from_config(config, dtype=config.dtype or torch.float32))
+    return explain(build_empty(read_config(config) if isinstance(config, str) else config))
 
 
 def _count_parameters(model: nn.Module, layers: list[MoeLayer]) -> tuple[int, int]:
@@ -254,7 +239,7 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
         if backend not in BACKENDS:
             text = f"Backend {backend!r} is not in hf_moe's table: what it refuses is not known."
             warnings.setdefault(text, []).append(layer.name)
-    return refused, [f"{_join_ranges(names)}: {text}" for text, names in warnings.items()]
+    return refused, [f"{join_ranges(names)}: {text}" for text, names in warnings.items()]
 
 
 def _device(weight: torch.Tensor) -> torch.device:
@@ -269,76 +254,14 @@ def _choices(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
         yield str(choose(layer.experts, weight.dtype, _device(weight), adapted=adapted))
 
 
-def _undecorated(model: nn.Module, layers: list[MoeLayer], config: Any) -> list[str]:
-    """Warnings about MoE blocks that do not use the host's experts interface."""
-    known: set[int] = set()
-    for layer in layers:
-        if layer.router is not None:
-            known.update(id(module) for module in layer.router.modules())
-    strangers = [
-        name
-        for name, module in recorded_routers(model).items()
-        if not any(id(inner) in known for inner in module.modules())
-    ]
-    if strangers:
-        return [
-            f"{len(strangers)} modules route outside of the host's experts interface, so hf_moe does not see their "
-            f"experts, counts them as active, and can choose no backend: {_join_ranges(strangers)}."
-        ]
-    if not layers and isinstance(config, PreTrainedConfig) and (fields := _expert_counts(config.to_dict())):
-        return [
-            f"No MoE layer found, although the config says {fields}: its experts bypass the host's experts interface, "
-            f"so hf_moe does not see them and counts them as active."
-        ]
-    return []
-
-
-def _expert_counts(fields: dict[str, Any]) -> str:
-    found = [f"{key}={value}" for key, value in fields.items() if key in _EXPERT_COUNT_FIELDS and _is_many(value)]
-    nested = [_expert_counts(value) for value in fields.values() if isinstance(value, dict)]
-    return ", ".join(dict.fromkeys(part for part in [*found, *nested] if part))
-
-
-def _is_many(value: Any) -> bool:
-    return isinstance(value, int) and value > 1
-
-
 def _groups(layers: list[MoeLayer]) -> Iterable[LayerGroup]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for layer in layers:
         shape = (layer.num_experts, layer.top_k, layer.hidden_size, layer.expert_width)
-        key = (*shape, _trainable(layer), _backend(layer), _split(layer.name)[::2])
+        key = (*shape, _trainable(layer), _backend(layer), split_path(layer.name)[::2])
         groups.setdefault(key, []).append(layer.name)
     for (num_experts, top_k, hidden_size, width, router, backend, _), names in groups.items():
-        yield LayerGroup(_join_ranges(names), len(names), num_experts, top_k, hidden_size, width, router, backend)
-
-
-def _split(name: str) -> tuple[str, int, str]:
-    """Before the first number of a path, the number, after it: ("model.layers.", 3, ".mlp")."""
-    match = re.fullmatch(r"((?:.*?\.)?)(\d+)((?:\..*)?)", name)
-    return (name, -1, "") if match is None else (match[1], int(match[2]), match[3])
-
-
-def _join_ranges(names: list[str]) -> str:
-    """ "layers.0.mlp", "layers.1.mlp", "layers.3.mlp" -> "layers.0-1,3.mlp"."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        before, number, after = _split(name)
-        found.setdefault((before, after), []).append(number)
-    return ", ".join(
-        before if numbers == [-1] else f"{before}{_ranges(sorted(numbers))}{after}"
-        for (before, after), numbers in found.items()
-    )
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+        yield LayerGroup(join_ranges(names), len(names), num_experts, top_k, hidden_size, width, router, backend)
 
 
 def _count(number: int) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
+from hf_moe.models.moe_layers import MoeLayer
+from hf_moe.models.unseen_experts import required_layers
 from hf_moe.models.watch_routing import Routing, watch_routing
 from hf_moe.observability.explain import explain
 from hf_moe.observability.layer_statistics import empty_statistics
@@ -53,7 +54,7 @@ def record_routing(
         raise ValueError(f"detail must be 'counts' or 'tokens', got {detail!r}.")
     if audit and detail != "tokens":
         raise ValueError("audit=True is for detail='tokens': counts hold neither ids nor text.")
-    layers = moe_layers(model)
+    layers = required_layers(model)
     trace = _empty_trace(model, layers, detail, audit)
     tokens = TokenRecording(trace, layers, audit=audit, scratch=scratch) if detail == "tokens" else None
     recorder = _Recorder(trace, layers, tokens)

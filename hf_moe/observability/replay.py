@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
+from hf_moe.models.moe_layers import MoeLayer
+from hf_moe.models.unseen_experts import required_layers
 from hf_moe.models.watch_routing import ModelCall, Routing, watch_routing
 from hf_moe.observability.layer_sums import ScoreRule
 from hf_moe.observability.recorded_rows import RecordedRows
@@ -60,7 +61,7 @@ def replay_routing(
     for name, value, known in (("weights", weights, Weights), ("unrecorded", unrecorded, Unrecorded)):
         if value not in known.__args__:  # type: ignore[attr-defined]
             raise ValueError(f"{name} must be one of {known.__args__}, got {value!r}.")  # type: ignore[attr-defined]
-    layers = moe_layers(model)
+    layers = required_layers(model)
     if isinstance(recorded, RoutingTrace):
         _check_layers(recorded, layers)
         if recorded.tokens is None:

@@ -36,7 +36,8 @@ def record_choices(model: nn.Module, rows: Tensor, *, batch_size: int = 8) -> Ro
                 model(input_ids=batch.long(), use_cache=False)
     finally:
         model.train(was_training)
-    names = tuple(layer.name for layer in layers)
+    # experts of another tower do not run on text
+    names = tuple(layer.name for layer in layers if layer.name in chosen)
     return RoutingChoices(names, tuple(torch.cat(chosen[name]).sort(-1).values for name in names))
 
 

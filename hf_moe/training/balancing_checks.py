@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
 from hf_moe.adapters.frozen_router import active_auxiliary_losses
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
+from hf_moe.models.moe_layers import MoeLayer
+from hf_moe.models.unseen_experts import required_layers
 from hf_moe.training.balancing_config import BalancingConfig
 from hf_moe.training.bias_update import CORRECTION_BIASES, correction_bias
 from hf_moe.training.routing_listener import recomputes_reentrantly
@@ -29,11 +30,10 @@ def balanced_layers(model: nn.Module, config: BalancingConfig) -> list[MoeLayer]
     Raises:
         BalancingError: Naming the term and the first layer that it cannot work on.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise BalancingError(
-            f"{type(model).__name__} has no MoE layer to balance. Pass a Mixture-of-Experts model, or balancing=None."
-        )
+    try:
+        layers = required_layers(model, dense="Pass a Mixture-of-Experts model, or balancing=None.")
+    except ValueError as error:
+        raise BalancingError(str(error)) from error
     looked_up = [layer for layer in layers if _is_looked_up(layer)]
     if looked_up:
         names = ", ".join(layer.name for layer in looked_up)

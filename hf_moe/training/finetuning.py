@@ -1,6 +1,7 @@
 """What the fine-tuning recipes share: loading, data, the banner, and the run with the ordinary Trainer."""
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -16,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -25,12 +26,14 @@ from transformers import (
 )
 
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash, verify_adapter_without_router
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.adapters.readable import UnreadableAdapterError
+from hf_moe.models.loading import ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
 from hf_moe.training.corpus import TextError
 from hf_moe.training.encoding import Encoder, Encoding, Example
 from hf_moe.training.memory import StepMemory, step_memory
+from hf_moe.training.other_towers import copy_processor, freeze_what_text_does_not_reach, has_other_towers
 from hf_moe.training.packing import draw
 from hf_moe.training.rows import Mixture, Rows, pack_examples, pad_examples
 from hf_moe.training.sources import DataError, Source, hold_out, read_source
@@ -38,8 +41,27 @@ from hf_moe.training.surroundings import without_host_warnings
 from hf_moe.training.trainer import MoeTrainer
 from hf_moe.whole_files import whole_folder
 
+logger = logging.getLogger(__name__)
+
+# what a recipe says in one line
+_REFUSALS = (
+    DataError, ImportError, ModelError, OSError, RecipeError, RouterNotFrozenError, TextError, UnreadableAdapterError
+)  # fmt: skip
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def known_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The model's config, after everything that can be refused without its weights.
+
+    Raises:
+        RecipeError: If there is no such model, or it is none that a recipe trains.
+    """
+    try:
+        return check_language_model(arguments.model)
+    except ModelError as error:
+        raise RecipeError(str(error)) from error
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -59,27 +81,33 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_model(arguments: ModelArguments, device: torch.device) -> PreTrainedModel:
-    """The model, where it is trained.
+    """The model with all its towers, where it is trained. What text does not reach of it is frozen.
 
     Raises:
-        RecipeError: If it is no Mixture-of-Experts, or a choice is unknown or cannot run it.
-        OSError: If it cannot be found.
+        RecipeError: If it is none that a recipe trains, or a choice is unknown or cannot run it.
     """
     if arguments.dtype not in DTYPES:
         raise RecipeError(f"dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_language_model(
             arguments.model, dtype=arguments.dtype, experts_implementation=arguments.experts_implementation
         )
-    except ValueError as error:
-        raise RecipeError(f"{arguments.model!r} cannot be loaded: {error}") from error
-    if not moe_layers(model):
-        raise RecipeError(
-            f"{arguments.model!r} ({type(model).__name__}) has no MoE layer. Name a Mixture-of-Experts model."
-        )
+    except ModelError as error:
+        raise RecipeError(str(error)) from error
     model.to(device)
-    if reason := explain(model).refusals.get(arguments.experts_implementation):
+    found = explain(model)
+    if reason := found.refusals.get(arguments.experts_implementation):
         raise RecipeError(f"experts_implementation {arguments.experts_implementation!r} cannot run here: {reason}")
+    frozen = freeze_what_text_does_not_reach(model) if has_other_towers(model) else []
+    if frozen:
+        logger.warning(
+            "text does not reach %d tensors of %s, such as %s: they stay as they are.",
+            len(frozen),
+            found.model_class,
+            frozen[0],
+        )
+    for warning in found.warnings:
+        logger.warning(warning)
     model.config.use_cache = False
     return model
 
@@ -175,7 +203,7 @@ def banner(model: nn.Module, data: Data, arguments: RecipeTrainingArguments, met
     table.add_row("memory of a process", str(_memory(model, data, arguments)))
     table.add_row("steps", f"{rows // per_step:,} of {per_step} rows of {row_length} tokens")
     table.add_row("data", "\n".join(f"{name} {data.shares[name]:.0%}: {e}" for name, e in data.encodings.items()))
-    table.add_row("experts", "\n".join(map(str, size.choices)) or "as the host chooses")
+    table.add_row("experts", "\n".join(map(str, size.choices)) or "as transformers chooses")
     table.add_row("device, seed", f"{arguments.device}, {arguments.seed}")
     table.add_row("versions", ", ".join(f"{name} {value}" for name, value in versions().items()))
     if arguments.process_index == 0:
@@ -257,10 +285,12 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model, its tokenizer and the routers' hash, whole or not at all."""
+    """Write the model, its tokenizer, its processor and the routers' hash, whole or not at all."""
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if has_other_towers(model) and not copy_processor(model.name_or_path, temporary):
+            logger.warning("%s has no processor files to save beside the model.", model.name_or_path)
         save_router_hash(temporary, model)
 
 
@@ -295,6 +325,6 @@ def recipe_errors() -> Iterator[None]:
     try:
         with without_host_warnings():
             yield
-    except (DataError, ImportError, OSError, RecipeError, RouterNotFrozenError, TextError) as error:
+    except _REFUSALS as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         sys.exit(2)

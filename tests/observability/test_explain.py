@@ -238,20 +238,6 @@ def test_a_backend_that_the_table_does_not_know():
         del transformers.integrations.moe.ExpertsInterface._global_mapping["someones"]
 
 
-def test_undecorated_moe_blocks_are_named():
-    switch = transformers.SwitchTransformersConfig(
-        vocab_size=96, d_model=32, d_ff=24, d_kv=8, num_heads=4, num_layers=4, num_decoder_layers=2, num_experts=4
-    )
-    (warning,) = explain_config(switch).warnings
-    assert "4 modules route outside of the host's experts interface" in warning
-    assert "encoder.block.0-3.layer.1.mlp.router" in warning
-    doge = transformers.DogeConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=24, num_hidden_layers=1, is_moe=True, num_experts=16
-    )
-    (warning,) = explain_config(doge).warnings
-    assert "num_experts=16" in warning or "route outside" in warning
-
-
 def test_dense_model():
     explained = explain_config(transformers.LlamaConfig(num_hidden_layers=1))
     assert explained.layers == explained.warnings == ()

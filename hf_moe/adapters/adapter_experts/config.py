@@ -76,11 +76,6 @@ class AdapterExpertsConfig(PeftConfig):
         Raises:
             ValueError: For a layer that the model lacks, or another base than the adapter's.
         """
-        if not base_layers:
-            raise ValueError(
-                f"{model} has no MoE layer that hf_moe.moe_layers finds, so adapter experts have no place. Pass a "
-                "Mixture-of-Experts model; peft.LoraConfig adapts dense ones."
-            )
         if self.base_layers is not None and self.base_layers != base_layers:
             name = f" {self.base_model_name_or_path!r}" if self.base_model_name_or_path else ""
             raise ValueError(

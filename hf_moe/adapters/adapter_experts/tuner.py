@@ -11,7 +11,8 @@ from torch import nn
 
 from hf_moe.adapters.adapter_experts.config import AdapterExpertsConfig, AdapterExpertsType
 from hf_moe.adapters.adapter_experts.layer import NO_MERGE, AdapterExpertsLayer
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
+from hf_moe.models.moe_layers import MoeLayer
+from hf_moe.models.unseen_experts import required_layers
 
 PREFIX = "adapter_experts_"  # the host builds it from the type's name when it deletes an adapter
 
@@ -36,7 +37,8 @@ class AdapterExpertsModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: AdapterExpertsConfig, model_config: dict) -> AdapterExpertsConfig:
         """A copy that knows the base, so that one config object can be attached to several models."""
-        layers = moe_layers(self.model)
+        dense = "Pass a Mixture-of-Experts model; peft.LoraConfig adapts dense ones."
+        layers = required_layers(self.model, dense=dense)
         _refuse_unfit(self.model, layers)
         config = copy.copy(peft_config)
         config.attached_to({_place(layer): layer.hidden_size for layer in layers}, type(self.model).__name__)
