@@ -35,22 +35,20 @@ from hf_moe.training.finetuning import (
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     from hf_moe.training.trl import (  # first: it names the extra if TRL is missing
-        SFT_COLUMNS,
         SafeSFTTrainer,
         SftArguments,
-        TrlDataArguments,
-        read_for_trl,
         refuse_broken_trackio,
         train_and_save,
     )
+    from hf_moe.training.trl_data import TrlDataArguments, read_for_sft
 
     # 1. choices, model, data: whatever cannot be used is refused here
     kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, SftArguments)
     adapter, base, texts, training = parse_recipe(kinds, arguments, __file__)
     refuse_broken_trackio()
     refuse_used_folder(training)
-    train_data, held_out = read_for_trl(texts, SFT_COLUMNS, training.seed)
     tokenizer = load_tokenizer(base)
+    train_data, held_out = read_for_sft(texts, training, tokenizer, base.chat_options)
     model = load_model(base, training.device)  # TRL cannot build a model type that another package registers
     if training.packing:
         check_packing(model)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from hf_moe.training.encoding import IGNORED, Encoder
-from hf_moe.training.sources import DataError
+from hf_moe.training.bad_rows import BadRows, DataError
+from hf_moe.training.encoding import IGNORED, Encoder, cut
+from hf_moe.training.formats import FINE_TUNING, read_rows
 from tiny_moe import tiny_tokenizer, words
 
 TEMPLATE = (
@@ -26,8 +27,10 @@ def tokenizer():
     return tokenizer
 
 
-def encode(tokenizer, records, max_length=128, **options):
-    return Encoder(tokenizer, max_length=max_length, **options).encode(records, "a.jsonl")
+def encode(tokenizer, records, max_length=128, on_bad_row="error", **options):
+    data_set = read_rows(enumerate(records, start=1), FINE_TUNING, BadRows("a.jsonl", on_bad_row))
+    encoder = Encoder(tokenizer, max_length=max_length, **options)
+    return cut(data_set.apply(encoder.encode).values(), max_length, "a.jsonl")
 
 
 def learned(tokenizer, example):
@@ -108,7 +111,7 @@ def test_a_conversation_needs_a_template():
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"text": "a"}, {"text": None}], "record 2 of 'a.jsonl': 'text' must be a string"),
+        ([{"text": "a"}, {"text": None}], r"1 of 2 rows of 'a.jsonl' .*\(row 2\). Row 2: 'text' must be a string, got None"),
         ([{"prompt": "a", "completion": 4}], "two strings or two lists"),
         ([{"messages": []}], "must be a list of role and content"),
         ([{"messages": "hello"}], "must be a list of role and content"),

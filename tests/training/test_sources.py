@@ -5,7 +5,11 @@ import json
 import pytest
 
 from hf_moe.training.corpus import TextError
-from hf_moe.training.sources import DataError, Source, format_of, hold_out, read_source
+from hf_moe.training.sources import DataError, Source, hold_out, read_records, read_source
+
+
+def read(path, **options):
+    return [record for _, record in read_records(Source(str(path), **options))[0]]
 
 
 def jsonl(path, records):
@@ -54,13 +58,13 @@ def test_records_of_a_local_file(tmp_path, suffix):
         path.write_text(json.dumps(records))
     else:
         jsonl(path, records)
-    assert read_source(Source(str(path))) == records
+    assert read(path) == records
 
 
 def test_a_text_file_is_cut_into_passages(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text("One paragraph of a story.\n\n" * 2000)
-    records = read_source(Source(str(path)))
+    records = read(path)
     assert len(records) > 2
     assert "".join(record["text"] for record in records) == path.read_text()
 
@@ -70,16 +74,16 @@ def test_a_folder_in_the_layout_of_the_hub(tmp_path):
     folder.mkdir(parents=True)
     jsonl(folder / "train.jsonl", [{"text": "one"}, {"text": "two"}])
     jsonl(folder / "test.jsonl", [{"text": "three"}])
-    assert [r["text"] for r in read_source(Source(str(folder)))] == ["one", "two"]
-    assert [r["text"] for r in read_source(Source(str(folder), split="test"))] == ["three"]
+    assert [r["text"] for r in read(folder)] == ["one", "two"]
+    assert [r["text"] for r in read(folder, split="test")] == ["three"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", None, "does not exist"),
-        ("a.csv", "text\n1", "must end in"),
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("a.xlsx", "text\n1", "must end in"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"\(line 2\). Line 2: not valid JSON"),
         ("a.jsonl", '{"body": "a"}\n', "has the columns 'body'"),
         ("a.jsonl", "", "is empty"),
     ],
@@ -97,12 +101,6 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes("señor".encode("latin-1") * 100)
     with pytest.raises(TextError, match="not UTF-8"):
         read_source(Source(str(tmp_path / "a.txt")))
-
-
-def test_formats_by_columns():
-    assert format_of({"messages": []}, "x") == "messages"
-    assert format_of({"prompt": "", "completion": "", "text": ""}, "x") == "prompt"
-    assert format_of({"text": ""}, "x") == "text"
 
 
 @pytest.mark.parametrize(
