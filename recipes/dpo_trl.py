@@ -4,10 +4,10 @@
     python recipes/dpo_trl.py --model quickstart-output/model --datasets preferences.jsonl
     python recipes/dpo_trl.py --config recipes/configs/dpo_trl.yaml --beta 0.3
 
-Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages. The reference is the base itself,
-with the adapter switched off: no second model in memory. With a frozen router, policy and reference choose experts by
-the same rule, and the preference loss is all that is trained; a router that is trained would get Mixtral's balancing
-loss from TRL, whatever its own is (`hf_moe/training/trl.py` says more).
+Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages, these with `tools` if they need
+them. The reference is the base itself, with the adapter switched off: no second model in memory. With a frozen router,
+policy and reference choose experts by the same rule, and the preference loss is all that is trained; a router that is
+trained would get Mixtral's balancing loss from TRL, whatever its own is (`hf_moe/training/trl.py` says more).
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
 TRL's model card. `--resume_from_checkpoint auto` goes on after an interruption; `--smoke` takes four steps.

@@ -91,7 +91,7 @@ class ChatWriter:
 
         A turn begins where the prompt for it ends, and ends where the text of the messages up to it does. Where a
         template writes a message otherwise once others follow (Qwen3 leaves out earlier reasoning), marks in the
-        messages tell, which are taken out again: what is found so is certain, or refused.
+        messages tell, with which it must write the same but for the marks.
 
         Raises:
             RowError: If that cannot be told.
@@ -127,13 +127,13 @@ class _Turn:
         self.writer, self.chat, self.whole, self.index = writer, chat, whole, index
 
     def begin(self, least: int) -> int | None:
-        before = self._text(self.index)
         prompt = self._text(self.index, prompt=True)
         if prompt is not None and self.whole.startswith(prompt):
             return len(prompt)
         header = self._header()
         if not header:
             return None
+        before = self._text(self.index)
         if before is not None and self.whole.startswith(before):
             return _after(header, self.whole, len(before), len(before))
         # the first header after what was said before

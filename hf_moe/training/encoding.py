@@ -135,8 +135,8 @@ class Encoder:
         )
         if by_turns and not any(message["role"] == "assistant" for message in completion):
             raise RowError(
-                "it has no message of the assistant to learn from. Add one, or set assistant_only: false to learn "
-                "whole conversations."
+                "it has no message of the assistant to learn from. Add one, or learn whole conversations "
+                "(assistant_only or assistant_only_loss: false)."
             )
         spans = None if row.prompt is None or not self.completion_only else [self.writer.prompt_end(row)]
         if by_turns and self.writer.marks_turns(row):
@@ -147,7 +147,9 @@ class Encoder:
         return self._spans(self.writer.text(row), spans)
 
     def _marked(self, row: Chat, spans: list[Span] | None) -> Example:
-        encoded = self.writer.apply(row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        encoded = self.writer.apply(
+            row, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
         ids = list(encoded["input_ids"])
         if not any(encoded["assistant_masks"]):
             raise RowError("the chat template marks no token of its assistant's turns with {% generation %}.")

@@ -191,7 +191,7 @@ def test_one_row_that_a_template_refuses_is_settled_like_any_other():
 
 @pytest.mark.parametrize("template", ["olmoe", TEMPLATE])
 def test_rows_without_the_assistant_are_told_so(template):
-    with pytest.raises(DataError, match=r"no message of the assistant to learn from. Add one, or set assistant_only"):
+    with pytest.raises(DataError, match=r"no message of the assistant to learn from. Add one, or learn whole conv"):
         encode(chat_tokenizer(template), [{"messages": CHAT[:1]}])
 
 
