@@ -76,7 +76,7 @@ def test_conversations_are_traced_with_a_template(model, tmp_path):
     assert "(line 2)" in said
     code, said = run(model, *data, "--on-bad-row", "skip")
     assert code == 0, said
-    assert "1 bad rows left out (line 2)" in said
+    assert "1 bad row left out (line 2)" in said
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["all"]["tokens"] == 6
 
 

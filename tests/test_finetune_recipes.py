@@ -123,7 +123,7 @@ def test_every_row_is_encoded_with_the_recipes_choices_and_what_is_left_out_is_s
     assert len(encoding.examples) == 7
     # the prompt of a model that shall not think has an empty thought, which is not learned then
     assert encoding.loss_tokens == 7 * len(tokenizer("four<|im_end|>")["input_ids"])
-    assert "not used: the column 'id'; 1 bad rows left out (line 5)" in str(encoding)
+    assert "not used: the column 'id'; 1 bad row left out (line 5)" in str(encoding)
 
 
 def test_long_rows_hold_no_example_beyond_the_models_context(data):

@@ -59,7 +59,8 @@ class BadRows:
         """What was left out; empty if nothing."""
         if not self.reasons:
             return ""
-        return f"{len(self.reasons):,} bad rows left out ({self._numbers()}). {self._reason()}"
+        count = len(self.reasons)
+        return f"{count:,} bad row{'s' * (count > 1)} left out ({self._numbers()}). {self._reason()}"
 
     def _numbers(self) -> str:
         numbers = sorted(self.reasons)

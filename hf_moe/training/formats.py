@@ -1,8 +1,10 @@
 """What the columns of a data set mean: every known layout, as one of five kinds of row."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from hf_moe.training.bad_rows import BadRows, DataError, RowError
@@ -13,7 +15,7 @@ SPEAKERS = {
 }  # fmt: skip
 """ShareGPT's `from`, as roles."""
 RESERVED = (
-    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "conversation", "messages", "tools", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
     "return_tensors", "return_dict", "tokenizer_kwargs", "return_assistant_tokens_mask",
 )  # fmt: skip
@@ -129,10 +131,11 @@ class DataSet:
         """
         done = {}
         for number, row in self.rows.items():
-            with self.bad.at(number):
-                done[number] = work(row)
+            if number not in self.bad.reasons:
+                with self.bad.at(number):
+                    done[number] = work(row)
         self.bad.settle(self.total)
-        return {number: result for number, result in done.items() if number not in self.bad.reasons}
+        return done
 
     def remarks(self) -> list[str]:
         """What was left out, a sentence each."""
@@ -142,26 +145,25 @@ class DataSet:
 
 
 def read_rows(records: Iterable[tuple[int, Mapping[str, Any]]], layouts: Sequence[Layout], bad: BadRows) -> DataSet:
-    """Numbered records as rows, all of the layout that the first one with a known layout has.
+    """Numbered records as rows, all of the layout that most of them have.
 
     Raises:
         DataError: If none has one; names the columns that are there.
     """
     numbered = list(records)
     total = len(numbered) + len(bad.reasons)
-    layout = next((found for _, record in numbered if (found := _layout(record, layouts))), None)
-    if layout is None:
+    found = Counter(layout for _, record in numbered if (layout := _layout(record, layouts)))
+    if not found:
         if not numbered:
             bad.settle(total)
             raise DataError(f"the data set {bad.where!r} has no records. Give one with data, or leave it out.")
         raise _unknown(numbered[0][1], layouts, bad.where)
+    layout = found.most_common(1)[0][0]
     rows: dict[int, Row] = {}
-    contents: set[type] = set()
     for number, record in numbered:
         with bad.at(number):
-            row = layout.read(record)
-            _refuse_mixed_content(row, contents)
-            rows[number] = row
+            rows[number] = layout.read(record)
+    _refuse_mixed(rows, bad)
     names = dict.fromkeys(name for _, record in numbered for name in record)
     return DataSet(bad.where, bad, rows, total, [name for name in names if name not in layout.columns])
 
@@ -231,8 +233,7 @@ def _instruction(record: Mapping[str, Any]) -> Instruction:
     return Instruction(_filled(record, "instruction"), given or "", _filled(record, "output"))
 
 
-def _preference(record: Mapping[str, Any]) -> Preference:
-    names = ("prompt", "chosen", "rejected") if record.get("prompt") is not None else ("chosen", "rejected")
+def _preference(record: Mapping[str, Any], *, names: tuple[str, ...]) -> Preference:
     values = {name: _parsed(record.get(name)) for name in names}
     if missing := next((name for name, value in values.items() if value is None), None):
         raise RowError(f"it has no {missing!r}.")
@@ -253,9 +254,9 @@ FINE_TUNING = (
     Layout(("instruction", "output"), ("input",), _instruction),
     Layout(("text",), (), _text),
 )
-PREFERENCES = (
-    Layout(("prompt", "chosen", "rejected"), _FOR_CHATS, _preference),
-    Layout(("chosen", "rejected"), _FOR_CHATS, _preference),
+PREFERENCES = tuple(
+    Layout(names, _FOR_CHATS, partial(_preference, names=names))
+    for names in (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 )
 
 
@@ -352,18 +353,32 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _refuse_mixed_content(row: Row, seen: set[type]) -> None:
-    """A template that reads both is rare, and one that does not may write a list as it is."""
-    if not isinstance(row, Chat | Preference):
-        return
-    parts = (row.messages,) if isinstance(row, Chat) else (row.prompt, row.chosen, row.rejected)
-    messages = [message for part in parts if isinstance(part, list) for message in part]
-    kinds = {type(message["content"]) for message in messages if message.get("content") is not None}
-    if len(kinds | seen) > 1:
-        raise RowError(
-            "a message's content is sometimes a string and sometimes a list of parts. Write all of a data set one way."
-        )
-    seen |= kinds
+def _refuse_mixed(rows: Mapping[int, Row], bad: BadRows) -> None:
+    """A template that reads texts as well as parts is rare, and one that does not may write a list as it is. What most
+    rows have is meant."""
+    for what, kinds_of, which in (
+        ("an answer", _answers, "a list of messages"),
+        ("a message's content", _contents, "a list of parts"),
+    ):
+        kinds = {number: kinds_of(row) for number, row in rows.items()}
+        usual = {kind for kind, _ in Counter(kind for found in kinds.values() for kind in found).most_common(1)}
+        for number, found in kinds.items():
+            with bad.at(number):
+                if found - usual:
+                    raise RowError(f"{what} is sometimes a string and sometimes {which}. Write all rows one way.")
+
+
+def _answers(row: Row) -> set[type]:
+    return {type(row.chosen)} if isinstance(row, Preference) else set()
+
+
+def _contents(row: Row) -> set[type]:
+    messages: list[dict[str, Any]] = []
+    if isinstance(row, Chat):
+        messages = row.messages
+    elif isinstance(row, Preference) and isinstance(row.chosen, list):
+        messages = [*(row.prompt or []), *row.chosen, *row.rejected]
+    return {type(message["content"]) for message in messages if message.get("content") is not None}
 
 
 def _short(value: Any) -> str:

@@ -86,7 +86,7 @@ def test_two_texts_of_one_name_and_rows_without_text_are_refused(tmp_path, capsy
     assert read_domains([str(tmp_path / "law.jsonl")], tiny_tokenizer, on_bad_row="skip") == {"law": ["a"]}
     said = " ".join(capsys.readouterr().err.split())
     assert "not used: the column 'id'" in said
-    assert "1 bad rows left out (line 2)" in said
+    assert "1 bad row left out (line 2)" in said
 
 
 CHAT = {"messages": [user("two?"), assistant("four")]}

@@ -179,6 +179,19 @@ def test_bad_rows_are_left_out_if_asked_for(tokenizer):
         encode(tokenizer, ODD, on_bad_row="keep")
 
 
+PARTS = {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}
+
+
+@pytest.mark.parametrize(
+    ("odd", "usual"),
+    [({"body": "a"}, {"text": "b"}), (PARTS, {"messages": CHAT}), ({"text": "a"}, {"messages": CHAT})],
+)
+def test_what_most_rows_have_is_meant_whichever_comes_first(odd, usual, tokenizer):
+    assert len(encode(tokenizer, [odd, usual, usual], on_bad_row="skip").examples) == 2
+    with pytest.raises(DataError, match=r"1 of 3 rows of 'a.jsonl' cannot be used \(row 1\)"):
+        encode(tokenizer, [odd, usual, usual])
+
+
 def test_one_row_that_a_template_refuses_is_settled_like_any_other():
     strict = TEMPLATES["olmoe"].replace(
         "{{ bos_token }}", "{% if messages | length > 2 %}{{ raise_exception('no') }}{% endif %}"

@@ -186,7 +186,7 @@ def test_what_is_left_out_is_said_once(tmp_path):
     assert data_set.apply(lambda row: row.text) == {1: "a", 3: "c"}
     assert data_set.remarks() == [
         "not used: the columns 'id', 'url'",
-        "1 bad rows left out (line 2). Line 2: 'text' must be a string, got None.",
+        "1 bad row left out (line 2). Line 2: 'text' must be a string, got None.",
     ]
 
 

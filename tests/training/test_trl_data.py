@@ -68,6 +68,16 @@ def test_weights_mix_the_training_records(tmp_path):
         ([{"chosen": "a", "rejected": [user("b")]}] * 3, [], "must be all strings or all lists"),
         ([{"chosen": [user("a")], "rejected": [user("b")]}] * 3, [], "no first message in common"),
         (
+            [{"prompt": "a", "chosen": "a", "rejected": "b"}] * 2 + [{"chosen": "a", "rejected": "b"}],
+            [],
+            r"\(line 3\)",
+        ),
+        (
+            [{"chosen": "a", "rejected": "b"}, {"chosen": [user("a")], "rejected": [user("a"), assistant("b")]}],
+            [],
+            r"\(line 2\). Line 2: an answer is sometimes a string and sometimes a list of messages",
+        ),
+        (
             [{"prompt": "a", "chosen": "a", "rejected": "b"}] * 3,
             [{"chosen": "a", "rejected": "b"}] * 3,
             "some of the preferences have a 'prompt' and some have none",
@@ -107,7 +117,7 @@ def test_bad_rows_are_settled_as_elsewhere(bad, tmp_path, capsys):
     assert len(train) + len(held_out) == 3
     said = capsys.readouterr().err
     assert said.count("not used: the column") == 1
-    assert "1 bad rows left out (line 2)" in said
+    assert "1 bad row left out (line 2)" in said
 
 
 CHATS = {
