@@ -4,10 +4,10 @@
     python recipes/dpo_trl.py --model quickstart-output/model --datasets preferences.jsonl
     python recipes/dpo_trl.py --config recipes/configs/dpo_trl.yaml --beta 0.3
 
-Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages. The reference is the base itself,
-with the adapter switched off: no second model in memory. With a frozen router, policy and reference choose experts by
-the same rule, and the preference loss is all that is trained; a router that is trained would get Mixtral's balancing
-loss from TRL, whatever its own is (`hf_moe/training/trl.py` says more).
+Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages, these with `tools` if they need
+them. The reference is the base itself, with the adapter switched off: no second model in memory. With a frozen router,
+policy and reference choose experts by the same rule, and the preference loss is all that is trained; a router that is
+trained would get Mixtral's balancing loss from TRL, whatever its own is (`hf_moe/training/trl.py` says more).
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
 TRL's model card. `--resume_from_checkpoint auto` goes on after an interruption; `--smoke` takes four steps.
@@ -35,14 +35,12 @@ from hf_moe.training.finetuning import (
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     from hf_moe.training.trl import (  # first: it names the extra if TRL is missing
-        PREFERENCE_COLUMNS,
         DpoArguments,
         SafeDPOTrainer,
-        TrlDataArguments,
-        read_for_trl,
         refuse_broken_trackio,
         train_and_save,
     )
+    from hf_moe.training.trl_data import TrlDataArguments, read_for_dpo
 
     # 1. choices, model, data: whatever cannot be used is refused here
     kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, DpoArguments)
@@ -50,8 +48,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     refuse_broken_trackio()
     refuse_used_folder(training)
     known_config(base)
-    train_data, held_out = read_for_trl(texts, PREFERENCE_COLUMNS, training.seed)
     tokenizer = load_tokenizer(base)
+    train_data, held_out = read_for_dpo(texts, training, tokenizer, base.chat_options)
     model = load_model(base, training.device)  # TRL cannot build a model type that another package registers
     # 2. the router is frozen, and with it the auxiliary losses are off; every expert gets low-rank factors
     freeze_router(model)

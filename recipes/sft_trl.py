@@ -4,11 +4,11 @@
     python recipes/sft_trl.py --model quickstart-output/model --datasets law.jsonl
     python recipes/sft_trl.py --config recipes/configs/sft_trl.yaml --learning_rate 3e-4
 
-For who has TRL's tools around it already: data go through TRL (`messages`, `prompt` and `completion`, `text`; chat
-templates, `assistant_only_loss`, packing), and every field of SFTConfig is an option. What TRL does to the loss of a
-Mixture-of-Experts, and what it drops where the router is trained, is written in `hf_moe/training/trl.py`; here the
-router is frozen, and nothing is dropped. `finetune_expert_lora.py` does the same with the plain Trainer and measures
-more: bits per byte and routing agreement of every domain.
+For who has TRL's tools around it already: data are read as in the other recipes (recipes/README.md), cut and packed by
+TRL, and every field of SFTConfig is an option (`assistant_only_loss`, `completion_only_loss`, `packing`). What TRL
+does to the loss of a Mixture-of-Experts, and what it drops where the router is trained, is written in
+`hf_moe/training/trl.py`; here the router is frozen, and nothing is dropped. `finetune_expert_lora.py` does the same
+with the plain Trainer and measures more: bits per byte and routing agreement of every domain.
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
 TRL's model card. `--resume_from_checkpoint auto` goes on after an interruption; `--smoke` takes four steps.
@@ -37,14 +37,12 @@ from hf_moe.training.packing_check import check_packing
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     from hf_moe.training.trl import (  # first: it names the extra if TRL is missing
-        SFT_COLUMNS,
         SafeSFTTrainer,
         SftArguments,
-        TrlDataArguments,
-        read_for_trl,
         refuse_broken_trackio,
         train_and_save,
     )
+    from hf_moe.training.trl_data import TrlDataArguments, read_for_sft
 
     # 1. choices, model, data: whatever cannot be used is refused here
     kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, SftArguments)
@@ -52,8 +50,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     refuse_broken_trackio()
     refuse_used_folder(training)
     known_config(base)
-    train_data, held_out = read_for_trl(texts, SFT_COLUMNS, training.seed)
     tokenizer = load_tokenizer(base)
+    train_data, held_out = read_for_sft(texts, training, tokenizer, base.chat_options)
     model = load_model(base, training.device)  # TRL cannot build a model type that another package registers
     if training.packing:
         # TRL flattens a batch of packed rows into one

@@ -23,11 +23,11 @@ def test_the_recipe_holds_out_the_pieces_that_are_meant(tmp_path):
     from finetuning import SIZES
     from finetuning_texts import HELD_OUT_PIECES, write_data_set
 
-    from hf_moe.training.sources import Source, hold_out, read_source
+    from hf_moe.training.sources import Source, hold_out, read_records
 
     train, held_out = ([f"{kind} {i}" for i in range(n)] for kind, n in (("train", 131), ("held", HELD_OUT_PIECES)))
     write_data_set(tmp_path / "law.jsonl", train, held_out)
-    records = read_source(Source(str(tmp_path / "law.jsonl")))
+    records = [record for _, record in read_records(Source(str(tmp_path / "law.jsonl")))[0]]
     kept, out = hold_out(records, share=SIZES["held_out"], most=SIZES["held_out_records"], where="law")
     assert [record["text"] for record in out] == held_out
     assert [record["text"] for record in kept] == train

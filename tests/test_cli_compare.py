@@ -13,6 +13,9 @@ from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora, words
 runner = CliRunner()
 
 
+CHAT = {"messages": [{"role": "user", "content": "abcd"}, {"role": "assistant", "content": "ef"}]}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -48,6 +51,22 @@ def test_a_gate_that_passes_writes_json_and_page(folder, tmp_path):
     assert list(record["domains"]) == ["law", "code"]
     assert record["figures"]["weight_drift.experts.max"]["value"] > 0
     assert "The gate passes" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_conversations_are_compared(folder, tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps(CHAT))
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}")
+    data = (
+        "--data",
+        tmp_path / "chat.jsonl",
+        "--chat-template",
+        tmp_path / "plain.jinja",
+        "--output",
+        tmp_path / "out",
+    )
+    result = run(folder / "base", folder / "new", *data)
+    assert result.exit_code == 0, result.output
+    assert list(json.loads((tmp_path / "out" / "comparison.json").read_text())["domains"]) == ["chat"]
 
 
 def test_a_gate_that_fails_exits_with_1_and_names_the_line(folder, tmp_path):

@@ -61,6 +61,25 @@ def test_a_run_leaves_page_trace_figures_and_plots(model, tmp_path):
     assert len(list((output / "plots").glob("*.png"))) == 3
 
 
+def test_conversations_are_traced_with_a_template(model, tmp_path):
+    record = {"messages": [{"role": "user", "content": "abcd"}, {"role": "assistant", "content": "ef"}]}
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps({'messages': []})}\n")
+    (tmp_path / "letters.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    data = ("--data", tmp_path / "chat.jsonl", "--output", tmp_path / "out", "--detail", "counts")
+    code, said = run(model, *data)
+    assert code == 2
+    assert "the tokenizer has no chat template" in said
+    data += ("--chat-template", tmp_path / "letters.jinja")
+    code, said = run(model, *data)
+    assert code == 2
+    assert "1 of 2 rows" in said
+    assert "(line 2)" in said
+    code, said = run(model, *data, "--on-bad-row", "skip")
+    assert code == 0, said
+    assert "1 bad row left out (line 2)" in said
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["all"]["tokens"] == 6
+
+
 def test_without_domains_the_text_is_one_and_its_tokens_come_from_all_files(model, tmp_path):
     options = ("--max-tokens", 300, "--detail", "counts", "--output", tmp_path / "out")
     code, said = run(model, "--data", model.parent / "data", *options)

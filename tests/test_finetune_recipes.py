@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_moe  # noqa: F401 (registers)
+from chat_cases import chat_tokenizer
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.training.arguments import RecipeError
 from hf_moe.training.sources import DataError
@@ -159,6 +160,23 @@ def test_what_is_loaded_back_has_the_figures_of_the_report(models, data, tmp_pat
     model = loaded(models, tmp_path / "out", report, "hf_moe")
     figures = evaluate_rows(model, tiny_tokenizer(), rows)
     assert figures.to_dict() == pytest.approx(report["domains"]["notes"]["after"], rel=1e-5)
+
+
+def test_every_row_is_encoded_with_the_recipes_choices_and_what_is_left_out_is_shown(tmp_path):
+    from hf_moe.training.arguments import DataArguments
+    from hf_moe.training.finetuning import prepare_data
+
+    talk = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "four"}]
+    records = [{"messages": talk, "id": i} for i in range(9)]
+    records[4]["messages"] = []
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = DataArguments([str(tmp_path / "chat.jsonl")], row_length=256, on_bad_row="skip")
+    tokenizer = chat_tokenizer("qwen3")
+    encoding = prepare_data(tokenizer, arguments, chat_options={"enable_thinking": False}).encodings["chat"]
+    assert len(encoding.examples) == 7
+    # the prompt of a model that shall not think has an empty thought, which is not learned then
+    assert encoding.loss_tokens == 7 * len(tokenizer("four<|im_end|>")["input_ids"])
+    assert "not used: the column 'id'; 1 bad row left out (line 5)" in str(encoding)
 
 
 def test_long_rows_hold_no_example_beyond_the_models_context(data):

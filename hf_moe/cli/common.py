@@ -1,8 +1,10 @@
 """What every command shares: the application, how an error is said, how a missing extra is named."""
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,6 +16,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+OnBadRow = Annotated[
+    str, typer.Option(help="Of records that cannot be used: error, or skip to leave them out and say so.")
+]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(help="A Jinja file for conversations, if the tokenizer's will not do.")
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,6 +62,21 @@ def said(error: Exception, *models: str | None) -> str:
     if isinstance(error, OSError) and not isinstance(error, ValueError) and elsewhere:
         return f"no folder here is called {' or '.join(elsewhere)}, and the Hub gave nothing: {error}"
     return str(error)
+
+
+def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], Any]:
+    """Loads a model's tokenizer when it is first asked for."""
+
+    @cache
+    def load() -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        return tokenizer
+
+    return load
 
 
 def fail(message: str, *, code: int = 2) -> NoReturn:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import app, fail, require, said
+from hf_moe.cli.common import ChatTemplate, OnBadRow, app, fail, require, said, tokenizer_of
 
 
 @app.command()
@@ -15,8 +15,10 @@ def compare(
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter on NEW.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text by domain: a .txt, .md, .jsonl or .parquet file, or 'embedded'. Repeatable."),
+        typer.Option(help="Text or conversations by domain: what the recipes read, or 'embedded'. Repeatable."),
     ] = None,
+    on_bad_row: OnBadRow = "error",
+    chat_template: ChatTemplate = None,
     max_bytes: Annotated[int, typer.Option(help="Text of each domain, in bytes, spread over the file.")] = 40_000,
     window: Annotated[
         int | None, typer.Option(help="Tokens read at once; 1,024 or the context of the models.")
@@ -50,7 +52,8 @@ def compare(
             ModelChoice(new or base, adapter, dtype_new, experts_implementation_new, device),
         )
         options = {"window": window, "batch_size": batch_size, "tokenizer": tokenizer}
-        passed = _run(models, data, max_bytes, options, gate, output)
+        texts = _read(data, max_bytes, tokenizer_of(tokenizer or base, chat_template), on_bad_row)
+        passed = _run(models, texts, options, gate, output)
     except (DataError, GateError, OSError, RuntimeError, TextError, ValueError) as error:
         fail(said(error, base, new, adapter))
     except KeyboardInterrupt:
@@ -59,16 +62,23 @@ def compare(
         raise typer.Exit(1)
 
 
-def _run(models: Any, data: list[str], max_bytes: int, options: dict, gate: Path | None, output: Path | None) -> bool:
-    from hf_moe.evaluation.comparison_table import print_comparison, print_verdict
+def _read(data: list[str], max_bytes: int, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
     from hf_moe.evaluation.domains import read_domains
     from hf_moe.evaluation.text_probe import evenly_spread
-    from hf_moe.observability.gate import Gate
 
     if max_bytes < 1:
         fail(f"--max-bytes must be at least 1, got {max_bytes}.")
+    domains = read_domains(data, tokenizer, on_bad_row=on_bad_row)
+    return {name: evenly_spread(documents, max_bytes) for name, documents in domains.items()}
+
+
+def _run(
+    models: Any, texts: dict[str, list[str]], options: dict[str, Any], gate: Path | None, output: Path | None
+) -> bool:
+    from hf_moe.evaluation.comparison_table import print_comparison, print_verdict
+    from hf_moe.observability.gate import Gate
+
     checks = Gate.load(gate) if gate is not None else None
-    texts = {name: evenly_spread(documents, max_bytes) for name, documents in read_domains(data).items()}
     if checks is not None:
         checks.require_domains(list(texts))
     comparison = _measure(models, texts, options)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import app, fail, require, said
+from hf_moe.cli.common import OnBadRow, app, fail, require, said
 
 Model = Annotated[str | None, typer.Argument(help="A model folder, or a name on the Hub.")]
 Tasks = Annotated[
@@ -14,7 +14,7 @@ Tasks = Annotated[
 ]
 Domains = Annotated[
     list[str] | None,
-    typer.Option(help="Text for bits per byte: a .txt, .md or .jsonl file, or 'embedded'. Repeatable."),
+    typer.Option(help="Text or conversations for bits per byte: what the recipes read, or 'embedded'. Repeatable."),
 ]
 Adapter = Annotated[str | None, typer.Option(help="A PEFT adapter's folder or name.")]
 DataRoot = Annotated[
@@ -49,6 +49,7 @@ def evaluate(
     model: Model = None,
     tasks: Tasks = "",
     domains: Domains = None,
+    on_bad_row: OnBadRow = "error",
     adapter: Adapter = None,
     data_root: DataRoot = None,
     limit: Limit = None,
@@ -78,7 +79,13 @@ def evaluate(
     sampling = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "generation": _options(generation)}
     masking = {"mask_experts": mask_experts, "mask_limit": mask_limit}
     how = {"chat_template": chat_template, "batch_size": batch_size, "run_unsafe_code": run_unsafe_code}
-    what = {"model": model, "adapter": adapter, "tasks": names, "domains": tuple(domains or ())}
+    what = {
+        "model": model,
+        "adapter": adapter,
+        "tasks": names,
+        "domains": tuple(domains or ()),
+        "on_bad_row": on_bad_row,
+    }
     _run({**what, "data_root": data_root, **sampling, **masking, **how, "options": options}, output)
 
 

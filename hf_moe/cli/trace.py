@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import app, fail, require, said
+from hf_moe.cli.common import ChatTemplate, OnBadRow, app, fail, require, said, tokenizer_of
 
 TRACE, REPORT, METRICS = "trace", "report.html", "metrics.json"
 # larger models get a choice of layers
@@ -30,7 +30,7 @@ def trace(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text: a .txt, .md, .jsonl or .parquet file, a folder of them, or 'embedded'. Repeatable."),
+        typer.Option(help="Text or conversations: what the recipes read, a folder of it, or 'embedded'. Repeatable."),
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter's folder or name.")] = None,
     by_domain: Annotated[
@@ -41,6 +41,8 @@ def trace(
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Store neither text nor ids of tokens, only a hash of each passage.")
     ] = False,
+    on_bad_row: OnBadRow = "error",
+    chat_template: ChatTemplate = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
     experts_implementation: Annotated[str | None, typer.Option(help="Experts backend, such as hf_moe.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
@@ -59,8 +61,9 @@ def trace(
     _check_output(output)
     try:
         choice = ModelChoice(model, adapter, dtype, experts_implementation, device)
-        texts = _read(data, by_domain)
-        found = _trace(choice, texts, max_tokens, detail.value, audit=no_text)
+        tokenizer = tokenizer_of(choice.path, chat_template)
+        texts = _read(data, by_domain, tokenizer, on_bad_row)
+        found = _trace(choice, tokenizer(), texts, max_tokens, detail.value, audit=no_text)
         _write(output, found, _name(choice))
     except (OSError, RuntimeError, ValueError) as error:
         fail(said(error, model, adapter))
@@ -82,15 +85,14 @@ def _check_output(output: Path) -> None:
         fail(f"the folder {str(output)!r} holds something else. Name a new one with --output.")
 
 
-def _read(paths: Sequence[str], by_domain: bool) -> dict[str, list[str]]:
+def _read(paths: Sequence[str], by_domain: bool, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
     """Documents by domain, in a random order that is always the same: the first ones are from all over the text."""
-    from hf_moe.evaluation.domains import read_domains
-    from hf_moe.training.text_files import SUFFIXES, read_documents
+    from hf_moe.evaluation.domains import read_documents
 
     domains: dict[str, list[str]] = {}
-    for path in paths:
-        is_plain = Path(path).is_dir() or (Path(path).suffix in SUFFIXES and Path(path).exists())
-        for name, documents in (read_documents([Path(path)]) if is_plain else read_domains([path])).items():
+    for path in chain.from_iterable(map(_files, paths)):
+        found = read_documents(path, tokenizer, on_bad_row=on_bad_row, by_field=by_domain)
+        for name, documents in found.items():
             domains.setdefault(name, []).extend(documents)
     if not by_domain:
         domains = {"text": list(chain.from_iterable(domains.values()))}
@@ -99,8 +101,22 @@ def _read(paths: Sequence[str], by_domain: bool) -> dict[str, list[str]]:
     return domains
 
 
-def _trace(choice: Any, texts: dict[str, list[str]], max_tokens: int, detail: Any, *, audit: bool) -> Any:
-    from transformers import AutoTokenizer
+def _files(path: str) -> list[str]:
+    """All files of a folder that are read, but .json: many of these hold no data."""
+    from hf_moe.training.sources import FILES
+
+    if not Path(path).is_dir():
+        return [path]
+    suffixes = tuple(suffix for suffix in FILES if not suffix.startswith(".json") or suffix.startswith(".jsonl"))
+    found = sorted(str(file) for file in Path(path).rglob("*") if file.name.endswith(suffixes) and file.is_file())
+    if not found:
+        fail(f"the folder {path!r} holds no {', '.join(suffixes)} file. Name a folder or file that does.")
+    return found
+
+
+def _trace(
+    choice: Any, tokenizer: Any, texts: dict[str, list[str]], max_tokens: int, detail: Any, *, audit: bool
+) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_moe.evaluation.compare_models import load_model
@@ -108,7 +124,6 @@ def _trace(choice: Any, texts: dict[str, list[str]], max_tokens: int, detail: An
 
     disable_progress_bar()
     model: Any = load_model(choice)
-    tokenizer = AutoTokenizer.from_pretrained(choice.path)
     with _progress(model, len(texts) * max_tokens):
         return trace_texts(model, tokenizer, texts, detail=detail, max_tokens=max_tokens, audit=audit)
 

@@ -148,10 +148,12 @@ class FineTuning:
         set_seed(training.seed)  # new adapter weights are drawn before the Trainer sets it
         self.method, self.command, self.training, self.texts = method, command, training, texts
         self.choices = {**asdict(own), "model": shown(base.model), "row_length": texts.row_length}
+        if base.chat_options:
+            self.choices["chat_template_kwargs"] = base.chat_options
         self.folder = Path(str(training.output_dir))
         self.context = context_of(known_config(base))
         self.tokenizer = load_tokenizer(base)
-        self.data = prepare_data(self.tokenizer, texts, self.context)
+        self.data = prepare_data(self.tokenizer, texts, self.context, base.chat_options)
         self.model = load_model(base, training.device)
         if texts.packing:
             check_packing(self.model, texts.row_length)

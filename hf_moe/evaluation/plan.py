@@ -20,7 +20,8 @@ class Evaluation:
     Attributes:
         model: A folder, a name on the Hub, or a loaded model.
         tasks: Names, groups, tags or patterns of lm-eval, or YAML files of tasks.
-        domains: Files of text for bits per byte, see `hf_moe.evaluation.domains.read_domains`.
+        domains: Files for bits per byte, see `hf_moe.evaluation.domains.read_domains`.
+        on_bad_row: Of rows of `domains` that cannot be used: `error`, or `skip` to leave them out.
         adapter: A PEFT adapter's folder or name.
         data_root: Folder with local copies of the tasks' data, see `hf_moe.evaluation.local_data`.
         limit: Documents of each task, from the first; below 1 a share of them; None takes all.
@@ -44,6 +45,7 @@ class Evaluation:
     model: str | PreTrainedModel
     tasks: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
+    on_bad_row: str = "error"
     adapter: str | None = None
     data_root: Path | None = None
     limit: float | None = None

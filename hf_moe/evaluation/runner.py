@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_moe.evaluation.domains import documents_sha256, read_domains
 from hf_moe.evaluation.harness import HfMoeLM
@@ -51,13 +52,22 @@ def evaluate(evaluation: Evaluation, output: Path, *, command: str = "") -> dict
         num_fewshot=evaluation.num_fewshot,
         seed=evaluation.seed,
     )
-    domains = read_domains(evaluation.domains)
+    domains = read_domains(evaluation.domains, partial(_tokenizer, evaluation), on_bad_row=evaluation.on_bad_row)
     lm = HfMoeLM(evaluation.model, adapter=evaluation.adapter, batch_size=evaluation.batch_size, **evaluation.options)
     for warning in explain(lm.model).warnings:
         Console(stderr=True, soft_wrap=True).print(f"warning: {warning}", markup=False, highlight=False)
     for name, task in tasks.tasks.items():
         prepare(lm, name, task, evaluation)
     return _Run(evaluation, tasks, domains, lm).into(output, command)
+
+
+def _tokenizer(evaluation: Evaluation) -> PreTrainedTokenizerBase:
+    """The one that lm-eval will load."""
+    model, options = evaluation.model, evaluation.options
+    given = options.get("tokenizer") or (model if isinstance(model, str) else model.name_or_path)
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    return AutoTokenizer.from_pretrained(given, trust_remote_code=bool(options.get("trust_remote_code")))
 
 
 class _Run:

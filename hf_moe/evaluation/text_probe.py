@@ -128,7 +128,7 @@ def evenly_spread(documents: Sequence[str], most_bytes: int) -> list[str]:
     left = most_bytes
     for text in chosen:
         data = text.encode()[:left]
-        found.append(data.decode(errors="ignore"))
+        found.append(type(text)(data.decode(errors="ignore")))  # a conversation stays one
         left -= len(data)
         if left <= 0:
             break

@@ -1,6 +1,7 @@
 """A recipe's choices: a YAML file, each of whose keys is also an option of the command line, which wins."""
 
 import argparse
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_moe.training.checkpoints import TOKEN_IS_PICKLED
+from hf_moe.training.formats import check_options
 
 
 class RecipeError(ValueError):
@@ -29,6 +31,23 @@ class ModelArguments:
     chat_template: str | None = field(
         default=None, metadata={"help": "A Jinja file for conversations, if the tokenizer's will not do."}
     )
+    # in the order of transformers, whose parser reads unions by position
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Variables of the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except ValueError as error:
+                raise RecipeError(f"chat_template_kwargs is not valid JSON ({error}).") from error
+        check_options(self.chat_options)
+
+    @property
+    def chat_options(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, read."""
+        return self.chat_template_kwargs or {}  # type: ignore[return-value]
 
 
 @dataclass
@@ -36,13 +55,17 @@ class DataArguments:
     """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
 
     datasets: list[str] = field(
-        default_factory=list, metadata={"help": "Files (.jsonl .json .parquet .txt .md), folders, or Hub names."}
+        default_factory=list,
+        metadata={"help": "Files (.jsonl .json .csv, also .gz; .parquet .txt .md), folders, or Hub names."},
     )
     row_length: int = field(default=1024, metadata={"help": "Tokens of a training row."})
     packing: bool = field(default=True, metadata={"help": "Several examples a row, kept apart by position ids."})
     assistant_only: bool = field(default=True, metadata={"help": "Learn only the assistant's turns of conversations."})
     held_out: float = field(default=0.05, metadata={"help": "Share of each data set kept for evaluation."})
     held_out_records: int = field(default=64, metadata={"help": "At most this many records of each."})
+    on_bad_row: str = field(
+        default="error", metadata={"help": "Of rows that cannot be used: error, or skip to leave them out."}
+    )
 
     def __post_init__(self) -> None:
         if not self.datasets:

@@ -5,11 +5,12 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -31,7 +32,7 @@ from hf_moe.models.loading import ModelError, check_language_model, load_languag
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
 from hf_moe.training.corpus import TextError
-from hf_moe.training.encoding import Encoder, Encoding, Example
+from hf_moe.training.encoding import Encoder, Encoding, Example, cut
 from hf_moe.training.memory import StepMemory, step_memory
 from hf_moe.training.other_towers import copy_processor, freeze_what_text_does_not_reach, has_other_towers
 from hf_moe.training.packing import draw
@@ -135,11 +136,17 @@ class Data:
         return torch.tensor(ids[: count * row_length]).view(count, row_length)
 
 
-def prepare_data(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, context: int | None = None) -> Data:
-    """Read, split, tokenise and pack every data set.
+def prepare_data(
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+    context: int | None = None,
+    chat_options: Mapping[str, Any] | None = None,
+) -> Data:
+    """Read, tokenise, split and pack every data set.
 
     Args:
         context: Tokens that the model can read at once; longer rows hold several examples, none of them longer.
+        chat_options: Variables of the chat template.
 
     Raises:
         DataError, TextError: For a data set that cannot be used.
@@ -150,19 +157,22 @@ def prepare_data(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, c
     if repeated := {name for name in names if names.count(name) > 1}:
         raise RecipeError(f"two data sets have the domain {repeated.pop()!r}. Give each a domain of its own.")
     longest = min(arguments.row_length, context or arguments.row_length)
-    encoder = Encoder(tokenizer, max_length=longest, assistant_only=arguments.assistant_only)
+    encoder = Encoder(tokenizer, max_length=longest, assistant_only=arguments.assistant_only, options=chat_options)
     total = sum(source.weight for source in sources)
     if not total:
         raise RecipeError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
     data = Data({source.domain: source.weight / total for source in sources}, {}, {}, {}, {})
     for source in sources:
         name = source.domain
+        data_set = read_source(source, on_bad_row=arguments.on_bad_row)
+        encoded = list(data_set.apply(encoder.encode).values())
         train, held_out = hold_out(
-            read_source(source), share=arguments.held_out, most=arguments.held_out_records, where=source.path
+            encoded, share=arguments.held_out, most=arguments.held_out_records, where=source.path
         )
-        data.encodings[name] = encoder.encode(train, source.path)
+        data.encodings[name] = cut(train, longest, source.path)
+        data.encodings[name].remarks = data_set.remarks()
         data.rows[name] = _rows(data.encodings[name].examples, tokenizer, arguments)
-        data.held_out_encodings[name] = encoder.encode(held_out, source.path)
+        data.held_out_encodings[name] = cut(held_out, longest, source.path)
         data.held_out[name] = _rows(data.held_out_encodings[name].examples, tokenizer, arguments)
     return data
 

@@ -1,24 +1,24 @@
 """The data sets that people have, as records by domain.
 
-Local files (.jsonl, .json, .parquet, .txt, .md), folders of data sets and names on the Hub; the columns of a data set
-decide what it is: `text`; `prompt` with `completion`, as strings or as lists of messages; `messages`, a conversation.
+Local files, folders of data sets and names on the Hub; what the columns of a data set mean is in `formats`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hf_moe.training.bad_rows import BadRows, DataError
 from hf_moe.training.corpus import DOMAIN_NAME
+from hf_moe.training.formats import FINE_TUNING, DataSet, Layout, read_rows, without_nulls
+from hf_moe.training.record_files import GZIPPED, kind_of, read_file
+from hf_moe.training.record_files import SUFFIXES as RECORDS
 from hf_moe.training.text_files import read_passages
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 DOCUMENTS = (".txt", ".md")
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; says which, why, and what to do."""
+FILES = (*RECORDS, *GZIPPED, ".parquet", *DOCUMENTS)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Source:
     """One data set of a mixture.
 
     Attributes:
-        path: A local .jsonl, .json, .parquet, .txt or .md file, a local folder of a data set, or a name on the Hub.
+        path: A local file (see `FILES`), a local folder of a data set, or a name on the Hub.
         domain: What its figures are reported under; the file's name if not given.
         weight: Its share of the training rows, relative to the other sources; 0 measures it and does not train on it.
         config: Of a data set with several configurations.
@@ -41,7 +41,9 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.domain:
-            stem = "".join(c if c.isalnum() and c.isascii() else "-" for c in Path(self.path).stem).strip("-")
+            stem = "".join(
+                c if c.isalnum() and c.isascii() else "-" for c in Path(self.path.removesuffix(".gz")).stem
+            ).strip("-")
             object.__setattr__(self, "domain", stem[:32])
         if not DOMAIN_NAME.fullmatch(self.domain):
             raise DataError(
@@ -75,48 +77,55 @@ class Source:
         return cls(**value)
 
 
-def read_source(source: Source) -> list[dict[str, Any]]:
-    """The records of a source, in order.
+def read_source(source: Source, layouts: Sequence[Layout] = FINE_TUNING, *, on_bad_row: str = "error") -> DataSet:
+    """The rows of a source, in order.
+
+    Args:
+        layouts: The layouts of columns that are known.
+        on_bad_row: Whether rows that cannot be used are an `error`, or left out (`skip`).
 
     Raises:
-        DataError: If it is missing, empty, unreadable, or its columns are none of the known formats.
+        DataError: If it is missing, empty, unreadable, or its columns are none of the known layouts.
     """
-    records = read_records(source)
-    format_of(records[0], source.path)
-    return records
+    records, bad = read_records(source, on_bad_row=on_bad_row)
+    return read_rows(records, layouts, bad)
 
 
-def read_records(source: Source) -> list[dict[str, Any]]:
-    """The records of a source, in order, whatever their columns.
+def read_records(source: Source, *, on_bad_row: str = "error") -> tuple[list[tuple[int, dict[str, Any]]], BadRows]:
+    """The numbered records of a source, in order, whatever their columns, and what could not be read.
 
     Raises:
         DataError: If it is missing, empty or unreadable.
     """
     path = Path(source.path)
-    if path.suffix in DOCUMENTS and path.exists():
-        records = [{"text": text} for text in read_passages(path)]
-    else:
-        records = _load(source, path)
-    if not records:
-        raise DataError(f"the data set {source.path!r} has no records. Give one with data, or leave it out.")
-    return records
+    is_lines = path.is_file() and kind_of(path) in (".jsonl", ".csv")
+    bad = BadRows(source.path, on_bad_row, "line" if is_lines else "row")
+    _check_path(path, source.path)
+    if path.is_file() and path.suffix in DOCUMENTS:
+        return list(enumerate(({"text": text} for text in read_passages(path)), start=1)), bad
+    if path.is_file() and kind_of(path) in RECORDS:
+        return list(read_file(path, bad)), bad
+    records = [{name: without_nulls(value) for name, value in record.items()} for record in _load(source, path)]
+    return list(enumerate(records, start=1)), bad
+
+
+def _check_path(path: Path, name: str) -> None:
+    if not path.exists() and (path.name.endswith(FILES) or name.startswith((".", "/", "~"))):
+        raise DataError(f"the data file {name!r} does not exist. Check the path.")
+    if path.is_file() and not path.name.endswith(FILES):
+        raise DataError(f"the data file {name!r} must end in {', '.join(FILES)}, got {path.suffix!r}. Convert it.")
+    if path.is_file() and not path.stat().st_size:
+        raise DataError(f"the data file {name!r} is empty. Give one with data, or leave it out.")
 
 
 def _load(source: Source, path: Path) -> list[dict[str, Any]]:
+    """Of a .parquet file, a folder or the Hub, through Arrow."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    if not path.exists() and (path.suffix in (*BUILDERS, *DOCUMENTS) or source.path.startswith((".", "/", "~"))):
-        raise DataError(f"the data file {source.path!r} does not exist. Check the path.")
-    if path.is_file() and path.suffix not in BUILDERS:
-        raise DataError(
-            f"the data file {source.path!r} must end in {', '.join((*BUILDERS, *DOCUMENTS))}, got {path.suffix!r}."
-        )
-    if path.is_file() and not path.stat().st_size:
-        raise DataError(f"the data file {source.path!r} is empty. Give one with data, or leave it out.")
     try:
         if path.is_file():
-            return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train").to_list()
+            return load_dataset("parquet", data_files=str(path), split="train").to_list()
         return load_dataset(source.path, source.config, split=source.split).to_list()
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
@@ -125,25 +134,7 @@ def _load(source: Source, path: Path) -> list[dict[str, Any]]:
         raise DataError(f"the data set {source.path!r} cannot be loaded: {error}") from error
 
 
-def format_of(record: Mapping[str, Any], where: str) -> str:
-    """`messages`, `prompt` (with completion) or `text`.
-
-    Raises:
-        DataError: Naming the columns that are there.
-    """
-    if "messages" in record:
-        return "messages"
-    if "prompt" in record and "completion" in record:
-        return "prompt"
-    if "text" in record:
-        return "text"
-    raise DataError(
-        f"the data set {where!r} has the columns {', '.join(map(repr, record))}; it needs 'text', 'messages', or "
-        "'prompt' and 'completion'. Rename its columns."
-    )
-
-
-def hold_out(records: Sequence[dict[str, Any]], *, share: float, most: int, where: str) -> tuple[list, list]:
+def hold_out(records: Sequence[Item], *, share: float, most: int, where: str) -> tuple[list[Item], list[Item]]:
     """Split records into train and held out: every n-th record, at most `most` and at least one.
 
     Raises:

@@ -20,24 +20,15 @@ def read_domains(paths: Iterable[Path], *, train_bytes: int, held_out_bytes: int
         TextError: If a file is missing, empty, not UTF-8 text, of another kind, or has a bad line (its number is
             named); if a domain has too little text.
     """
-    return {
-        name: split_domain(name, texts, train_bytes=train_bytes, held_out_bytes=held_out_bytes)
-        for name, texts in read_documents(paths).items()
-    }
-
-
-def read_documents(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """All documents of files (or of all such files in folders) by domain, as `read_domains` finds them.
-
-    Raises:
-        TextError: As `read_domains`, but any amount of text will do.
-    """
     documents: dict[str, list[str]] = {}
     for path in paths:
         for file in _files(path):
             for name, text in _read_jsonl(file) if file.suffix == ".jsonl" else _read_text(file):
                 documents.setdefault(name, []).append(text)
-    return documents
+    return {
+        name: split_domain(name, texts, train_bytes=train_bytes, held_out_bytes=held_out_bytes)
+        for name, texts in documents.items()
+    }
 
 
 def _files(path: Path) -> list[Path]:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_moe.training.chat_text import ChatText
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 
@@ -42,10 +44,17 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> list[list[int]]:
-    """Token ids of each document, without special tokens."""
+    """Token ids of each document, without special tokens but those that a conversation's template writes."""
     texts = list(documents)
-    if not texts:
-        return []
+    is_chat = [isinstance(text, ChatText) for text in texts]
+    encoded = {
+        kind: iter(_encode(tokenizer, [t for t, chat in zip(texts, is_chat, strict=True) if chat is kind], kind))
+        for kind in set(is_chat)
+    }
+    return [next(encoded[kind]) for kind in is_chat]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], is_chat: bool) -> list[list[int]]:
     # verbose=False: documents are longer than the context on purpose, they are packed or windowed later
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return encoded["input_ids"]
+    options = {"add_special_tokens": False, "split_special_tokens": not is_chat, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"]

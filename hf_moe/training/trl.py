@@ -8,7 +8,7 @@ global batch, sigmoid scores and selection biases are dropped without a word. `M
 loss there; DPO with a trained router has no such way out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -24,7 +24,6 @@ from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, RecipeError
 from hf_moe.training.finetuning import folder_bytes, save_adapter, shown, versions
 from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
-from hf_moe.training.sources import DataError, Source, hold_out, read_records
 from hf_moe.whole_files import write_json
 
 try:
@@ -32,9 +31,6 @@ try:
     from trl.trainer.utils import get_trackio_space_url
 except ImportError as error:
     raise ImportError('TRL is not installed. Install it with: pip install "hf-moe[trl]"') from error
-
-SFT_COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
-PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
 class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):
@@ -67,23 +63,6 @@ class MoeSFTTrainer(SafeSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-
-
-@dataclass
-class TrlDataArguments:
-    """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
-
-    datasets: list[str] = field(
-        default_factory=list, metadata={"help": "Files (.jsonl .json .parquet .txt .md), folders, or Hub names."}
-    )
-    held_out: float = field(default=0.05, metadata={"help": "Share of each data set kept for evaluation."})
-    held_out_records: int = field(default=64, metadata={"help": "At most this many records of each."})
-
-    def __post_init__(self) -> None:
-        if not self.datasets:
-            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
-        if not 0 < self.held_out < 1:
-            raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
 
 
 def _set_up(arguments: Any) -> None:
@@ -136,49 +115,6 @@ def refuse_broken_trackio() -> None:
             f"trackio is installed but cannot be imported ({error}), and TRL imports it for every checkpoint's card. "
             'Mend it (pip install "trackio>=0.43" "pillow<13"), or uninstall it.'
         ) from error
-
-
-def read_for_trl(arguments: TrlDataArguments, formats: Sequence[Sequence[str]], seed: int) -> tuple[Any, Any]:
-    """Training and held-out `datasets.Dataset` with the columns of one of `formats`; weights mix the training part.
-
-    Raises:
-        DataError: If a data set cannot be used, or two have different columns.
-    """
-    from datasets import Dataset, concatenate_datasets, interleave_datasets
-
-    sources = [Source.parse(value) for value in arguments.datasets]
-    parts, columns = [], None
-    for source in sources:
-        records = read_records(source)
-        columns = columns or _columns(records[0], formats, source.path)
-        kept = [{name: _value(record, name, source.path) for name in columns} for record in records]
-        parts.append(hold_out(kept, share=arguments.held_out, most=arguments.held_out_records, where=source.path))
-    total = sum(source.weight for source in sources)
-    if not total:
-        raise DataError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
-    used = [(source.weight / total, train) for source, (train, _) in zip(sources, parts, strict=True) if source.weight]
-    mixed = interleave_datasets(
-        [Dataset.from_list(train) for _, train in used], probabilities=[share for share, _ in used], seed=seed,
-        stopping_strategy="all_exhausted",
-    )  # fmt: skip
-    return mixed, concatenate_datasets([Dataset.from_list(held_out) for _, held_out in parts])
-
-
-def _columns(record: Mapping[str, Any], formats: Sequence[Sequence[str]], where: str) -> Sequence[str]:
-    found = next((columns for columns in formats if set(columns) <= set(record)), None)
-    if found is None:
-        wanted = ", or ".join(" and ".join(map(repr, columns)) for columns in formats)
-        raise DataError(f"the data set {where!r} has the columns {', '.join(map(repr, record))}; it needs {wanted}.")
-    return found
-
-
-def _value(record: Mapping[str, Any], name: str, where: str) -> Any:
-    if record.get(name) is None:
-        raise DataError(
-            f"a record of {where!r} has no {name!r}, which the first record of the first data set has. All data sets "
-            "of a run need the same columns."
-        )
-    return record[name]
 
 
 def train_and_save(

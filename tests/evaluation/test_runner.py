@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from chat_cases import TEMPLATES, assistant, user
+
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install hf-moe[eval]")
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
@@ -19,6 +21,7 @@ from hf_moe.evaluation.plan import Evaluation  # noqa: E402
 from hf_moe.evaluation.results import HARNESS, read_results  # noqa: E402
 from hf_moe.evaluation.runner import evaluate  # noqa: E402
 from hf_moe.evaluation.samples import read_samples  # noqa: E402
+from hf_moe.training.bad_rows import DataError  # noqa: E402
 from hf_moe.training.stages import RunRefusedError  # noqa: E402
 from tiny_benchmarks import write_mirror  # noqa: E402
 from tiny_moe import tiny_tokenizer, words  # noqa: E402
@@ -41,6 +44,20 @@ def finished(model_folder, mirror, domain, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "finished"
     evaluation = Evaluation(str(model_folder()), domains=(domain,), data_root=mirror, **SETTINGS)
     return output, evaluate(evaluation, output, command="hf-moe evaluate model")
+
+
+def test_conversations_are_a_domain_in_the_models_chat_template(model_folder, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATES["olmoe"]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [user("two?"), assistant("four")]}) + "\n{}\n")
+    options = {"tokenizer": str(tmp_path / "tokenizer")}
+    given = {"domains": (str(tmp_path / "chat.jsonl"),), "mask_experts": 0, "options": options, "batch_size": 1}
+    with pytest.raises(DataError, match=r"1 of 2 rows"):
+        evaluate(Evaluation(str(model_folder()), **given), tmp_path / "out")
+    results = evaluate(Evaluation(str(model_folder()), on_bad_row="skip", **given), tmp_path / "out")
+    text = tokenizer.apply_chat_template([user("two?"), assistant("four")], tokenize=False)
+    assert results["domains"]["chat"]["bytes"] == len(text.removeprefix(tokenizer.bos_token))
 
 
 def without_times(value):

@@ -42,6 +42,15 @@ def test_a_command_line_alone_will_do(tmp_path):
     assert parse_recipe(KINDS, arguments)[2].datasets == ["a", "b"]
 
 
+def test_variables_of_the_chat_template_are_a_mapping_or_json(config):
+    text = "model: m\ndatasets: [a]\n"
+    in_file = config(text + "chat_template_kwargs: {enable_thinking: false}\n")
+    assert parse_recipe(KINDS, in_file)[1].chat_options == {"enable_thinking": False}
+    on_line = [*config(text), "--chat_template_kwargs", '{"enable_thinking": true}']
+    assert parse_recipe(KINDS, on_line)[1].chat_options == {"enable_thinking": True}
+    assert parse_recipe(KINDS, config(text))[1].chat_options == {}
+
+
 def test_smoke_is_four_short_steps(config):
     training = parse_recipe(KINDS, [*config("model: m\ndatasets: [a]\n"), "--smoke"])[3]
     assert (training.max_steps, training.save_steps) == (4, 2)
@@ -70,6 +79,9 @@ def test_smoke_is_four_short_steps(config):
         ("model: m\ndatasets: [a]\nrow_length: 12:30\n", "12:30 is read as minutes and seconds"),
         ("model: m\ndatasets: [a]\nrow_length: 4\n", "row_length must be at least 8"),
         ("model: m\ndatasets: [a]\nheld_out: 1.5\n", "between 0 and 1"),
+        ("model: m\ndatasets: [a]\nchat_template_kwargs: '{'\n", "chat_template_kwargs is not valid JSON"),
+        ("model: m\ndatasets: [a]\nchat_template_kwargs: '[1]'\n", "must be a mapping of names to values"),
+        ("model: m\ndatasets: [a]\nchat_template_kwargs: {tokenize: true}\n", "may not set 'tokenize'"),
     ],
 )
 def test_a_bad_file_is_refused(config, text, message):

@@ -1,7 +1,6 @@
 """What TRL does to the loss of a Mixture-of-Experts, and what is done about it, as `training/trl.py` says."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -19,16 +18,11 @@ from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router
 from hf_moe.training.arguments import RecipeError
 from hf_moe.training.balancing import BalancingConfig, BalancingError, BalancingMixin
 from hf_moe.training.callbacks import RouterFreezeCallback
-from hf_moe.training.sources import DataError
 from hf_moe.training.trl import (
-    PREFERENCE_COLUMNS,
-    SFT_COLUMNS,
     DpoArguments,
     MoeSFTTrainer,
     SftArguments,
     SFTTrainer,
-    TrlDataArguments,
-    read_for_trl,
     refuse_broken_trackio,
 )
 from tiny_moe import MODELS, tiny_tokenizer, words
@@ -241,49 +235,6 @@ def test_packed_examples_do_not_see_each_other(tokenizer, data, tmp_path):
             tokens += count
         totals.append(nats / tokens)
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)
-
-
-# ---- data
-
-
-def write(folder, name, records):
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
-def test_weights_mix_the_training_records(tmp_path):
-    ours = write(tmp_path, "ours", [{"text": f"a{i}", "id": i} for i in range(60)])
-    known = write(tmp_path, "known", [{"text": f"b{i}"} for i in range(60)])
-    sources = [{"path": ours, "weight": 3}, {"path": known, "weight": 1}]
-    train, held_out = read_for_trl(TrlDataArguments(sources, held_out=0.1), SFT_COLUMNS, seed=0)
-    share = sum(record["text"].startswith("a") for record in train) / len(train)
-    assert 0.6 < share < 0.9
-    assert train.column_names == ["text"]
-    assert len(held_out) == 12
-    assert not {record["text"] for record in train} & {record["text"] for record in held_out}
-
-
-@pytest.mark.parametrize(
-    ("records", "more", "message"),
-    [
-        ([{"body": "a"}] * 3, [], "it needs 'prompt' and 'chosen' and 'rejected', or 'chosen' and 'rejected'"),
-        ([{"chosen": "a", "rejected": "b"}] * 3, [{"chosen": "a"}] * 3, "has no 'rejected'"),
-        ([{"chosen": "a", "rejected": None}] * 3, [], "has no 'rejected'"),
-    ],
-)
-def test_records_without_the_columns_are_refused(records, more, message, tmp_path):
-    sources = [write(tmp_path, "one", records)] + ([write(tmp_path, "two", more)] if more else [])
-    with pytest.raises(DataError, match=message):
-        read_for_trl(TrlDataArguments(sources), PREFERENCE_COLUMNS, seed=0)
-
-
-def test_nothing_to_train_on_is_refused(tmp_path):
-    path = write(tmp_path, "one", [{"text": "a"}] * 3)
-    with pytest.raises(DataError, match="weight 0"):
-        read_for_trl(TrlDataArguments([{"path": path, "weight": 0}]), SFT_COLUMNS, seed=0)
-    with pytest.raises(RecipeError, match="no data"):
-        TrlDataArguments()
 
 
 def test_a_trackio_that_does_not_import_is_refused_before_training(monkeypatch):

@@ -1,0 +1,73 @@
+"""Rows that cannot be used: the run ends with their count and first lines, or goes on without them and says so."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+POLICIES = ("error", "skip")
+SHOWN = 5
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; says which, why, and what to do."""
+
+
+class RowError(DataError):
+    """One row that cannot be used; which one, `BadRows` adds."""
+
+
+class BadRows:
+    """The bad rows of one data set.
+
+    Args:
+        where: The data set.
+        policy: `error` or `skip`.
+        unit: What the numbers count: "line" of a text file, else "row".
+
+    Raises:
+        DataError: For an unknown policy.
+    """
+
+    def __init__(self, where: str, policy: str = "error", unit: str = "row"):
+        if policy not in POLICIES:
+            raise DataError(f"on_bad_row must be one of {', '.join(POLICIES)}, got {policy!r}.")
+        self.where, self.policy, self.unit = where, policy, unit
+        self.reasons: dict[int, str] = {}
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """Note a RowError that is raised inside as one of this row, and go on."""
+        try:
+            yield
+        except RowError as error:
+            self.reasons.setdefault(number, str(error))
+
+    def settle(self, total: int) -> None:
+        """Once every row has been tried.
+
+        Raises:
+            DataError: If there are bad rows that may not be skipped, or no other ones.
+        """
+        if len(self.reasons) == total and total:
+            raise DataError(f"no row of {self.where!r} can be used. {self._reason()} Mend them.")
+        if self.reasons and self.policy == "error":
+            raise DataError(
+                f"{len(self.reasons):,} of {total:,} rows of {self.where!r} cannot be used ({self._numbers()}). "
+                f"{self._reason()} Mend them, or leave them out with on_bad_row skip."
+            )
+
+    def __str__(self) -> str:
+        """What was left out; empty if nothing."""
+        if not self.reasons:
+            return ""
+        count = len(self.reasons)
+        return f"{count:,} bad row{'s' * (count > 1)} left out ({self._numbers()}). {self._reason()}"
+
+    def _numbers(self) -> str:
+        numbers = sorted(self.reasons)
+        more = ", ..." if len(numbers) > SHOWN else ""
+        plural = "" if len(numbers) == 1 else "s"
+        return f"{self.unit}{plural} {', '.join(map(str, numbers[:SHOWN]))}{more}"
+
+    def _reason(self) -> str:
+        first = min(self.reasons)
+        return f"{self.unit.capitalize()} {first}: {self.reasons[first]}"

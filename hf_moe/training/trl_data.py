@@ -1,0 +1,183 @@
+"""Data for TRL's trainers: read, checked and written by the same code as for the other recipes.
+
+TRL 1.16 would write and tokenise conversations itself, from columns that Arrow has given the keys of all rows, and a
+row that the chat template refuses ends it in the middle. So SFT gets tokens and labels, which TRL takes as they are,
+cuts and packs; DPO, which takes no tokens, gets conversations as JSON, of which Arrow knows no keys.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from hf_moe.training.arguments import RecipeError
+from hf_moe.training.bad_rows import DataError, RowError
+from hf_moe.training.chat_text import ChatWriter
+from hf_moe.training.encoding import Encoder, cut
+from hf_moe.training.formats import FINE_TUNING, PREFERENCES, Chat, DataSet, Layout, Preference, Row
+from hf_moe.training.sources import Source, hold_out, read_source
+
+# options of SFTConfig about data that is read and tokenised here, with the values that change nothing
+NOT_OURS = {"chat_template_path": None, "dataset_kwargs": None, "dataset_text_field": "text", "eos_token": None}
+
+
+@dataclass
+class TrlDataArguments:
+    """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
+
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files (.jsonl .json .csv, also .gz; .parquet .txt .md), folders, or Hub names."},
+    )
+    held_out: float = field(default=0.05, metadata={"help": "Share of each data set kept for evaluation."})
+    held_out_records: int = field(default=64, metadata={"help": "At most this many records of each."})
+    on_bad_row: str = field(
+        default="error", metadata={"help": "Of rows that cannot be used: error, or skip to leave them out."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
+
+
+def read_for_sft(
+    arguments: TrlDataArguments,
+    training: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Training and held-out `datasets.Dataset` with `input_ids` and `labels`; weights mix the training part.
+
+    `assistant_only_loss` and `completion_only_loss` of the SFTConfig `training` are in the labels; the first is
+    switched off there, as TRL would look for conversations.
+
+    Args:
+        options: Variables of the chat template.
+
+    Raises:
+        DataError, TextError: If a data set cannot be used.
+        RecipeError: For an option of SFTConfig that would change the tokens afterwards.
+    """
+    for name, value in NOT_OURS.items():
+        if getattr(training, name) != value:
+            instead = "chat_template" if name == "chat_template_path" else "the model's tokenizer and data sets"
+            raise RecipeError(f"{name} has no effect here: the recipe tokenises itself. Use {instead}.")
+    encoder = Encoder(
+        tokenizer,
+        max_length=None,
+        assistant_only=training.assistant_only_loss,
+        completion_only=training.completion_only_loss is not False,
+        options=options,
+    )
+    training.assistant_only_loss = False
+    # what is packed TRL cuts by its packing_strategy
+    longest = sys.maxsize if training.packing or training.max_length is None else training.max_length
+
+    def prepare(data_set: DataSet, encoded: list, part: str) -> list[dict[str, Any]]:
+        encoding = cut(encoded, longest, data_set.where)
+        if part == "train":
+            encoding.remarks = data_set.remarks()
+            _say(training, f"{data_set.where}: {encoding}")
+        return [vars(example) for example in encoding.examples]
+
+    return _read(arguments, training, FINE_TUNING, encoder.encode, prepare, lambda records: None)
+
+
+def read_for_dpo(
+    arguments: TrlDataArguments,
+    training: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Training and held-out `datasets.Dataset` with `chosen`, `rejected`, mostly `prompt`, and for conversations
+    `tools` and `chat_template_kwargs`; weights mix the training part.
+
+    Args:
+        options: Variables of the chat template; a row's own come first.
+
+    Raises:
+        DataError, TextError: If a data set cannot be used, or two have different columns.
+    """
+
+    def check(row: Row) -> dict[str, Any]:
+        assert isinstance(row, Preference)
+        return _preference(row, tokenizer, options or {})
+
+    def prepare(data_set: DataSet, records: list, part: str) -> list[dict[str, Any]]:
+        if part == "train":
+            for remark in data_set.remarks():
+                _say(training, f"{data_set.where}: {remark}")
+        return records
+
+    return _read(arguments, training, PREFERENCES, check, prepare, _preference_features)
+
+
+def _say(training: TrainingArguments, text: str) -> None:
+    if training.process_index == 0:
+        Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _read(
+    arguments: TrlDataArguments,
+    training: TrainingArguments,
+    layouts: Sequence[Layout],
+    work: Callable[[Row], Any],
+    prepare: Callable[[DataSet, list, str], list[dict[str, Any]]],
+    features: Callable[[list[dict[str, Any]]], Any],
+) -> tuple[Any, Any]:
+    from datasets import Dataset, concatenate_datasets, interleave_datasets
+
+    sources = [Source.parse(value) for value in arguments.datasets]
+    total = sum(source.weight for source in sources)
+    if not total:
+        raise DataError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
+    parts = []
+    for source in sources:
+        data_set = read_source(source, layouts, on_bad_row=arguments.on_bad_row)
+        done = list(data_set.apply(work).values())
+        train, held_out = hold_out(done, share=arguments.held_out, most=arguments.held_out_records, where=source.path)
+        parts.append((prepare(data_set, train, "train"), prepare(data_set, held_out, "held out")))
+    schema = features([record for pair in parts for part in pair for record in part])
+    made = [[Dataset.from_list(part, features=schema) for part in pair] for pair in parts]
+    used = [(source.weight / total, train) for source, (train, _) in zip(sources, made, strict=True) if source.weight]
+    mixed = interleave_datasets(
+        [train for _, train in used], probabilities=[share for share, _ in used], seed=training.seed,
+        stopping_strategy="all_exhausted",
+    )  # fmt: skip
+    return mixed, concatenate_datasets([held_out for _, held_out in made])
+
+
+def _preference(row: Preference, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What TRL reads, once it is known that TRL can."""
+    answers = {"chosen": row.chosen, "rejected": row.rejected}
+    record = answers if row.prompt is None else {"prompt": row.prompt, **answers}
+    if isinstance(row.chosen, str):
+        return record
+    if row.prompt is None and row.chosen[0] != row.rejected[0]:
+        raise RowError("'chosen' and 'rejected' have no first message in common, and there is no 'prompt'.")
+    writer = ChatWriter(tokenizer, options)
+    for answer in answers.values():
+        writer.text(Chat([*(row.prompt or []), *answer], None, row.tools, row.options))
+    return {**record, "tools": row.tools, "chat_template_kwargs": {**options, **row.options}}
+
+
+def _preference_features(records: list[dict[str, Any]]) -> Any:
+    """Conversations and what belongs to them as JSON; plain texts as strings."""
+    from datasets import Features, Json, List, Value
+
+    kinds = {(tuple(record), type(record["chosen"])) for record in records}
+    if len(kinds) > 1:
+        raise DataError(
+            "some of the preferences have a 'prompt' and some have none, or some are texts and some conversations. "
+            "All data sets of a run need the same columns."
+        )
+    columns, kind = kinds.pop()
+    whole = ("tools", "chat_template_kwargs")
+    return Features(
+        {name: Json() if name in whole else Value("string") if kind is str else List(Json()) for name in columns}
+    )
