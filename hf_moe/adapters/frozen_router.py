@@ -263,6 +263,15 @@ def _loss_settings(model: nn.Module) -> Iterator[Any]:
                 pending += [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
 
 
+def refuse_router_adapters(model: nn.Module) -> None:
+    """Raise RouterNotFrozenError if an adapter is on a router, or on the block that holds it, or a copy of one is."""
+    parts: dict[int, str] = {}
+    for layer in moe_layers(model):
+        modules = [model.get_submodule(layer.name), *(layer.router.modules() if layer.router is not None else ())]
+        parts |= {id(module): layer.name for module in modules}
+    _refuse_adapters(model, parts)
+
+
 def _refuse_adapters(model: nn.Module, routers: dict[int, str]) -> None:
     """Raise if a PEFT layer adapts one of the `routers` (name by id), or keeps a trainable copy of one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
