@@ -99,8 +99,8 @@ def load_adapter(
         raise ImportError('adapters need peft. Install it with: pip install "hf-moe[recipes]"') from error
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):
         raise AdapterError(f"an adapter's name is 1 to 64 letters, digits, '_' and '-', got {adapter_name!r:.80}.")
-    _refuse_taken(model, adapter_name)
     files = check_adapter(_local(adapter, revision))
+    _refuse_taken(model, adapter_name)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_copies(files, base)
     state, outputs = BaseState(model), BaseOutputs(model, base)
@@ -122,12 +122,16 @@ def load_adapter(
 
 
 def _refuse_taken(model: Any, adapter_name: str) -> None:
-    if isinstance(model, PreTrainedModel) and "peft_config" in vars(model):
-        raise AdapterError(
-            f"this {type(model).__name__} has an adapter already: pass the PeftModel around it to add another, or "
-            "load the base anew."
-        )
-    if not isinstance(model, PreTrainedModel) and adapter_name in model.peft_config:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise AdapterError(
+                f"this {type(model).__name__} has an adapter already: pass the PeftModel around it to add another, or "
+                "load the base anew."
+            )
+    elif adapter_name in model.peft_config:
         raise AdapterError(f"the model has an adapter {adapter_name!r} already: choose another adapter_name.")
 
 
