@@ -73,11 +73,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_bounded_json(path: Path, most_bytes: int) -> Any:
-    """Raises AdapterError if the file is larger, or no JSON."""
+    """Raises AdapterError if the file is larger, cannot be read, or is no JSON."""
     if path.stat().st_size > most_bytes:
         raise AdapterError(f"{str(path)!r} has {path.stat().st_size:,} bytes, at most {most_bytes:,} are read.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{str(path)!r} is not valid JSON ({error}). Save the adapter again.") from error
 
@@ -92,6 +94,8 @@ def _read_weights(folder: Path) -> list[StoredTensor]:
         stored = read_headers([str(folder / WEIGHTS)])
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+    except OSError as error:
+        raise AdapterError(f"{str(folder / WEIGHTS)!r} cannot be read: {error}.") from error
     if not any(math.prod(tensor.shape) for tensor in stored):
         raise AdapterError(f"{str(folder / WEIGHTS)!r} holds no tensor. Save the adapter again.")
     for tensor in stored:

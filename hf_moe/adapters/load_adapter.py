@@ -73,8 +73,8 @@ def load_adapter(
     (a hash of all of them, before and after); a few tokens give the same outputs to the last bit with the adapter off,
     and finite ones with it on.
 
-    The proof reads the whole base twice, where it lies, and runs it on four tokens a few times: for 60 GB about a
-    second on a large GPU, and two minutes divided by the cores on CPUs. It copies no weights (`BaseState`).
+    The proof reads the whole base twice, where it lies, and runs it on four tokens a few times: for 60 GB on CPUs
+    about two minutes divided by the number of cores. It copies no weights (`BaseState`).
 
     Methods: LoRA (with rsLoRA, DoRA, aLoRA, patterns of ranks and alphas, trained tokens, and copies of modules such
     as the embeddings), IA3, LoHa, LoKr, adapter experts.

@@ -23,9 +23,8 @@ _PROBE_TOKENS = 4
 class BaseState:
     """Modules, settings and tensors of a model, kept by reference beside a digest of every tensor.
 
-    Costs no copy of a weight (of one tensor at a time where it is not contiguous), and a pass over all of them now and
-    in each `difference`: about the time in which the machine reads and multiplies as many bytes (1 GB/s for each CPU
-    core, more than 100 GB/s on a large GPU). Tensors on the meta device have no values to compare, only shapes.
+    Copies no weight (one tensor at a time where it is not contiguous), and reads all of them, here and in each
+    `difference`: about 1 GB/s on each CPU core. Tensors on the meta device have no values, only shapes.
     """
 
     def __init__(self, model: nn.Module):
