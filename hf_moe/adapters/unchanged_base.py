@@ -57,7 +57,7 @@ class BaseState:
         for key, tensor in self._tensors.items():
             alias, requires_grad = self._aliases[key]
             tensor.requires_grad_(requires_grad)
-            if not tensor.is_meta and type(tensor.data) is type(alias) and tensor.data_ptr() != alias.data_ptr():
+            if not _parts(tensor) and tensor.data_ptr() != alias.data_ptr():
                 tensor.data = alias
 
     def _all_digests(self) -> dict[tuple[str, str], tuple]:
@@ -104,6 +104,15 @@ def _with_configs(modules: Any) -> Iterator[Any]:
     yield from configs.values()
 
 
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one of another type (sharded, quantised) is made of; none of a plain one."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    # a sharded one names its mesh, too
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The module's parameters and buffers by name, not those of its children."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -128,14 +137,16 @@ class KeyedHash:
 
     def of(self, tensor: Tensor) -> tuple:
         """Type, shape and hash; of a tensor that is made of others (sharded, quantised), of each of them."""
-        if hasattr(tensor, "__tensor_flatten__"):
-            return (str(tensor.shape), *(self.of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]))
+        if parts := _parts(tensor):
+            return (tuple(tensor.shape), *map(self.of, parts))
         described = (str(tensor.dtype), tuple(tensor.shape))
         return described if tensor.is_meta or not tensor.numel() else (*described, self._hash(tensor.detach()))
 
     @torch.no_grad()
     def _hash(self, tensor: Tensor) -> int:
-        key = self._on_device.setdefault(tensor.device, self._key.to(tensor.device))
+        key = self._on_device.get(tensor.device)
+        if key is None:
+            key = self._on_device[tensor.device] = self._key.to(tensor.device)
         sums = [(block.long() * key[: len(block)]).sum() for block in _words(tensor).split(_WORDS)]
         total = 0
         for value in torch.stack(sums).tolist():

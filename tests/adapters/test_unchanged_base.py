@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_moe.adapters.load_adapter import AdapterError, load_adapter
 from hf_moe.adapters.unchanged_base import BaseState, KeyedHash
@@ -102,6 +103,18 @@ def test_tied_quantised_and_absent_values():
     model.lm_head.weight.data[0, 0] -= 1
     model.packed[4] = 0
     assert state.difference(model) == "packed has other values"
+
+
+def test_a_tensor_made_of_others_is_each_of_them():
+    """As weights that are sharded or quantised are."""
+    model = hf_moe_model()
+    parts = [model.model.norm.weight.detach().clone() for _ in range(2)]
+    model.model.norm.weight = nn.Parameter(TwoTensor(*parts))
+    state = BaseState(model)
+    state.restore()
+    assert state.difference(model) is None
+    parts[1][0] += 1
+    assert state.difference(model) == "model.norm.weight has other values"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
