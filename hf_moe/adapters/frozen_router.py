@@ -19,7 +19,7 @@ from transformers.utils import is_peft_available
 
 from hf_moe.adapters.router_values import VERSION, first_hashes, values_hash
 from hf_moe.adapters.sharded import is_sharded, refuse_flat_shards, reshard, whole_tensor
-from hf_moe.models.moe_layers import MoeLayer, plain_name
+from hf_moe.models.moe_layers import MoeLayer, moe_layers, plain_name
 from hf_moe.models.unseen_experts import required_layers
 from hf_moe.whole_files import write_json
 
@@ -308,6 +308,15 @@ def _loss_settings(model: nn.Module) -> Iterator[Any]:
                 seen.add(id(config))
                 yield config
                 pending += [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+
+
+def refuse_router_adapters(model: nn.Module) -> None:
+    """Raise RouterNotFrozenError if an adapter is on a router, or on the block that holds it, or a copy of one is."""
+    parts: dict[int, str] = {}
+    for layer in moe_layers(model):
+        modules = [model.get_submodule(layer.name), *(layer.router.modules() if layer.router is not None else ())]
+        parts |= {id(module): layer.name for module in modules}
+    _refuse_adapters(model, parts)
 
 
 def _refuse_adapters(model: nn.Module, routers: dict[int, str]) -> None:

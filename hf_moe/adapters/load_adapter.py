@@ -1,13 +1,15 @@
-"""Load a PEFT adapter that somebody else saved: checked before memory is taken, and after it is in place.
+"""Load a PEFT adapter that somebody else saved: decided from its files, compared with them, the base proved unchanged.
 
-PEFT warns of missing and surplus tensors and goes on, accepts NaN, reads pickles, and allocates what the config says
-before it looks at the weights. Here each is an error.
+PEFT warns of missing and surplus tensors and goes on, accepts NaN, reads pickles, writes into the base where a config
+asks for it, and allocates what the config says before it looks at the weights. Here each is an error.
 """
 
-import json
-import math
+import copy
+import dataclasses
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,42 +17,47 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_moe.adapters.frozen_router import HASH_FILE, verify_adapter_base
-from hf_moe.models.checkpoint_files import CheckpointError, StoredTensor, read_headers
+from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS, AdapterError, AdapterFiles, check_adapter, read_bounded_json
+from hf_moe.adapters.frozen_router import (
+    HASH_FILE,
+    RouterNotFrozenError,
+    refuse_router_adapters,
+    verify_adapter_base,
+)
+from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState
 from hf_moe.models.loading import ModelError, find_model
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # what PEFT reads from a repository
 _FILES = (WEIGHTS, CONFIG, HASH_FILE)
-# config fields that set the size of new tensors
-_SIZES = (
-    "r",
-    "rank_pattern",
-    "init_r",
-    "target_r",
-    "num_virtual_tokens",
-    "adapter_width",
-    "num_adapter_experts",
+_LONGEST_HASH_FILE = 2**20
+# how values begin: they come from the file, and some beginnings write into the base
+_STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
+_START_OPTIONS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
+# tensors in memory may be this much more than in the file: PEFT joins per-expert factors, with zeros between them
+_MOST_GROWTH = 4
+# what PEFT and the model raise for a config or tensors that do not fit
+_MISFITS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    re.error,
 )
-# config fields that are not data: what they do
-_REFUSED = {
-    "megatron_config": "imports the module that megatron_core names, and no config selects code",
-    "layer_replication": "builds a deeper model. Merge it and save the model",
-}
-_FACTORS = ("lora_alpha", "alpha_pattern")
-_LONGEST_CONFIG = 4 * 2**20
-_LARGEST_INTEGER = 2**63
 
 
-class AdapterError(ValueError):
-    """An adapter that would not give what was saved."""
+class AdapterRouterError(AdapterError, RouterNotFrozenError):
+    """An adapter that was trained on other routers, or that would change them."""
 
 
 def load_adapter(
-    model: PreTrainedModel,
+    model: "PreTrainedModel | PeftModel",
     adapter: str | Path,
     adapter_name: str = "default",
     *,
@@ -61,37 +68,46 @@ def load_adapter(
 ) -> "PeftModel":
     """`PeftModel.from_pretrained` for adapters that are not trusted.
 
-    Before: the config is JSON of sane numbers, the weights are one whole safetensors file (no pickle is ever read)
-    that explains every size in the config. After: the adapter holds exactly the file's tensors, finite. What
-    `export_adapter` wrote is folded into the form of fused experts first.
+    Before: every field of the config has a rule and keeps it, the weights are one whole safetensors file (no pickle is
+    ever read) of floating tensors that explains every size in the config, and nothing goes onto a router. After: the
+    adapter holds exactly the file's tensors, finite; every parameter and buffer of the base has the value that it had
+    (a hash of all of them, before and after); a few tokens give the same outputs to the last bit with the adapter off,
+    and finite ones with it on. What `export_adapter` wrote is folded into the form of fused experts first.
+
+    The proof reads the whole base twice, where it lies, and runs it on four tokens a few times: for 60 GB on CPUs
+    about two minutes divided by the number of cores. It copies no weights (`BaseState`).
+
+    Methods: LoRA (with rsLoRA, DoRA, aLoRA, patterns of ranks and alphas, trained tokens, and copies of modules such
+    as the embeddings), IA3, LoHa, LoKr, adapter experts.
 
     Args:
-        model: The base.
+        model: The base; or what this function returned, to add another adapter, which becomes the active one.
         adapter: A folder, or a name on the Hub.
         adapter_name: Letters, digits, `_` and `-`, at most 64.
         revision: Commit, tag or branch of an adapter on the Hub; of others' adapters pin the commit.
-        strict_router: Refuse, instead of warn, if the adapter was trained on other routers (`verify_adapter_base`).
+        strict_router: Refuse, instead of warn, if the adapter was trained on other routers; and refuse if it has no
+            record of them (`verify_adapter_base`).
         accelerate: Run LoRA on fused experts through the factors (`accelerate_adapters`).
 
     Raises:
-        AdapterError: If the adapter is damaged, hostile, or of another model. `model` may hold parts of it then: load
-            it anew.
-        RouterNotFrozenError: With `strict_router`.
+        AdapterError: If the adapter is damaged, hostile, or of another model. `model` is then as it was before, or the
+            message says what is not.
         ImportError: Without peft.
     """
     try:
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import PeftModel
     except ImportError as error:
         raise ImportError('adapters need peft. Install it with: pip install "hf-moe[recipes]"') from error
     from hf_moe.adapters.per_expert import PerExpertError, fused, is_per_expert
 
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):
         raise AdapterError(f"an adapter's name is 1 to 64 letters, digits, '_' and '-', got {adapter_name!r:.80}.")
-    folder = _local(adapter, revision)
-    stored = check_adapter(folder)
-    if is_per_expert(folder):
+    files = check_adapter(_local(adapter, revision))
+    _refuse_taken(model, adapter_name)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if is_per_expert(files.folder):
         try:
-            with fused(folder, model) as folded:
+            with fused(files.folder, base) as folded:
                 return load_adapter(
                     model,
                     folded,
@@ -101,30 +117,145 @@ def load_adapter(
                     accelerate=accelerate,
                 )
         except PerExpertError as error:
-            raise AdapterError(f"the adapter in {str(folder)!r}: {error}") from error
+            raise AdapterError(f"the adapter in {str(files.folder)!r}: {error}") from error
+    _check_copies(files, base)
+    state, outputs = BaseState(model), BaseOutputs(model, base)
     try:
-        loaded = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, is_trainable=is_trainable)
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, ImportError) as error:
-        if offloaded := _offloaded(model):
+        _check_plan(files, model, adapter_name)
+        state.restore()
+        loaded = _attach(files, model, adapter_name, is_trainable)
+        _check_base(files, loaded, state, outputs)
+        _check_routers(files.folder, loaded, strict_router)
+        if accelerate and _has_expert_lora(loaded):
+            _accelerate(files, loaded)
+        _check_outputs(files, loaded, outputs)
+    except BaseException as error:
+        state.restore()
+        if isinstance(error, AdapterError) and (lost := state.difference(model)):
+            raise AdapterError(f"{error} That could not be undone, and {lost}: load the base anew.") from error
+        raise
+    return loaded
+
+
+def _refuse_taken(model: Any, adapter_name: str) -> None:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
-                f"the adapter in {str(folder)!r} cannot be loaded while {offloaded} is offloaded: PEFT has no way to "
-                f"put factors on fused experts there. Load {type(model).__name__} without 'cpu' and 'disk' in its "
+                f"this {type(model).__name__} has an adapter already: pass the PeftModel around it to add another, or "
+                "load the base anew."
+            )
+    elif adapter_name in model.peft_config:
+        raise AdapterError(f"the model has an adapter {adapter_name!r} already: choose another adapter_name.")
+
+
+def _check_copies(files: AdapterFiles, base: PreTrainedModel) -> None:
+    """PEFT copies the modules that a config names, and rows for its tokens, before it looks at the weights."""
+    names = tuple(files.config.get("modules_to_save") or ())
+    copied = [module for path, module in base.named_modules() if path.endswith(names)]
+    size = sum(tensor.numel() for module in copied for tensor in [*module.parameters(), *module.buffers()])
+    tokens = files.config.get("trainable_token_indices") or []
+    rows = sum(map(len, tokens.values())) if isinstance(tokens, Mapping) else len(tokens)
+    if rows:
+        weight: Any = base.get_input_embeddings().weight
+        size += rows * weight.shape[-1]
+    _check_size(files, size, "modules_to_save and trainable_token_indices name")
+
+
+def _check_size(files: AdapterFiles, size: int, who: str) -> None:
+    if size > _MOST_GROWTH * files.num_values:
+        raise AdapterError(
+            f"{who} {size:,} values, and {files.weights!r} holds {files.num_values:,}: the config and the weights are "
+            "not of one adapter. Save it again."
+        )
+
+
+def _check_plan(files: AdapterFiles, model: Any, adapter_name: str) -> None:
+    """Attach the adapter without its values, at no cost in memory: where it goes, how large it is, what it may set."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    with _fitting(files, model):
+        config = _peft_config(files)
+        with torch.device("meta"):
+            if isinstance(model, PeftModel):
+                planned = model
+                model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+            else:
+                kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+                planned = kind(model, config, adapter_name, low_cpu_mem_usage=True)
+        places = get_peft_model_state_dict(planned, adapter_name=adapter_name, save_embedding_layers=False)
+        try:
+            refuse_router_adapters(planned)
+        except RouterNotFrozenError as error:
+            raise AdapterRouterError(f"the adapter in {str(files.folder)!r} is refused: {error}") from error
+    _check_size(files, sum(place.numel() for place in places.values()), f"{CONFIG} describes")
+    # PEFT renames factors of single experts; what is no factor and has no place would be written into the base
+    foreign = sorted(
+        tensor.name for tensor in files.tensors if tensor.name not in places and ".lora_" not in tensor.name
+    )
+    if foreign:
+        raise _without_place(files, foreign)
+
+
+def _peft_config(files: AdapterFiles) -> "PeftConfig":
+    """The checked fields as PEFT's config, without what would compute first values."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[files.config["peft_type"]]
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(files.config) - known):
+        raise AdapterError(
+            f"{unknown[0]} in {str(files.folder / CONFIG)!r} is not known to peft {peft.__version__}: upgrade peft."
+        )
+    values = {name: value for name, value in files.config.items() if name not in _START_OPTIONS}
+    return kind(**copy.deepcopy(values | {name: False for name in _STARTS if name in known}))
+
+
+def _attach(files: AdapterFiles, model: Any, adapter_name: str, is_trainable: bool) -> "PeftModel":
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with _fitting(files, model):
+        config = _peft_config(files)
+        if isinstance(model, PeftModel):
+            config.inference_mode = not is_trainable
+            loaded = model
+            loaded.add_adapter(adapter_name, config)
+            loaded.load_adapter(files.folder, adapter_name, is_trainable=is_trainable)
+            loaded.set_adapter(adapter_name, inference_mode=not is_trainable)
+        else:
+            loaded = PeftModel.from_pretrained(
+                model, files.folder, adapter_name=adapter_name, is_trainable=is_trainable, config=config
+            )
+        state = get_peft_model_state_dict(loaded, adapter_name=adapter_name, save_embedding_layers=False)
+    _check_tensors(files, state)
+    for name in set(_STARTS) & set(files.config):
+        setattr(loaded.peft_config[adapter_name], name, files.config[name])
+    return loaded
+
+
+@contextmanager
+def _fitting(files: AdapterFiles, model: Any) -> Iterator[None]:
+    try:
+        yield
+    except AdapterError:
+        raise
+    except _MISFITS as error:
+        # a line for each tensor that does not fit: the first say enough
+        said = " ".join(str(error).split()) or type(error).__name__
+        base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+        if offloaded := _offloaded(base):
+            raise AdapterError(
+                f"the adapter in {str(files.folder)!r} cannot be loaded while {offloaded} is offloaded: PEFT cannot "
+                f"put factors on fused experts there. Load {type(base).__name__} without 'cpu' and 'disk' in its "
                 "device_map, for instance in a smaller dtype."
             ) from error
-        # a line for each tensor that does not fit: the first say enough
-        said = " ".join(str(error).split())
         raise AdapterError(
-            f"the adapter in {str(folder)!r} does not fit {type(model).__name__}: {said:.400}"
+            f"the adapter in {str(files.folder)!r} does not fit {type(base).__name__}: {said:.400}"
         ) from error
-    state = get_peft_model_state_dict(loaded, adapter_name=adapter_name, save_embedding_layers=False)
-    _check_tensors(folder, stored, state)
-    if (folder / HASH_FILE).is_file() and model.device.type != "meta":
-        verify_adapter_base(folder, loaded, strict=strict_router)
-    if accelerate and _has_expert_lora(loaded):
-        from hf_moe.adapters.expert_lora import accelerate_adapters
-
-        accelerate_adapters(loaded)
-    return loaded
 
 
 def _offloaded(model: PreTrainedModel) -> str | None:
@@ -135,75 +266,57 @@ def _offloaded(model: PreTrainedModel) -> str | None:
     return None
 
 
-def check_adapter(folder: Path) -> list[StoredTensor]:
-    """Check an adapter's files without a model; the weights' names and shapes.
-
-    Raises:
-        AdapterError: Naming the file, the value and the rule.
-    """
-    config = _read_config(folder)
-    stored = _read_weights(folder)
-    _check_config(folder, config, stored)
-    return stored
+def _check_base(files: AdapterFiles, loaded: "PeftModel", state: BaseState, outputs: BaseOutputs) -> None:
+    changed = state.difference(loaded)
+    with _fitting(files, loaded):
+        if changed is None and not outputs.are_those_of(loaded):
+            changed = "with the adapter off it gives other outputs"
+    if changed is not None:
+        raise AdapterError(f"the adapter in {str(files.folder)!r} is refused, because it changes its base: {changed}.")
 
 
-def _read_weights(folder: Path) -> list[StoredTensor]:
-    if not (folder / WEIGHTS).is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which can run code)" if (folder / "adapter_model.bin").exists() else ""
-        )
-        raise AdapterError(f"{str(folder)!r} holds no {WEIGHTS}{pickled}. Save the adapter with save_pretrained.")
+def _check_routers(folder: Path, loaded: "PeftModel", strict: bool) -> None:
+    """Compare the base's routers with the adapter's record of them, if it has one."""
+    path = folder / HASH_FILE
+    if not os.path.lexists(path):
+        if strict:
+            raise AdapterRouterError(
+                f"{str(folder)!r} has no {HASH_FILE}: which routers it was trained with cannot be told. Leave out "
+                "strict_router, or write the record with save_router_hash."
+            )
+        return
+    if not path.is_file():
+        raise AdapterError(f"{str(path)!r} is no file that can be read: take it from the adapter again.")
+    if loaded.device.type == "meta":
+        if strict:
+            raise AdapterRouterError("a model on the meta device has no routers to compare. Leave out strict_router.")
+        return
+    read_bounded_json(path, _LONGEST_HASH_FILE)
     try:
-        stored = read_headers([str(folder / WEIGHTS)])
-    except CheckpointError as error:
+        verify_adapter_base(folder, loaded, strict=strict)
+    except RouterNotFrozenError as error:
+        raise AdapterRouterError(str(error)) from error
+    except ValueError as error:
         raise AdapterError(str(error)) from error
-    if not any(math.prod(tensor.shape) for tensor in stored):
-        raise AdapterError(f"{str(folder / WEIGHTS)!r} holds no tensor. Save the adapter again.")
-    return stored
 
 
-def _check_config(folder: Path, config: Mapping[str, Any], stored: Sequence[StoredTensor]) -> None:
-    """Sizes must be ones that the tensors explain, and numbers be numbers."""
-    path = str(folder / CONFIG)
-    # a tensor without elements explains nothing: it may have any size at no cost
-    largest = max(size for tensor in stored if math.prod(tensor.shape) for size in tensor.shape)
-    for field in _SIZES:
-        for value in _values(config.get(field)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
-                raise AdapterError(
-                    f"{field} in {path!r} must be an integer from 0 to {largest} (the largest size in the adapter's "
-                    f"tensors), got {value!r:.80}."
-                )
-    for field in _FACTORS:
-        for value in _values(config.get(field)):
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise AdapterError(f"{field} in {path!r} must be a finite number, got {value!r:.80}.")
-    for field, number in _numbers(config):
-        if not (abs(number) < _LARGEST_INTEGER if isinstance(number, int) else math.isfinite(number)):
-            raise AdapterError(f"{field} in {path!r} must be a finite number, got {number!r:.80}.")
-    for field, why in _REFUSED.items():
-        if config.get(field) is not None:
-            raise AdapterError(f"{field} in {path!r} must be null, got {config[field]!r:.80}: it {why}.")
+def _accelerate(files: AdapterFiles, loaded: "PeftModel") -> None:
+    from hf_moe.adapters.expert_lora import accelerate_adapters
+
+    try:
+        accelerate_adapters(loaded)
+    except ValueError as error:
+        raise AdapterError(f"{error} Or load the adapter in {str(files.folder)!r} with accelerate=False.") from error
 
 
-def _values(field: Any) -> list[Any]:
-    """The values of a field that is a number or a mapping of patterns to numbers."""
-    if field is None:
-        return []
-    return list(field.values()) if isinstance(field, Mapping) else [field]
-
-
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """Every number in the config, however deep, with the field that it is under."""
-    rest = list(config.items())
-    while rest:
-        field, value = rest.pop()
-        if isinstance(value, Mapping):
-            rest += ((field, each) for each in value.values())
-        elif isinstance(value, list):
-            rest += ((field, each) for each in value)
-        elif isinstance(value, int | float):
-            yield field, value
+def _check_outputs(files: AdapterFiles, loaded: "PeftModel", outputs: BaseOutputs) -> None:
+    with _fitting(files, loaded):
+        finite = outputs.are_finite_on(loaded)
+    if not finite:
+        raise AdapterError(
+            f"with the adapter in {str(files.folder)!r} the model gives NaN or infinite outputs: its scale "
+            "(lora_alpha) or its values are too large. Load an earlier checkpoint."
+        )
 
 
 def _local(adapter: str | Path, revision: str | None) -> Path:
@@ -241,53 +354,39 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
         raise AdapterError(f"{str(adapter)!r:.200} is no folder, and the Hub does not give it: {said:.300}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        below = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG}"))
-        hint = f", such as {below[-1]!r}" if below else ""
-        raise AdapterError(f"{str(folder)!r} has no {CONFIG}. Name the folder of an adapter{hint}.")
-    if path.stat().st_size > _LONGEST_CONFIG:
-        raise AdapterError(f"{str(path)!r} has {path.stat().st_size:,} bytes, at most {_LONGEST_CONFIG:,} are read.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{str(path)!r} is not valid JSON ({error}). Save the adapter again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise AdapterError(f"{str(path)!r} must be a mapping with a peft_type. Save the adapter with save_pretrained.")
-    return config
-
-
-def _check_tensors(folder: Path, stored: list[StoredTensor], state: Mapping[str, Tensor]) -> None:
+def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
     """What is in place must be what the file holds."""
     from safetensors import safe_open
 
-    names = {tensor.name for tensor in stored}
-    file = str(folder / WEIGHTS)
+    names = {tensor.name for tensor in files.tensors}
     if missing := sorted(set(state) - names):
         raise AdapterError(
-            f"{file!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights."
+            f"{files.weights!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights."
         )
     if surplus := sorted(names - set(state)):
-        raise AdapterError(
-            f"{file!r} holds {surplus[0]!r} ({len(surplus)} in all), which the adapter has no place for: it "
-            "belongs to the base, or to nothing."
-        )
-    with safe_open(file, framework="pt") as opened:
+        raise _without_place(files, surplus)
+    with safe_open(files.weights, framework="pt") as opened:
         for name in sorted(names):
-            value = opened.get_tensor(name)
-            if not bool(torch.isfinite(value).all()):
-                raise AdapterError(f"{name!r} in {file!r} holds NaN or infinite values. Load an earlier checkpoint.")
-            if not _is_same(state[name].detach(), value):
-                raise AdapterError(
-                    f"{name!r} in {file!r} was not loaded as it is. Report this with the adapter's config."
-                )
+            _check_value(files, name, state[name].detach(), opened.get_tensor(name))
 
 
-def _is_same(loaded: Tensor, stored: Tensor) -> bool:
-    if loaded.is_meta:
-        return loaded.shape == stored.shape
-    return torch.equal(loaded.cpu(), stored.to(loaded.dtype))
+def _without_place(files: AdapterFiles, surplus: list[str]) -> AdapterError:
+    return AdapterError(
+        f"{files.weights!r} holds {surplus[0]!r} ({len(surplus)} in all), which the adapter has no place for: it "
+        "belongs to the base, or to nothing."
+    )
+
+
+def _check_value(files: AdapterFiles, name: str, loaded: Tensor, stored: Tensor) -> None:
+    where = f"{name!r} in {files.weights!r}"
+    # also after the cast: a finite float64 may be infinite in float32
+    cast = stored.to(loaded.dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise AdapterError(
+            f"{where} holds NaN or infinite values, or such as {loaded.dtype} cannot hold. Load an earlier checkpoint."
+        )
+    if loaded.shape != cast.shape or not (loaded.is_meta or torch.equal(loaded.cpu(), cast)):
+        raise AdapterError(f"{where} was not loaded as it is. Report this with the adapter's config.")
 
 
 def _has_expert_lora(model: torch.nn.Module) -> bool:

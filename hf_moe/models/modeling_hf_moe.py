@@ -57,7 +57,7 @@ from .routing import (
     pack_assignments,
     slot_weights,
 )
-from .transformers_names import cache_name, check_parameters, one_cache, refuse_unread
+from .transformers_names import REPEATS_POSITIONS, cache_name, check_parameters, one_cache, refuse_unread
 
 check_parameters(
     {
@@ -413,7 +413,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache where attention is not causal, or two.
             TypeError: An argument that nothing reads.
         """
-        refuse_unread(self, kwargs, _RECORDED)
+        refuse_unread(self, kwargs, _RECORDED if position_ids is None else _RECORDED | REPEATS_POSITIONS)
         cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

@@ -24,6 +24,9 @@ READ_BELOW_THE_MODEL = frozenset(
     }
 )
 
+# says which row of a pack a token is of, as position_ids do, which are read; alone it would be lost
+REPEATS_POSITIONS = frozenset({"seq_idx"})
+
 
 def cache_name(*functions: Callable[..., Any]) -> str:
     """The one name of `CACHE_NAMES` under which all `functions` take their cache.

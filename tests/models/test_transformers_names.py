@@ -50,11 +50,18 @@ def test_two_caches_are_refused(model_class):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-@pytest.mark.parametrize("name", ["token_type_ids", "kv_cache", "attention_masks"])
+@pytest.mark.parametrize("name", ["token_type_ids", "kv_cache", "seq_idx"])
 def test_an_argument_that_nothing_reads_is_an_error(model_class, name):
     model, ids = model_class(tiny_config()), random_ids()
     with pytest.raises(TypeError, match=f"reads no argument '{name}'"):
         model(input_ids=ids, **{name: ids})
+
+
+def test_the_rows_of_a_pack_may_be_told_twice():
+    model, ids = HfMoeModel(tiny_config()).eval(), random_ids()[:1]
+    positions = torch.arange(ids.shape[1])[None] % 6
+    told_twice = model(input_ids=ids, position_ids=positions, seq_idx=(positions == 0).cumsum(-1))
+    assert torch.equal(told_twice[0], model(input_ids=ids, position_ids=positions)[0])
 
 
 def test_what_continuous_batching_passes_is_read():

@@ -53,7 +53,10 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         `autocast_adapter_dtype` makes float32 of 16 bits.
         """
         experts, width, hidden = config.num_adapter_experts, config.adapter_width, self.hidden_size
-        device, dtype = self._base_device(), self._compute_dtype(torch.float32)
+        dtype = self._compute_dtype(torch.float32)
+        # made on the meta device there are sizes to look at, and no values to move
+        made_on = torch.get_default_device()
+        device = made_on if made_on.type == "meta" else self._base_device()
         # rows of a normed stream have elements near 1: logits and pre-activations then start near 1 too
         gate_AH = torch.randn(experts, hidden) * hidden**-0.5
         up_AJH = torch.randn(experts, 2 * width, hidden) * hidden**-0.5
