@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from hf_moe.training.arguments import RecipeError
 from hf_moe.training.bad_rows import DataError, RowError
 from hf_moe.training.chat_text import ChatWriter
-from hf_moe.training.encoding import Encoder, cut
-from hf_moe.training.formats import FINE_TUNING, PREFERENCES, Chat, DataSet, Layout, Preference, Row
+from hf_moe.training.encoding import Encoder, Example, cut
+from hf_moe.training.formats import FINE_TUNING, PREFERENCES, Chat, DataSet, Instruction, Layout, Preference, Row
 from hf_moe.training.sources import Source, hold_out, read_source
 
 # options of SFTConfig about data that is read and tokenised here, with the values that change nothing
@@ -61,22 +61,28 @@ def read_for_sft(
 
     Raises:
         DataError, TextError: If a data set cannot be used.
-        RecipeError: For an option of SFTConfig that would change the tokens afterwards.
+        RecipeError: For an option of SFTConfig that would change the tokens afterwards, or `assistant_only_loss`
+            without a conversation.
     """
     for name, value in NOT_OURS.items():
         if getattr(training, name) != value:
             instead = "chat_template" if name == "chat_template_path" else "the model's tokenizer and data sets"
             raise RecipeError(f"{name} has no effect here: the recipe tokenises itself. Use {instead}.")
+    assistant_only, training.assistant_only_loss = training.assistant_only_loss, False
     encoder = Encoder(
         tokenizer,
         max_length=None,
-        assistant_only=training.assistant_only_loss,
+        assistant_only=assistant_only,
         completion_only=training.completion_only_loss is not False,
         options=options,
     )
-    training.assistant_only_loss = False
+    kinds: set[type] = set()
     # what is packed TRL cuts by its packing_strategy
     longest = sys.maxsize if training.packing or training.max_length is None else training.max_length
+
+    def encode(row: Row) -> list[Example]:
+        kinds.add(type(row))
+        return encoder.encode(row)
 
     def prepare(data_set: DataSet, encoded: list, part: str) -> list[dict[str, Any]]:
         encoding = cut(encoded, longest, data_set.where)
@@ -85,7 +91,10 @@ def read_for_sft(
             _say(training, f"{data_set.where}: {encoding}")
         return [vars(example) for example in encoding.examples]
 
-    return _read(arguments, training, FINE_TUNING, encoder.encode, prepare, lambda records: None)
+    parts = _read(arguments, training, FINE_TUNING, encode, prepare, lambda records: None)
+    if assistant_only and not kinds & {Chat, Instruction}:
+        raise RecipeError("assistant_only_loss is for conversations, and no data set has any. Leave it out.")
+    return parts
 
 
 def read_for_dpo(

@@ -108,6 +108,11 @@ def test_options_that_would_have_no_effect_are_refused(options, tmp_path):
         sft([write(tmp_path, "one", [{"text": "a"}] * 3)], tmp_path, **options)
 
 
+def test_assistant_only_loss_without_a_conversation_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="no data set has any"):
+        sft([write(tmp_path, "one", [{"text": "a"}] * 3)], tmp_path, assistant_only_loss=True)
+
+
 @pytest.mark.parametrize("bad", [{"text": ""}, {"text": None}, {"body": "b"}])
 def test_bad_rows_are_settled_as_elsewhere(bad, tmp_path, capsys):
     path = write(tmp_path, "one", [{"text": "a", "id": 1}, bad, {"text": "b"}, {"text": "c"}])
