@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -277,8 +278,18 @@ def run(
         train_dataset=data.mixture(trained_rows(arguments, data), arguments.seed),
         callbacks=[MetricsFile(), *callbacks],
     )
+    refuse_shards(trainer)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     return trainer
+
+
+def refuse_shards(trainer: Trainer) -> None:
+    """Raises RecipeError under FSDP: recipes save in one process what every process would have to gather."""
+    if trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "recipes train in one process or with DistributedDataParallel (torchrun), not with FSDP. Leave it out, or "
+            "take MoeTrainer in a script of your own."
+        )
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -55,7 +55,7 @@ class SameWeightsCallback(TrainerCallback):
         is_skipped = isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped
         if not self._is_proved and not is_skipped:
             self._is_proved = True
-            if not args.deepspeed:
+            if args.deepspeed_plugin is None:
                 prove_same_weights(model, args.device)
 
 
@@ -97,7 +97,7 @@ def prove_same_weights(model: nn.Module, device: torch.device) -> None:
             by_group.setdefault(group, []).append((name, parameter))
     different: dict[str, list[bool]] = {}
     for group, parameters in by_group.items():
-        marks = torch.stack([torch.stack([_bits(p.grad), _bits(p)]) for _, p in parameters]).to(device)
+        marks = torch.stack([torch.stack([_bits(p.grad, device), _bits(p, device)]) for _, p in parameters])
         extremes = torch.stack([marks, ~marks])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         differs = (extremes[0] != ~extremes[1]).tolist()
@@ -126,13 +126,13 @@ def _groups(parameter: Tensor) -> list[Any]:
     return [mesh.get_group(name) for name in names if name == "dp_replicate" and mesh[name].size() > 1]
 
 
-def _bits(tensor: Tensor | None) -> Tensor:
+def _bits(tensor: Tensor | None, device: torch.device) -> Tensor:
     """The sum of the values' bit patterns, int64: the same on every device and in every order."""
     if tensor is None or tensor.layout != torch.strided:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device=device)
     data = tensor.detach()
     local = data.to_local() if isinstance(data, DTensor) else data
-    return local.contiguous().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64).cpu()
+    return local.contiguous().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64).to(device)
 
 
 def _reason(model: nn.Module, name: str, gradient: bool) -> str:

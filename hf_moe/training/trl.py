@@ -22,7 +22,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, RecipeError
-from hf_moe.training.finetuning import folder_bytes, save_adapter, shown, versions
+from hf_moe.training.finetuning import folder_bytes, refuse_shards, save_adapter, shown, versions
 from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.whole_files import write_json
 
@@ -121,6 +121,7 @@ def train_and_save(
     trainer: Trainer, recipe: str, command: str, base: ModelArguments, adapter: ExpertLoraArguments
 ) -> dict[str, Any]:
     """Measure, train, measure again, save `adapter/` and `report.json`; returns the report."""
+    refuse_shards(trainer)
     folder = Path(str(trainer.args.output_dir))
     hash_before, before = router_hash(trainer.model), trainer.evaluate()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

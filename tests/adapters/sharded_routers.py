@@ -5,6 +5,7 @@ sharded_routers.py FOLDER     (holds a saved model in `model`)
 
 import json
 import sys
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -25,7 +26,10 @@ from hf_moe.adapters.frozen_router import (
 from hf_moe.models.moe_layers import moe_layers
 from tiny_hf_moe import random_ids
 
+# transformers 5.17 knows no ep_size
+KNOWN = signature(DistributedConfig).parameters
 LAYOUTS = {"fsdp": {"fsdp_size": 2}, "fsdp, ep": {"fsdp_size": 2, "ep_size": 2}, "tp": {"tp_size": 2}}
+LAYOUTS = {name: layout for name, layout in LAYOUTS.items() if layout.keys() <= KNOWN.keys()}
 
 
 def load(folder, layout):

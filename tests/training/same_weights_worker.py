@@ -102,11 +102,13 @@ class OwnSteps(SameWeightsCallback):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    kinds = ["moe", "moe bf16", "balanced", "sft", "dpo", "moe native"]
+    kinds = ["moe", "moe bf16", "balanced", "sft", "dpo"]
+    has_engine = hasattr(Trainer, "_sync_replicated_trainable_parameters")  # not there in transformers 5.17
+    kinds += ["moe native"] * has_engine
     outcomes = {kind: [outcome(kind, folder, evaluated) for evaluated in (False, True)] for kind in kinds}
     bias = BalancingCallback(BalancingConfig(bias_update_rate=0.001))
     stock = {"stock": SameWeightsCallback(), "stock frozen": RouterFreezeCallback(), "stock bias": bias}
-    stock["stock native"] = SameWeightsCallback()
+    stock |= {"stock native": SameWeightsCallback()} if has_engine else {}
     outcomes |= {kind: outcome(kind, folder, True, [callback]) for kind, callback in stock.items()}
     outcomes["own steps"] = outcome("stock", folder, False, [OwnSteps()])
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(outcomes))

@@ -20,11 +20,13 @@ def test_an_evaluation_before_training_changes_nothing_or_is_an_error(tmp_path):
     torchrun(Path(__file__).with_name("same_weights_worker.py"), str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    for kind in ("moe", "moe bf16", "balanced", "sft", "dpo", "moe native"):
+    if "moe native" in first:
+        # transformers 5.24 does what MoeTrainer does
+        native = first.pop("stock native")
+        assert native == first["moe native"][0] or "has 2 parameters that are not the model's" in native
+    for kind in [kind for kind in first if not kind.startswith(("stock", "own"))]:
         trained, after_evaluation = first.pop(kind)
         assert after_evaluation == trained, kind
-    native = first.pop("stock native")  # transformers 5.24 does what MoeTrainer does
-    assert native == trained or "has 2 parameters that are not the model's" in native
     own = first.pop("own steps")
     assert "different weights ('lm_head.weight'): they train apart. Their gradients are the same" in own
     assert first.keys() == {"stock", "stock frozen", "stock bias"}

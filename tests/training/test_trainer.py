@@ -9,7 +9,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.observability.expert_load import load_entropy, max_violation
 from hf_moe.observability.routing_agreement import record_choices
+from hf_moe.training.arguments import RecipeError
 from hf_moe.training.checkpoints import CheckpointError
+from hf_moe.training.finetuning import refuse_shards
 from hf_moe.training.packing import PackedRows
 from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.trainer import MoeTrainer
@@ -138,6 +140,15 @@ def test_no_hook_stays_behind(tmp_path):
     before = [len(module._forward_hooks) for module in model.modules()]
     train(tmp_path, model, max_steps=1)
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_recipes_refuse_fsdp_before_they_train(tmp_path):
+    """One process would save its part of the weights, or wait for the others for ever."""
+    trainer = MoeTrainer(model=hf_moe_model(), args=arguments(tmp_path))
+    refuse_shards(trainer)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(RecipeError, match="not with FSDP"):
+        refuse_shards(trainer)
 
 
 def test_evaluation_does_not_count(tmp_path):
