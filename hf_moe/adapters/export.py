@@ -178,6 +178,8 @@ def _experts(
             f"{folder} has no factors of two projections of fused experts: train with expert_lora_config, or use the "
             "files as they are."
         )
+    if alone := [key for key in others if re.search(r"\.experts\.lora_[AB]\.weight", key)]:
+        raise AdapterExportError(f"{alone[0]!r} is of one projection alone: readers of single experts take both.")
     return experts, others
 
 

@@ -24,7 +24,7 @@ from tiny_models import FAMILIES
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # float32 where the model computes in it whatever its weights are
-FLOAT32_INSIDE = ("nemotron_h", "inkling2")
+FLOAT32_INSIDE = ("nemotron_h", "inkling2", "inkling2_loop")
 NAMES = {
     "qwen3_moe": ("mlp.experts.7.", ("gate_proj", "up_proj", "down_proj")),
     "mixtral": ("block_sparse_moe.experts.7.", ("w1", "w3", "w2")),
@@ -305,7 +305,8 @@ def edit_config(**changes):
 def edit_weights(change):
     def edit(folder):
         tensors = load_file(folder / WEIGHTS)
-        save_file({key: change(key, value).contiguous() for key, value in tensors.items()}, folder / WEIGHTS)
+        changed = {key: change(key, value) for key, value in tensors.items()}
+        save_file({key: value.contiguous() for key, value in changed.items() if value is not None}, folder / WEIGHTS)
 
     return edit
 
@@ -321,6 +322,10 @@ BROKEN = {
     "another_width": (
         edit_weights(lambda key, value: value[:5] if key.endswith("base_layer.lora_B.weight") else value),
         "fit no experts of two projections",
+    ),
+    "one_projection": (
+        edit_weights(lambda key, value: None if "layers.1.mlp.experts.base" in key else value),
+        "is of one projection alone",
     ),
     "fused_on_disk": (
         edit_config(auto_mapping={"parent_library": "transformers.models.gpt_oss.modeling_gpt_oss"}),

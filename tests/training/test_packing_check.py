@@ -40,7 +40,7 @@ def test_every_family_is_refused_or_exact(family):
     model = hf_moe_model() if family == "hf_moe" else build_tiny(family)[0]
     leaks = sees_what_came_before(model)
     assert is_refused(model) == leaks
-    if family != "inkling2":  # its tiny model runs in float32 alone
+    if not family.startswith("inkling2"):  # its tiny model runs in float32 alone
         assert is_refused(model.to(torch.bfloat16)) == leaks
     assert not model.training
 
