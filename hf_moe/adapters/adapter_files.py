@@ -174,14 +174,9 @@ _TEXTS = _Rule(lambda value, limits: _is_mapping(value, limits, _is_text, _is_te
 _FLAG = _Rule(lambda value, _: isinstance(value, bool), "true or false")
 _NUMBER = _Rule(lambda value, _: _is_number(value), "a finite number")
 _SHARE = _Rule(lambda value, _: _is_number(value) and 0 <= value <= 1, "a finite number from 0 to 1")
-_SIZE = _Rule(
-    lambda value, limits: _is_size(value, limits),
-    "an integer from 1 to {size} (the largest size in the adapter's tensors)",
-)
+_SIZE = _Rule(_is_size, "an integer from 1 to {size} (the largest size in the adapter's tensors)")
 _SIZES = _Rule(
-    lambda value, limits: _is_mapping(
-        value, limits, _is_pattern, lambda size: _is_int(size) and 0 < size <= limits.size
-    ),
+    lambda value, limits: _is_mapping(value, limits, _is_pattern, lambda size: _is_size(size, limits)),
     "a mapping of regular expressions to integers from 1 to {size} (the largest size in the adapter's tensors)",
 )
 _NUMBERS = _Rule(

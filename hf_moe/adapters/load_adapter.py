@@ -87,7 +87,7 @@ def load_adapter(
         revision: Commit, tag or branch of an adapter on the Hub; of others' adapters pin the commit.
         strict_router: Refuse, instead of warn, if the adapter was trained on other routers; and refuse if it has no
             record of them (`verify_adapter_base`).
-        accelerate: Run LoRA on fused experts through the factors (`accelerate_adapters`).
+        accelerate: Run LoRA on fused experts through the factors, after the proof (`accelerate_adapters`).
 
     Raises:
         AdapterError: If the adapter is damaged, hostile, or of another model. `model` is then as it was before, or the
