@@ -26,7 +26,7 @@ from hf_moe.models import modeling_hf_moe
 from tiny_hf_moe import tiny_config
 
 FILES = {"configuration_hf_moe.py", "modeling_hf_moe.py", "routing.py", "losses.py"}
-FILES |= {"checkpoint_files.py", "checkpoint_layout.py", "hub_upload.py"}
+FILES |= {"checkpoint_files.py", "checkpoint_layout.py", "hub_upload.py", "late_gradient.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_hf_moe.HfMoeConfig",
     "AutoModel": "modeling_hf_moe.HfMoeModel",
