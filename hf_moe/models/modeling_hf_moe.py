@@ -500,8 +500,8 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
         hidden_states, decisions = outputs.last_hidden_state, []
         for index, decision in zip(moe_layers, outputs.router_decisions or (), strict=True):
             if not decision.scores.requires_grad:
-                hidden_states, attached = late[index].attach(hidden_states, decision[:2])
-                decision = RoutingDecision(*attached, decision.choice)
+                hidden_states, (logits, scores) = late[index].attach(hidden_states, decision[:2])
+                decision = RoutingDecision(logits, scores, decision.choice)
             decisions.append(decision)
         outputs.last_hidden_state = hidden_states
         outputs.router_decisions = tuple(decisions)
