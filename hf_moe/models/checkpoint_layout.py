@@ -25,6 +25,7 @@ not in memory as floating point afterwards (offloaded to disk, quantised) is rea
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -60,6 +61,9 @@ from .checkpoint_files import (
     refuse_links,
     with_variant,
 )
+from .shipped_code import code_note
+
+logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "hf_moe"
 # what each class has beside the base model, by its name
@@ -472,6 +476,8 @@ class VerifiedCheckpointMixin(_Host):
             renamings = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightRenaming)]
             checkpoint = assign(stored, targets, model.base_model_prefix, renamings)
             check_layout(model, checkpoint, targets, load_config.ignore_mismatched_sizes)
+        if checkpoint_files and (note := code_note(Path(checkpoint_files[0]).parent)) is not None:
+            logger.warning(note)
         result = load(model, state_dict, checkpoint_files, load_config, expected_keys)
         check_finite(model, checkpoint, in_memory=quantizer is None)
         return result
