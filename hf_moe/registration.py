@@ -51,6 +51,10 @@ class LazyModelClass:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _register_models()[self._name](*args, **kwargs)
 
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        """For `class Mine(AutoModel._model_mapping[HfMoeConfig])`."""
+        return (_register_models()[self._name],)
+
 
 def register() -> None:
     """Make `hf_moe` known to the Auto classes, our experts implementations to the host and our adapters to PEFT.

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hf_moe import cli
 from hf_moe.cli.common import said
+from tiny_hf_moe import make_code_old
 from tiny_moe import hf_moe_model
 
 runner = CliRunner()
@@ -107,6 +108,11 @@ def test_info_describes_a_saved_model(tmp_path):
     assert result.exit_code == 0
     assert "8 experts, top-2" in result.output
     assert "grouped_mm" in result.output
+    assert "another version" not in result.output
+    make_code_old(tmp_path / "model")
+    output = " ".join(run("info", tmp_path / "model").output.split())
+    assert "carries code of another version of hf_moe (modeling_hf_moe.py)" in output
+    assert "renew_code(folder)" in output
 
 
 def test_info_refuses_with_a_way_out(tmp_path):

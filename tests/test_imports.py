@@ -209,8 +209,11 @@ from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM
 config = AutoConfig.for_model("hf_moe", hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                               num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, vocab_size=8,
                               intermediate_size=16, moe_intermediate_size=16)
+class Mine(AutoModelForCausalLM._model_mapping[type(config)]):
+    pass
 model = AutoModelForCausalLM.from_config(config)
-print(json.dumps([sorted(set(CONFIG_MAPPING.keys()) ^ before), type(model) is HfMoeForCausalLM]))
+same = type(model) is HfMoeForCausalLM and issubclass(Mine, HfMoeForCausalLM)
+print(json.dumps([sorted(set(CONFIG_MAPPING.keys()) ^ before), same]))
 """
     )
     assert json.loads(out.splitlines()[-1]) == [["hf_moe"], True]

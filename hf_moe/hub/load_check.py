@@ -22,6 +22,7 @@ from hf_moe.models.checkpoint_layout import is_finite
 
 _HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
 _TOKENS = 8
+_CACHE_ERROR = 0.25
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 _SHOWN = 600  # characters of another library's error
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -73,7 +74,8 @@ def _as_downloaded(uploads: Sequence[Upload], name: str) -> Iterator[Path]:
 def check_loads(folder: Path, base: Path | None = None, *, trust_remote_code: bool = False) -> LoadCheck:
     """Load the model in `folder`, or the adapter there on the model in `base`, on the CPU, and run a forward pass.
 
-    Every weight must be finite, also of experts that the few tokens do not reach. A tokenizer is loaded as well.
+    Every weight must be finite, also of experts that the few tokens do not reach. A tokenizer is loaded as well. A
+    model that generates decodes two tokens, the second from its cache.
 
     Weights that do not fit into free memory are compared by name and shape alone (meta device).
 
@@ -160,7 +162,8 @@ def _check_numbers(folder: Path, model: nn.Module, fits: bool, said: str) -> Loa
             raise LoadsBackError(f"{str(folder)!r} is not pushed: {error}") from error
         said += f", routers as in {HASH_FILE}"
     _run(model, folder)
-    return LoadCheck(f"{said}, a forward pass is finite", True)
+    decodes = ", decoding with a cache is right" if _decodes(model) else ""
+    return LoadCheck(f"{said}, a forward pass is finite{decodes}", True)
 
 
 def _load_model(
@@ -207,6 +210,36 @@ def _run(model: Any, folder: Path) -> None:
     for name, value in outputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
             raise LoadsBackError(f"{str(folder)!r} gives NaN or infinity in {name}. Nothing of it is pushed.")
+    if _decodes(model):
+        _refuse_wrong_cache(model, folder, ids)
+
+
+def _decodes(model: Any) -> bool:
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def _refuse_wrong_cache(model: Any, folder: Path, ids: torch.Tensor) -> None:
+    """Decode two tokens: the second, from the cache, must have the logits that it has without one.
+
+    Rounding changes a few routings, so logits of a right cache differ as well, in 16 bits by some percent. What a
+    wrong one loses is context: the unit is how far the logits move when the last token stands alone.
+    """
+    decoding = transformers.GenerationConfig(
+        max_new_tokens=2, min_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    decoding.pad_token_id = 0
+    decoded = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=decoding)
+    whole = decoded.sequences[:, :-1]
+    cached = decoded.logits[1].double()
+    expected, alone = (model(input_ids=given).logits[:, -1].double() for given in (whole, whole[:, -1:]))
+    error, context = float((cached - expected).norm()), float((alone - expected).norm())
+    rounding = torch.finfo(model.dtype).eps * float(expected.norm())
+    if not error <= _CACHE_ERROR * context + rounding:
+        raise LoadsBackError(
+            f"{str(folder)!r} decodes wrongly: with its cache, the logits of the second token are {error:.2g} off "
+            f"those without a cache ({context:.2g} is what all of the context makes). Its code may not fit "
+            f"transformers {transformers.__version__}."
+        )
 
 
 def _fits(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from hf_moe.hub.card import model_card
 from hf_moe.hub.errors import plain_errors
 from hf_moe.hub.load_check import check_loads, check_sent
 from hf_moe.hub.remote import Change, Remote, changes, read_remote, sha256
+from hf_moe.hub.renew_code import with_new_code
 from hf_moe.hub.secrets import holds_token
 from hf_moe.hub.upload_files import (
     ADAPTER_CONFIG,
@@ -91,7 +92,8 @@ def plan_push(
 ) -> PushPlan:
     """Choose the files, load them back, and compare them with what is on the Hub. Sends nothing.
 
-    A folder without a model card gets one from its facts (`model_card`).
+    A folder without a model card gets one from its facts (`model_card`). Of a folder that carries the code of another
+    version of hf_moe, the code of the installed one is sent.
 
     Args:
         folder: What `save_pretrained` wrote, or the results folder of a recipe.
@@ -113,6 +115,7 @@ def plan_push(
         raise PushRefusedError("a pull request goes to the default branch: leave out the revision.")
     checkpoint = checkpoint_folder(Path(folder))
     uploads, left_out = collect(Path(folder), add)
+    uploads, old_code = with_new_code(checkpoint, uploads)
     with plain_errors(api.endpoint, repo_id, revision):
         remote = read_remote(api, repo_id, revision)
     _refuse_repository(remote, checkpoint, private=private, create_pr=create_pr)
@@ -129,7 +132,7 @@ def plan_push(
         new_branch=remote.new_branch,
         uploads=tuple(uploads),
         changes=tuple(changes(uploads, remote.files)),
-        left_out=tuple(left_out),
+        left_out=(*left_out, *old_code),
         loads=loads.said,
         base=base_folder,
     )

@@ -19,8 +19,11 @@ FLOATING = {"F64", "F32", "F16", "BF16"}
 _SHOWN = 5
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that would not give the model that was saved."""
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that would not give the model that was saved.
+
+    Also a RuntimeError, which transformers' own loader raises for tensors of another shape.
+    """
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ word. `VerifiedCheckpointMixin` refuses instead, with the tensor's and the file'
 
 - safetensors only; every file whole; the index and the files name the same tensors; no index entry leaves the folder;
 - every tensor of the base model there exactly once, in the shape of the config, as F64, F32, F16 or BF16, and finite;
-  no tensor of a base model that the config does not describe;
-- a task head may be absent, or left over, as the host allows (and warns), but not the head of the class that the
-  config names as the saved one, and not an untied `lm_head`. `ignore_mismatched_sizes=True` holds for heads alone.
+  no tensor that the config does not describe;
+- a task head may be absent, or left over, as transformers allows (and reports): absent where the config's
+  `architectures` do not name the class that is loaded, left over where they name the class that has it (or none).
+  `ignore_mismatched_sizes=True` holds for heads alone;
+- where the config ties `lm_head` to the embeddings, a stored `lm_head.weight` has the same values.
 
 The same holds for `state_dict=`. A checkpoint stored quantised, which has other tensors, is checked for whole files,
 a tensor for every module, and finite values. Not checked: GGUF files, adapters, and distributed checkpoints (which the
@@ -23,6 +25,7 @@ not in memory as floating point afterwards (offloaded to disk, quantised) is rea
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -59,8 +62,18 @@ from .checkpoint_files import (
     refuse_links,
     with_variant,
 )
+from .shipped_code import code_note
+
+logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "hf_moe"
+# what each class has beside the base model, by its name
+HEAD_TENSORS = {
+    "HfMoeForCausalLM": ("lm_head.weight",),
+    "HfMoeForSequenceClassification": ("score.weight",),
+    "HfMoeForTokenClassification": ("score.weight", "score.bias"),
+    "HfMoeForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
+}
 _FUSED = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<projection>gate_up_proj|down_proj)")
 _PER_EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight")
 
@@ -148,10 +161,10 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which stored tensors go into which target, and which go nowhere."""
+    """Which stored tensors go into which target, and, by the name that `key_mapping` gives them, which go nowhere."""
 
     stored: dict[str, dict[str, StoredTensor]]
-    unexpected: list[StoredTensor]
+    unexpected: dict[str, StoredTensor]
 
 
 def assign(
@@ -160,7 +173,7 @@ def assign(
     """Match names as the host does: the caller's `key_mapping`, then `prefix` ("model") added or taken away."""
     owner = {name: target.name for target in targets.values() for name in target.known}
     assigned: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    unexpected = []
+    unexpected: dict[str, StoredTensor] = {}
     for tensor in stored:
         name = tensor.name
         for renaming in renamings:
@@ -168,7 +181,7 @@ def assign(
         spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         known = next((spelling for spelling in spellings if spelling in owner), None)
         if known is None:
-            unexpected.append(tensor)
+            unexpected[name] = tensor
         elif known in assigned[owner[known]]:
             raise CheckpointError(
                 f"{tensor.where} and {assigned[owner[known]][known].where} are both {known} of the model. Delete the "
@@ -196,9 +209,15 @@ def check_layout(
             if _must_be_there(model, target.name):
                 first, *others = target.parts
                 problems.append(f"{first} is missing in {held}" + (f" (and {len(others)} more)" if others else ""))
-        elif not (resize_heads and _is_head(model, target.name)):
+            continue
+        problems += _wrong_dtypes(target, found)
+        if not _is_head(model, target.name):
             problems += _mismatches(target, found)
+        elif not resize_heads:
+            hint = " (ignore_mismatched_sizes=True makes this head anew)"
+            problems += [mismatch + hint for mismatch in _mismatches(target, found)]
     problems += _left_over(model, checkpoint.unexpected)
+    problems += _untied(model, checkpoint)
     refuse(
         problems,
         "Nothing is initialised anew in their place. Load the checkpoint with the config.json that it was saved "
@@ -238,9 +257,15 @@ def _mismatches(target: Target, found: dict[str, StoredTensor]) -> list[str]:
     for name, tensor in found.items():
         if tensor.shape != target.known[name]:
             problems.append(f"{tensor.where} has shape {list(tensor.shape)}, not {list(target.known[name])}")
-        if target.floating and not tensor.floating:
-            problems.append(f"{tensor.where} has dtype {tensor.dtype}, not one of {', '.join(sorted(FLOATING))}")
     return problems
+
+
+def _wrong_dtypes(target: Target, found: dict[str, StoredTensor]) -> list[str]:
+    return [
+        f"{tensor.where} has dtype {tensor.dtype}, not one of {', '.join(sorted(FLOATING))}"
+        for tensor in found.values()
+        if target.floating and not tensor.floating
+    ]
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:
@@ -251,23 +276,34 @@ def _is_head(model: PreTrainedModel, name: str) -> bool:
 def _must_be_there(model: PreTrainedModel, name: str) -> bool:
     if name in model.all_tied_weights_keys or _matches(model._keys_to_ignore_on_load_missing, name):
         return False
-    saved_as = model.config.architectures or []
-    return not _is_head(model, name) or name.startswith("lm_head.") or type(model).__name__ in saved_as
+    return not _is_head(model, name) or type(model).__name__ in (model.config.architectures or [])
 
 
-def _left_over(model: PreTrainedModel, unexpected: list[StoredTensor]) -> list[str]:
-    """What the config does not describe, other than heads of other classes and layers of other pipeline stages."""
+def _left_over(model: PreTrainedModel, unexpected: Mapping[str, StoredTensor]) -> list[str]:
+    """What the config does not describe, other than heads of the saved class and layers of other pipeline stages."""
     # transformers 5.17 has no pipeline stages
     if getattr(model, "_pp_stage", None) is not None:
         return []
-    prefix = f"{model.base_model_prefix}."
-    base = {name.split(".")[0] for name in model.base_model.state_dict()}
+    saved_as = model.config.architectures or list(HEAD_TENSORS)
+    heads = {name for saved in saved_as if saved != type(model).__name__ for name in HEAD_TENSORS.get(saved, ())}
     return [
         f"{tensor.where} has no place in the model that the config describes"
-        for tensor in unexpected
-        if (tensor.name.startswith(prefix) or tensor.name.split(".")[0] in base)
-        and not _matches(model._keys_to_ignore_on_load_unexpected, tensor.name)
+        for name, tensor in unexpected.items()
+        if name not in heads and not _matches(model._keys_to_ignore_on_load_unexpected, name)
     ]
+
+
+def _untied(model: PreTrainedModel, checkpoint: Assignment) -> list[str]:
+    """Stored tensors that the config ties to others, and that differ from them: transformers would untie them."""
+    problems = []
+    for name, source in model.all_tied_weights_keys.items():
+        tied, held = (checkpoint.stored.get(key, {}).get(key) for key in (name, source))
+        if tied is None or held is None:
+            continue
+        values = [value for _, value in _values([tied, held])]
+        if len(values) == 2 and (values[0].dtype != values[1].dtype or not torch.equal(*values)):
+            problems.append(f"{tied.where} differs from {held.where}, and the config says that they are one")
+    return problems
 
 
 def _matches(patterns: Iterable[str] | None, name: str) -> bool:
@@ -449,12 +485,14 @@ class VerifiedCheckpointMixin(_Host):
             check_index(weight_map, stored)
         targets = targets_of(model if quantizer is None else _without_quantizer(model))
         if quantizer is not None and quantizer.pre_quantized:
-            checkpoint = Assignment({"": {tensor.name: tensor for tensor in stored}}, [])
+            checkpoint = Assignment({"": {tensor.name: tensor for tensor in stored}}, {})
             check_modules(model, stored, targets)
         else:
             renamings = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightRenaming)]
             checkpoint = assign(stored, targets, model.base_model_prefix, renamings)
             check_layout(model, checkpoint, targets, load_config.ignore_mismatched_sizes)
+        if checkpoint_files and (note := code_note(Path(checkpoint_files[0]).parent)) is not None:
+            logger.warning(note)
         result = load(model, state_dict, checkpoint_files, load_config, expected_keys)
         check_finite(model, checkpoint, in_memory=quantizer is None)
         return result

@@ -5,7 +5,7 @@ All classes are in one file, as in the host: it looks for the experts' decorator
 saved checkpoints carry the file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .checkpoint_layout import VerifiedCheckpointMixin, register_conversion_mapping
 from .configuration_hf_moe import HfMoeConfig
 from .hub_upload import OneCommitPushMixin
+from .late_gradient import LateGradient
 from .losses import GlobalBatchCounts, count_assignments, load_balancing_loss, router_z_loss
 from .routing import (
     RouterOutput,
@@ -225,10 +226,14 @@ class HfMoeSparseMoeBlock(nn.Module):
             width = config.num_shared_experts * config.moe_intermediate_size
             self.shared_experts = HfMoeMLP(config, intermediate_size=width)
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, token_mask: Tensor | None = None, late_gradient: LateGradient | None = None
+    ) -> Tensor:
         tokens = hidden_states.flatten(0, 1)
         mask = None if token_mask is None else token_mask.flatten()
-        _, top_k_weights, top_k_index, _ = self.gate(tokens, mask)
+        _, top_k_weights, top_k_index, decision = self.gate(tokens, mask)
+        if late_gradient is not None and late_gradient.is_awaited:
+            tokens = late_gradient.deliver(tokens, decision[:2])
         run = self._run_packed if self.packs_assignments else self._run_experts
         output = run(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_experts is not None:
@@ -270,6 +275,7 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         token_mask: Tensor | None = None,
+        late_gradient: LateGradient | None = None,
         **kwargs: Any,
     ) -> Tensor:
         residual = hidden_states
@@ -285,7 +291,7 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, HfMoeSparseMoeBlock):
-            return residual + self.mlp(hidden_states, token_mask)
+            return residual + self.mlp(hidden_states, token_mask, late_gradient)
         return residual + self.mlp(hidden_states)
 
 
@@ -399,6 +405,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        late_gradients: Sequence[LateGradient] | None = None,
         **kwargs: Any,
     ) -> HfMoeModelOutputWithPast:
         """Run the decoder.
@@ -408,6 +415,8 @@ class HfMoeModel(HfMoePreTrainedModel):
             attention_mask: `[B, S]` with 0 for padding, or a 4-D mask (then all tokens count as real for the router).
             inputs_embeds: `[B, S, H]`.
             past_key_values, cache: The key/value cache; transformers 5.24 and newer call it `cache`.
+            late_gradients: One for each layer, to take the gradient of its router's decision under reentrant gradient
+                checkpointing.
 
         Raises:
             ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache where attention is not causal, or two.
@@ -434,7 +443,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = inputs_embeds
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=layer_mask,
@@ -442,6 +451,7 @@ class HfMoeModel(HfMoePreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 token_mask=token_mask,
+                late_gradient=None if late_gradients is None else late_gradients[index],
                 **{CACHE: cache},
                 **kwargs,
             )
@@ -486,13 +496,34 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         balances = self.training and (self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0)
-        if balances:
-            self._refuse_reentrant_checkpointing()
-        return self.model(
+        records = balances or output_router_logits
+        late = None
+        if records and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            late = [LateGradient() for _ in range(self.config.num_hidden_layers)]
+        outputs = self.model(
             output_router_logits=output_router_logits,
-            output_router_decisions=balances or output_router_logits,
+            output_router_decisions=records,
+            late_gradients=late,
             **inputs,
         )
+        return outputs if late is None else self._with_late_gradients(outputs, late)
+
+    def _with_late_gradients(
+        self, outputs: HfMoeModelOutputWithPast, late: list[LateGradient]
+    ) -> HfMoeModelOutputWithPast:
+        """The same, with gradients for decisions that reentrant gradient checkpointing computed without."""
+        moe_layers = [index for index in range(self.config.num_hidden_layers) if self.config.is_moe_layer(index)]
+        hidden_states, decisions = outputs.last_hidden_state, []
+        for index, decision in zip(moe_layers, outputs.router_decisions or (), strict=True):
+            if not decision.scores.requires_grad:
+                hidden_states, (logits, scores) = late[index].attach(hidden_states, decision[:2])
+                decision = RoutingDecision(logits, scores, decision.choice)
+            decisions.append(decision)
+        outputs.last_hidden_state = hidden_states
+        outputs.router_decisions = tuple(decisions)
+        if outputs.router_logits is not None:
+            outputs.router_logits = tuple(decision.router_logits for decision in decisions)
+        return outputs
 
     def _outputs(
         self,
@@ -534,16 +565,6 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
         z = [router_z_loss(*pair) for pair in zip(decisions, masks, strict=True)]
         aux_loss, z_loss = (torch.stack([value.to(device) for value in values]).mean() for values in (balance, z))
         return aux_loss, z_loss
-
-    def _refuse_reentrant_checkpointing(self) -> None:
-        for layer in self.model.layers:
-            options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
-            if layer.gradient_checkpointing and options.get("use_reentrant", False):
-                raise ValueError(
-                    "Reentrant gradient checkpointing (use_reentrant=True) drops the gradient of the balancing "
-                    "losses. Pass gradient_checkpointing_kwargs={'use_reentrant': False}, or set "
-                    "router_aux_loss_coef and router_z_loss_coef to 0."
-                )
 
 
 def _flat_mask(attention_mask: Tensor | None, decision: RoutingDecision) -> Tensor | None:

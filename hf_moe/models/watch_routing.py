@@ -77,13 +77,16 @@ class Routing:
     call: ModelCall | None = None
 
 
+# what `on_routing` may return
+Instead = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
+
+
 @contextmanager
-def watch_routing(
-    model: nn.Module, on_routing: Callable[[Routing], tuple[Tensor, Tensor] | None]
-) -> Iterator[list[MoeLayer]]:
+def watch_routing(model: nn.Module, on_routing: Callable[[Routing], Instead | None]) -> Iterator[list[MoeLayer]]:
     """While the block runs, call `on_routing` with each decision, before the layer's experts run.
 
-    If it returns `(index, weights)`, both `[T, K]`, the experts get these instead; the router's own output stays.
+    If it returns `(index, weights)`, both `[T, K]`, the experts get these instead; the router's own output stays. If
+    it returns a function, the experts get the hidden states that the function makes of theirs.
 
     `model` may be wrapped (PEFT, DDP). The hooks are Python: install them before `torch.compile` first runs the model,
     or the compiled graph leaves them out.
@@ -120,7 +123,7 @@ def is_recomputation() -> bool:
 class _Watch:
     """The hooks, and what they remember between the model's call, a router's and its experts'."""
 
-    def __init__(self, on_routing: Callable[[Routing], tuple[Tensor, Tensor] | None]):
+    def __init__(self, on_routing: Callable[[Routing], Instead | None]):
         self.on_routing = on_routing
         self.call: ModelCall | None = None
         self.returned: dict[str, Any] = {}
@@ -153,7 +156,9 @@ class _Watch:
                 call=self.call,
             )
         )
-        return None if instead is None else _with(layer, instead, args, kwargs)
+        if instead is None:
+            return None
+        return _with(layer, instead, args, kwargs) if isinstance(instead, tuple) else _passed(instead, args, kwargs)
 
 
 def _decision(layer: MoeLayer, args: Any, kwargs: Any, returned: Any) -> tuple[Tensor, Tensor]:
@@ -197,6 +202,15 @@ def _with(
         else:
             args_list[position] = value
     return tuple(args_list), kwargs
+
+
+def _passed(
+    function: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The experts' arguments with hidden states that went through `function`."""
+    if args:
+        return (function(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": function(kwargs["hidden_states"])}
 
 
 def _logits(layer: MoeLayer, returned: Any, num_tokens: int) -> Tensor | None:

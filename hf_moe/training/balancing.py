@@ -4,6 +4,7 @@ class BalancedSFTTrainer(BalancingMixin, SFTTrainer): ...
 BalancedSFTTrainer(model, args, ..., balancing=BalancingConfig(aux_loss_coef=0.01))
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ class _BalancingRun(RoutingListener):
             self.terms.hear(event)
         if self.bias is not None and self.bias.updates(event.layer):
             self.bias.add(event.layer, _counts(event, self.bias.num_choices(event.layer)))
+
+    def on_recomputation(self, event: Routing) -> Callable[[Tensor], Tensor] | None:
+        return None if self.terms is None else self.terms.late_gradient(event)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         is_skipped = isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped
@@ -152,8 +156,9 @@ class BalancingMixin(SameWeightsMixin):
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
         loss, outputs = result if return_outputs else (result, None)
+        loss = terms.attach(loss)
         loss = loss + self._balancing_loss(terms, tokens, num_items_in_batch).to(loss)
-        terms.clear()
+        terms.release()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):

@@ -12,7 +12,6 @@ from hf_moe.models.moe_layers import MoeLayer
 from hf_moe.models.unseen_experts import required_layers
 from hf_moe.training.balancing_config import BalancingConfig
 from hf_moe.training.bias_update import CORRECTION_BIASES, correction_bias
-from hf_moe.training.routing_listener import recomputes_reentrantly
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +41,6 @@ def balanced_layers(model: nn.Module, config: BalancingConfig) -> list[MoeLayer]
     for layer in layers:
         _refuse_layer(model, layer, config)
     _refuse_own_losses(model, config)
-    if config.has_loss and recomputes_reentrantly(model):
-        raise BalancingError(
-            "reentrant gradient checkpointing (use_reentrant=True) drops the gradient of the balancing losses. Pass "
-            "use_reentrant=False in its arguments, or balance with bias_update_rate alone."
-        )
     return layers
 
 

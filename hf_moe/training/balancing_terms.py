@@ -1,11 +1,14 @@
 """The balancing terms of a micro-batch, from the decisions that its forward made."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hf_moe.models.late_gradient import LateGradient
 from hf_moe.models.losses import GlobalBatchCounts, count_assignments, load_balancing_loss, router_z_loss
 from hf_moe.models.moe_layers import MoeLayer
 from hf_moe.models.router_scores import RouterScores, recognize_scores
@@ -22,8 +25,11 @@ FIRST_STEPS = 4
 class BalancingTerms:
     """Collects a micro-batch's decisions (`hear`), turns them into losses (`losses`), and checks what becomes of them.
 
-    The graph of the decisions is held from the forward until `clear`. What the logits mean is recognised in the first
-    forward of each layer.
+    The graph of the decisions is held from the forward until `release`. What the logits mean is recognised in the
+    first forward of each layer.
+
+    Reentrant gradient checkpointing computes decisions without gradients. `attach` gives them some before the losses
+    are made of them, and `late_gradient` brings what arrives there into the layer when the backward runs it again.
     """
 
     def __init__(self, config: BalancingConfig, layers: Sequence[MoeLayer]):
@@ -31,6 +37,9 @@ class BalancingTerms:
         self._layers = {layer.name: layer for layer in layers}
         self._scores: dict[str, RouterScores] = {}
         self._events: dict[str, list[Routing]] = defaultdict(list)
+        # decisions of reentrant checkpoints: the logits of the first forward, and the gradient that they get
+        self._late: dict[str, list[tuple[Tensor, LateGradient]]] = defaultdict(list)
+        self._reached: set[str] = set()
         self._global_counts = GlobalBatchCounts()
         # pairs of a term and a layer that heard tokens; those that got a gradient are taken out
         self._unproved: dict[tuple[str, str], str] = {}
@@ -51,7 +60,45 @@ class BalancingTerms:
         self._events[layer.name].append(event)
 
     def clear(self) -> None:
+        """Forget the micro-batch."""
         self._events.clear()
+        self._late.clear()
+
+    def release(self) -> None:
+        """Let the decisions go; what the backward needs stays."""
+        self._events.clear()
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """The micro-batch's loss as it is, after which decisions of reentrant checkpoints have gradients."""
+        for name, events in self._events.items():
+            for number, event in enumerate(events):
+                if event.logits is not None and not event.logits.requires_grad:
+                    late = LateGradient()
+                    loss, (logits,) = late.attach(loss, [event.logits])
+                    self._late[name].append((event.logits, late))
+                    events[number] = replace(event, logits=logits)
+        return loss
+
+    def late_gradient(self, event: Routing) -> Callable[[Tensor], Tensor] | None:
+        """What the hidden states of a layer go through that the backward runs again; None where nothing is due.
+
+        Raises:
+            BalancingError: If the logits have no gradient to the router.
+        """
+        name, logits = event.layer.name, event.logits
+        if logits is None:
+            return None
+        due = [(kept, late) for kept, late in self._late[name] if late.arrived and kept.shape == logits.shape]
+        if not due:
+            return None
+        if name not in self._reached:
+            _refuse_detached(event.layer, logits)
+            self._reached.add(name)
+        late = due[0][1]
+        if len(due) > 1:  # several forwards of the layer before one backward, which begins with the last
+            now = logits.detach()
+            late = min(reversed(due), key=lambda pair: float((pair[0] - now).abs().max()))[1]
+        return partial(late.deliver, tensors=[logits])
 
     def losses(self, share: Tensor) -> dict[str, Tensor]:
         """The terms that are on, each a mean over the layers: `aux_loss`, `z_loss`, scalars without their weights.
@@ -90,9 +137,17 @@ class BalancingTerms:
         """An optimizer step is done.
 
         Raises:
-            BalancingError: After the first steps, if a term sent no gradient to the router of a layer.
+            BalancingError: If a reentrant checkpoint did not take its gradient; after the first steps, if a term sent
+                no gradient to the router of a layer.
         """
         self._steps += 1
+        for name, kept in self._late.items():
+            if any(late.arrived for _, late in kept):
+                raise BalancingError(
+                    f"reentrant gradient checkpointing did not run layer {name!r} again, so no balancing loss reached "
+                    "its router: the layer's input has no gradient. Call model.enable_input_require_grads(), or pass "
+                    "use_reentrant=False."
+                )
         if self._steps == FIRST_STEPS and self._unproved:
             (term, name), problem = next(iter(self._unproved.items()))
             raise BalancingError(
@@ -177,14 +232,8 @@ def _checked_scores(event: Routing, config: BalancingConfig) -> RouterScores:
             f"the router of layer {name!r} returns no logits of all experts: there is nothing to balance it by. "
             "transformers 5.23 returns them in every family (5.17 not in Granite)."
         )
-    assert event.layer.router is not None  # checked before training
-    trained = [parameter for parameter in event.layer.router.parameters() if parameter.requires_grad]
-    # parameters that FSDP has replaced for the forward are not those of the graph
-    if not logits.requires_grad or (trained and not _is_flattened(event.layer) and not reaches(logits, trained)):
-        raise BalancingError(
-            f"the logits of layer {name!r} have no gradient to the router: they are detached, or computed without "
-            "gradients. A balancing loss would do nothing."
-        )
+    if torch.is_grad_enabled():  # else a reentrant checkpoint: `late_gradient` looks
+        _refuse_detached(event.layer, logits)
     scores = _scores(event, logits, config)
     if scores is None:
         raise BalancingError(
@@ -198,6 +247,17 @@ def _checked_scores(event: Routing, config: BalancingConfig) -> RouterScores:
             "keep small. Set z_loss_coef to 0."
         )
     return scores
+
+
+def _refuse_detached(layer: MoeLayer, logits: Tensor) -> None:
+    assert layer.router is not None  # checked before training
+    trained = [parameter for parameter in layer.router.parameters() if parameter.requires_grad]
+    # parameters that FSDP has replaced for the forward are not those of the graph
+    if not logits.requires_grad or (trained and not _is_flattened(layer) and not reaches(logits, trained)):
+        raise BalancingError(
+            f"the logits of layer {layer.name!r} have no gradient to the router: they are detached, or computed "
+            "without gradients. A balancing loss would do nothing."
+        )
 
 
 def _scores(event: Routing, logits: Tensor, config: BalancingConfig) -> RouterScores | None:

@@ -68,7 +68,8 @@ def integers(part: str):
 
 def test_whole_ones_load(native, tmp_path):
     save_tiny(tmp_path / "ours")
-    assert check_loads(tmp_path / "ours").said == "loads as HfMoeForCausalLM, a forward pass is finite"
+    said = "loads as HfMoeForCausalLM, a forward pass is finite, decoding with a cache is right"
+    assert check_loads(tmp_path / "ours").said == said
     assert check_loads(native / "base").ran
     assert "routers as in router_hash.json" in check_loads(native / "adapter", native / "base").said
 
@@ -212,3 +213,20 @@ def test_code_is_not_run_unless_it_is_trusted(tmp_path):
     with pytest.raises(LoadsBackError, match="trust_remote_code"):
         check_loads(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_forgets_what_it_decoded_is_found(native, dtype, tmp_path, monkeypatch):
+    """Its forwards are finite, and its tokens wrong: code that swallows the name of the cache under another one."""
+    model = AutoModelForCausalLM.from_pretrained(native / "base", dtype=dtype)
+    model.save_pretrained(tmp_path)
+    assert "decoding with a cache is right" in check_loads(tmp_path).said
+    forward = type(model).forward
+
+    def forgetful(self, *args, past_key_values=None, cache=None, **kwargs):
+        kwargs.pop("position_ids", None)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", forgetful)
+    with pytest.raises(LoadsBackError, match="decodes wrongly: with its cache"):
+        check_loads(tmp_path)

@@ -21,7 +21,7 @@ from hf_moe.cli.common import app
 from hf_moe.hub import push, remote
 from hf_moe.hub.errors import HubError
 from hf_moe.hub.upload_files import PushRefusedError
-from tiny_hf_moe import random_ids
+from tiny_hf_moe import make_code_old, random_ids
 from tiny_models import build_tiny
 
 from .conftest import save_tiny
@@ -73,11 +73,28 @@ def test_one_commit_holds_all_of_it_and_nothing_else(hub, saved):
     assert {file.rfilename for file in info.siblings} - {".gitattributes"} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "results.json", "plots/loss.png"),
         *("configuration_hf_moe.py", "modeling_hf_moe.py", "routing.py", "losses.py", "hub_upload.py"),
-        *("checkpoint_files.py", "checkpoint_layout.py", "transformers_names.py"),
+        *("checkpoint_files.py", "checkpoint_layout.py", "late_gradient.py", "shipped_code.py"),
+        "transformers_names.py",
     }
     left = {"training_args.bin", "optimizer.pt", ".tmpAbC", "notes.txt", "checkpoint-5"}
     assert {each.path for each in plan.left_out} == left
     assert push.verify(plan, pushed, api=api).startswith("loads as HfMoeForCausalLM")
+
+
+def test_the_code_of_another_version_is_not_sent(hub, saved, tmp_path):
+    """What the installed hf_moe would write is sent in its place; the folder stays as it is."""
+    folder = shutil.copytree(saved, tmp_path / "old")
+    text = make_code_old(folder)
+    api = hub.api()
+    plan = push.plan_push(folder, "renewed", api=api)
+    reasons = {each.path: each.reason for each in plan.left_out}
+    assert "this one's is sent instead" in reasons["modeling_hf_moe.py"]
+    pushed = push.send(plan, api=api)
+    downloaded = Path(api.hf_hub_download("alice/renewed", "modeling_hf_moe.py", revision=pushed.commit))
+    assert downloaded.read_text() == (saved / "modeling_hf_moe.py").read_text()
+    assert (folder / "modeling_hf_moe.py").read_text() == text
+    names = {file.rfilename for file in api.model_info("alice/renewed").siblings}
+    assert names >= {path.name for path in saved.glob("*.py")}
 
 
 @both_paths

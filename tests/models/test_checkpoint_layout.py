@@ -41,7 +41,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError
-from hf_moe.models.checkpoint_layout import is_finite, register_conversion_mapping
+from hf_moe.models.checkpoint_layout import HEAD_TENSORS, is_finite, register_conversion_mapping
 from hf_moe.models.modeling_hf_moe import (
     HfMoeForCausalLM,
     HfMoeForQuestionAnswering,
@@ -149,9 +149,53 @@ def test_the_base_model_loads_from_a_head_and_back(tmp_path: Path, single: Path)
     base = HfMoeModel.from_pretrained(single)
     assert_same_tensors(base, HfMoeForCausalLM.from_pretrained(single).model)
     base.save_pretrained(tmp_path / "base")
-    assert_same_tensors(HfMoeForSequenceClassification.from_pretrained(tmp_path / "base").model, base)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing in .*model\.safetensors"):
-        HfMoeForCausalLM.from_pretrained(tmp_path / "base")
+    for model_class in HEADS[1:]:
+        model, report = model_class.from_pretrained(tmp_path / "base", output_loading_info=True)
+        assert_same_tensors(model.model, base)
+        assert report["missing_keys"] == set(HEAD_TENSORS[model_class.__name__])
+        assert all(is_finite(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model_class", HEADS[1:])
+def test_the_table_of_heads(model_class: type) -> None:
+    names = {name for name in build(model_class).state_dict() if not name.startswith("model.")}
+    assert set(HEAD_TENSORS[model_class.__name__]) == names
+
+
+SURPLUS = {
+    "a name of nothing": (HfMoeForCausalLM, HfMoeForCausalLM, "x"),
+    "a name of nothing, other head": (HfMoeForCausalLM, HfMoeForSequenceClassification, "x"),
+    "a name of nothing, base model": (HfMoeModel, HfMoeModel, "x"),
+    "head of another class": (HfMoeForCausalLM, HfMoeForCausalLM, "score.weight"),
+    "head that the saved class lacks": (HfMoeForCausalLM, HfMoeModel, "score.weight"),
+    "head beside the saved one": (HfMoeForSequenceClassification, HfMoeForSequenceClassification, "lm_head.weight"),
+    "bias of a head": (HfMoeForCausalLM, HfMoeForCausalLM, "lm_head.bias"),
+}
+
+
+@pytest.mark.parametrize(("saved_class", "loaded_class", "name"), SURPLUS.values(), ids=SURPLUS.keys())
+def test_a_surplus_tensor_is_refused(saved_class: type, loaded_class: type, name: str, tmp_path: Path) -> None:
+    """transformers reports it, and loads without it."""
+    build(saved_class).save_pretrained(tmp_path)
+    first = next(iter(stored(tmp_path)))
+    edit(tmp_path, first, lambda tensors: tensors.update({name: torch.ones(40, 16)}))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} in .*model\.safetensors has no place"):
+        loaded_class.from_pretrained(tmp_path)
+
+
+def test_a_tied_head_in_the_file_is_the_embeddings(tmp_path: Path) -> None:
+    """transformers unties a head that differs, with a warning."""
+    model = build(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    embeddings = model.model.embed_tokens.weight.detach()
+    edit(tmp_path, NORM, lambda tensors: tensors.update({"lm_head.weight": embeddings.clone()}))
+    assert_same_tensors(HfMoeForCausalLM.from_pretrained(tmp_path), model)
+    assert_same_tensors(
+        HfMoeForCausalLM.from_pretrained(None, config=model.config, state_dict=dict(model.state_dict())), model
+    )
+    edit(tmp_path, NORM, lambda tensors: tensors.update({"lm_head.weight": embeddings + 1}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight in .*model\.safetensors differs from model\.embed"):
+        HfMoeForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_tied_head_needs_no_tensor(tmp_path: Path) -> None:
@@ -169,10 +213,13 @@ def test_the_saved_head_must_be_there(tmp_path: Path) -> None:
 
 def test_ignore_mismatched_sizes_holds_for_heads_alone(tmp_path: Path) -> None:
     build(HfMoeForSequenceClassification, num_labels=2).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"score\.weight in .* has shape \[2, 16\], not \[5, 16\]"):
+    # what transformers raises, and code for it catches
+    with pytest.raises(RuntimeError, match=r"score\.weight in .* has shape \[2, 16\].*ignore_mismatched_sizes=True"):
         HfMoeForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
-    model = HfMoeForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    options = {"num_labels": 5, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, report = HfMoeForSequenceClassification.from_pretrained(tmp_path, **options)
     assert model.score.weight.shape == (5, 16)
+    assert {name for name, *_ in report["mismatched_keys"]} == {"score.weight"}
     with pytest.raises(CheckpointError, match=r"gate\.weight in .* has shape \[4, 16\], not \[8, 16\]"):
         HfMoeForSequenceClassification.from_pretrained(tmp_path, num_experts=8, ignore_mismatched_sizes=True)
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,15 @@ from transformers import (
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from hf_moe import HfMoeForCausalLM, HfMoeForSequenceClassification, HfMoeModel
+from hf_moe.hub.renew_code import note_of, renew_code
 from hf_moe.models import modeling_hf_moe
-from tiny_hf_moe import tiny_config
+from hf_moe.models.checkpoint_files import CheckpointError
+from hf_moe.models.shipped_code import code_note
+from tiny_hf_moe import make_code_old, tiny_config
 
 FILES = {"configuration_hf_moe.py", "modeling_hf_moe.py", "routing.py", "losses.py"}
-FILES |= {"checkpoint_files.py", "checkpoint_layout.py", "hub_upload.py", "transformers_names.py"}
+FILES |= {"checkpoint_files.py", "checkpoint_layout.py", "hub_upload.py", "late_gradient.py", "shipped_code.py"}
+FILES |= {"transformers_names.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_hf_moe.HfMoeConfig",
     "AutoModel": "modeling_hf_moe.HfMoeModel",
@@ -190,6 +195,65 @@ def test_with_hf_moe_its_classes_win(auto_class: Any, options: dict[str, Any], h
     assert type(AutoConfig.from_pretrained(hub_folder, **options)).__module__ == "hf_moe.models.configuration_hf_moe"
 
 
+NOTE = "carries code of another version of hf_moe (modeling_hf_moe.py)"
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    notes = [record.getMessage() for record in caplog.records if record.name == "hf_moe.models.checkpoint_layout"]
+    caplog.clear()
+    return notes
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_loading_says_that_the_folder_carries_other_code(
+    trust: bool, hub_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(hub_folder, tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert said(caplog) == []
+    make_code_old(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    (note,) = said(caplog)
+    assert str(folder) in note
+    assert NOTE in note
+    assert "renew_code(folder)" in note
+    hub_cache(folder, tmp_path / "cache")
+    AutoModelForCausalLM.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
+    assert NOTE in said(caplog)[0]
+    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert said(caplog) == []
+
+
+def test_code_is_renewed_without_the_weights(
+    hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(hub_folder, tmp_path / "model")
+    assert renew_code(folder) == []
+    make_code_old(folder)
+    monkeypatch.setattr("hf_moe.hub.renew_code.snapshot_download", lambda name, allow_patterns: str(folder))
+    assert str(note_of("owner/name")).startswith(f"owner/name {NOTE}")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert renew_code(folder) == ["late_gradient.py", "modeling_hf_moe.py"]
+    for name in FILES:
+        assert (folder / name).read_text() == (hub_folder / name).read_text()
+    # as git writes it on some machines
+    modeling = folder / "modeling_hf_moe.py"
+    modeling.write_bytes(modeling.read_bytes().replace(b"\n", b"\r\n"))
+    assert code_note(folder) is None
+    modeling.unlink()
+    modeling.symlink_to(hub_folder / "losses.py")
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
+        renew_code(folder)
+    modeling.unlink()
+    with pytest.raises(ValueError, match="carries no modeling_hf_moe"):
+        renew_code(folder)
+    (folder / "config.json").write_text('{"model_type": "olmoe"}')
+    with pytest.raises(ValueError, match="no model of the hf_moe architecture"):
+        renew_code(folder)
+
+
 def test_a_class_of_ones_own_comes_with_its_own_file(tmp_path: Path) -> None:
     """A subclass in a user's module: that file is copied, and the map names it."""
     module = tmp_path / "my_model.py"
@@ -197,7 +261,7 @@ def test_a_class_of_ones_own_comes_with_its_own_file(tmp_path: Path) -> None:
     code = """
 import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
-from tiny_hf_moe import tiny_config
+from tiny_hf_moe import make_code_old, tiny_config
 from my_model import MyModel
 MyModel(tiny_config()).save_pretrained(sys.argv[1] + "/saved")
 print(open(sys.argv[1] + "/saved/config.json").read().replace("\\n", ""))

@@ -215,22 +215,88 @@ def test_gradient_checkpointing_is_exact(name):
         torch.testing.assert_close(actual[parameter], expected[parameter], atol=0, rtol=0)
 
 
-def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_balancing_gradient():
-    model = build().train()
-    ids = random_ids()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match=r"use_reentrant=True.*'use_reentrant': False"):
-        model(ids, labels=ids)
+def loud(name: str, auto_class=AutoModelForCausalLM, **config):
+    """In float64, with balancing losses as large as the task's."""
+    torch.manual_seed(0)
+    options = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+    config = (DECODERS | ENCODERS)[name] | options | config
+    config = encoder_config(**config) if name in ENCODERS else tiny_config(**config)
+    return auto_class.from_config(config, experts_implementation="eager").double().train()
 
 
-def test_reentrant_checkpointing_is_exact_without_balancing():
-    model = AutoModelForCausalLM.from_config(tiny_config(router_aux_loss_coef=0.0, router_z_loss_coef=0.0)).train()
-    ids = random_ids()
-    expected = gradients(model, input_ids=ids, labels=ids)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    actual = gradients(model, input_ids=ids, labels=ids)
-    for parameter in expected:
-        torch.testing.assert_close(actual[parameter], expected[parameter], atol=0, rtol=0)
+def checkpointed_by(function):
+    """A checkpoint function that does not tell what it wraps."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def assert_gradients(actual, expected):
+    assert actual.keys() == expected.keys()
+    for parameter, value in expected.items():
+        torch.testing.assert_close(actual[parameter], value, atol=1e-14, rtol=1e-10)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["partial", "wrapped"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_the_balancing_gradient_survives_checkpointing(name, reentrant, wrapped):
+    """Reentrant as well: its first run of a layer has no gradients."""
+    auto_class = AutoModelForSequenceClassification if name in ENCODERS else AutoModelForCausalLM
+    model = loud(name, auto_class)
+    ids, mask = left_padded(random_ids(), 3)
+    inputs = {"input_ids": ids, "attention_mask": mask, **head_labels(auto_class, ids)}
+    expected = gradients(model, **inputs)
+    values = model(**inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if wrapped:
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = checkpointed_by(layer._gradient_checkpointing_func)
+    assert_gradients(gradients(model, **inputs), expected)
+    if name != "jitter":
+        again = model(**inputs)
+        for field in ("loss", "aux_loss", "z_loss"):
+            torch.testing.assert_close(again[field], values[field], atol=0, rtol=1e-12)
+    model.zero_grad()
+    model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.0
+    without = gradients(model, **inputs)
+    assert any(not torch.allclose(without[parameter], value) for parameter, value in expected.items())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global_batch"])
+def test_reentrant_checkpointing_with_accumulation(scope):
+    """Micro-batches of a step; each loss scaled, and one of them used in two forwards before one backward."""
+
+    def step(**checkpointing):
+        model = loud("top_k", balance_scope=scope)
+        if checkpointing:
+            model.gradient_checkpointing_enable(checkpointing)
+        ids = random_ids()
+        rows = [ids[:1], ids[1:]]
+        items = ids[:, 1:].numel()
+        first, second = (model(row, labels=row, num_items_in_batch=items) for row in rows)
+        (1024 * (first.loss + 3 * second.aux_loss + second.loss)).backward()
+        model(rows[0], labels=rows[0], num_items_in_batch=items).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    assert_gradients(step(use_reentrant=True), step())
+
+
+def test_reentrant_checkpointing_of_some_layers_and_without_the_task():
+    """Layers in between run as they are; router logits have gradients outside; a second backward counts anew."""
+
+    def step(every):
+        model = loud("sigmoid_groups_bias")
+        if every:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            for layer in model.model.layers[::every]:
+                layer.gradient_checkpointing = False
+        outputs = model(random_ids(), output_router_logits=True)
+        loss = outputs.aux_loss + sum(logits.square().mean() for logits in outputs.router_logits)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        parameters = model.model.named_parameters()
+        return {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in parameters}
+
+    assert_gradients(step(2), step(0))
 
 
 @pytest.mark.slow

@@ -104,6 +104,21 @@ def test_the_experts_get_what_the_listener_returns():
         model(**inputs)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_the_hidden_states_go_through_what_the_listener_returns(family):
+    model, inputs = build_tiny(family)
+    given = []
+    moe_layers(model)[1].experts.register_forward_hook(
+        lambda module, args, kwargs, output: given.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    model(**inputs)
+    first = moe_layers(model)[1].name
+    with watch_routing(model, lambda routing: torch.Tensor.neg if routing.layer.name == first else None):
+        model(**inputs)
+    assert torch.equal(given[1], -given[0])
+
+
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("build", [hf_moe_model, qwen_model])
 def test_what_the_model_was_called_with(build, name):

@@ -6,7 +6,7 @@ import transformers
 from packaging.version import parse
 
 from hf_moe.models.watch_routing import watch_routing
-from hf_moe.training.balancing import BalancingConfig
+from hf_moe.training.balancing import BalancingConfig, _BalancingRun
 from hf_moe.training.balancing_checks import BalancingError, balanced_layers
 from hf_moe.training.balancing_terms import BalancingTerms
 from hf_moe.training.bias_update import correction_bias
@@ -58,6 +58,40 @@ def test_every_family_gets_its_losses_and_gradients(family):
         loss.backward(retain_graph=True)
         for name, parameters in trained_routers(model, config).items():
             assert any(p.grad is not None and p.grad.abs().max() > 0 for p in parameters), (term, name)
+
+
+def gradients(model, inputs, config):
+    """Of the squared output and the balancing losses, as a training makes them."""
+    run = _BalancingRun(config)
+    run.open(model)
+    model.zero_grad()
+    torch.manual_seed(0)  # noise and dropout
+    output = model(**inputs)
+    loss = run.terms.attach(output[0].float().square().mean())
+    (loss + run.terms.weighted_sum(run.terms.losses(SHARE))).backward()
+    run.close()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_alike_under_reentrant_checkpointing(family):
+    model, inputs = build_tiny(family)
+    if not returns_logits(model, inputs):
+        pytest.skip("this transformers returns no logits: refused, see above")
+    if not model.supports_gradient_checkpointing or family == "diffusion_gemma":  # that one says so, and raises
+        pytest.skip("has no gradient checkpointing")
+    model.train()
+    scores = "sigmoid" if family in UNRECOGNIZED else None
+    config = BalancingConfig(aux_loss_coef=1.0, aux_loss_scope="layer", scores=scores)
+    expected = gradients(model, inputs, config)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    for value in inputs.values():  # of a model that takes embeddings
+        value.requires_grad_(value.is_floating_point())
+    actual = gradients(model, inputs, config)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()) + 1e-8)
 
 
 @pytest.mark.parametrize("family", sorted(UNRECOGNIZED & set(FAMILIES)))

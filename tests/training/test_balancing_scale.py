@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Trainer
 
 from balanced_step import LENGTH, ROWS, arguments, model_of, one_step, rows
 from hf_moe.models.modeling_hf_moe import HfMoeForSequenceClassification
 from hf_moe.models.moe_layers import moe_layers
-from hf_moe.training.balancing import BalancingConfig
+from hf_moe.training.balancing import BalancingConfig, BalancingMixin
+from hf_moe.training.balancing_config import SCOPES
 from hf_moe.training.trainer import MoeTrainer
 from tiny_hf_moe import tiny_config
 from torchrun import torchrun
@@ -145,16 +147,49 @@ def test_a_loss_that_the_trainer_divides_by_the_micro_batches(tmp_path):
     assert_same(step(2), step(8))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_gradient_checkpointing_changes_nothing(tmp_path, family):
-    balancing = {**LOUD, "aux_loss_scope": "global_batch"}
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", SCORES)
+def test_gradient_checkpointing_changes_nothing(tmp_path, family, scope, reentrant):
+    """Also where the first run of a layer has no gradients; two micro-batches a step, one backward each."""
+    balancing = {**LOUD, "aux_loss_scope": scope}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     plain, expected = one_step(tmp_path, family, 4, 2, balancing)
     recomputed, actual = one_step(tmp_path, family, 4, 2, balancing, **options)
     assert_same(actual, expected)
     logs = [[log for log in trainer.state.log_history if "loss" in log] for trainer in (plain, recomputed)]
     names = ("moe/aux_loss", "moe/z_loss", "moe/max_violation", "moe/load_entropy")
     assert [[log[name] for name in names] for log in logs[0]] == [[log[name] for name in names] for log in logs[1]]
+
+
+class HalvesTrainer(Trainer):
+    """Runs the model twice before each backward, the first rows last: as preference losses do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = len(inputs["input_ids"])
+        halves = [{name: value[rows] for name, value in inputs.items()} for rows in torch.arange(batch).chunk(2)]
+        outputs = [model(**half, num_items_in_batch=num_items_in_batch) for half in reversed(halves)]
+        return sum(output.loss for output in outputs)
+
+
+class BalancedHalvesTrainer(BalancingMixin, HalvesTrainer):
+    pass
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "hf_moe"])
+def test_two_reentrant_forwards_before_one_backward(tmp_path, family):
+    """Each recomputation takes the gradient of its own forward."""
+
+    def step(**options):
+        model = model_of(family)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        balancing = BalancingConfig(**LOUD, aux_loss_scope="sequence")
+        args = arguments(tmp_path, 4, 2, **options)
+        BalancedHalvesTrainer(model, args, train_dataset=rows(), balancing=balancing).train()
+        return {name: before[name] - value.detach() for name, value in model.named_parameters()}
+
+    reentrant = step(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert_same(reentrant, step())
 
 
 def two_processes(folder: Path, **options):
