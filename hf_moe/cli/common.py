@@ -56,5 +56,5 @@ def said(error: Exception, *models: str | None) -> str:
 
 def fail(message: str, *, code: int = 2) -> NoReturn:
     """Say what cannot be done in one line, and exit."""
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
     sys.exit(code)

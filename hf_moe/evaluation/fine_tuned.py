@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.evaluation.held_out import HeldOut, evaluate_rows
+from hf_moe.models.config_files import load_config
 from hf_moe.observability.explain import explain
 from hf_moe.observability.health import Health
 from hf_moe.observability.recording import record_routing
@@ -149,7 +150,7 @@ class FineTuning:
         self.choices = {**asdict(own), "model": shown(base.model), "row_length": texts.row_length}
         self.folder = Path(str(training.output_dir))
         self.tokenizer = load_tokenizer(base)
-        self.context = context_of(AutoConfig.from_pretrained(base.model))
+        self.context = context_of(load_config(base.model))
         self.data = prepare_data(self.tokenizer, texts, self.context)
         self.model = load_model(base, training.device)
         if texts.packing:

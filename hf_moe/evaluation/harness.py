@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.models.config_files import check_config
 
 LARGEST_CPU_BATCH = 16
 
@@ -72,6 +73,8 @@ class HfMoeLM(HFLM):
         batch_size: int | str | None = "auto",
         **options: Any,
     ):
+        if isinstance(pretrained, str):
+            check_config(pretrained)
         device = _checked_device(device)
         _check_dtype(options.get("dtype", "auto"))
         if experts_implementation is not None:

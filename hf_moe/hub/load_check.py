@@ -18,6 +18,7 @@ from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, LoadsBackError, PushRefusedError, Upload, read_json
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, check_folder, check_index, read_headers, read_index
 from hf_moe.models.checkpoint_layout import is_finite
+from hf_moe.models.config_files import load_config
 
 _HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
 _TOKENS = 8
@@ -175,7 +176,7 @@ def _check_numbers(folder: Path, model: nn.Module, fits: bool, said: str) -> Loa
 def _load_model(
     folder: Path, trust_remote_code: bool, dtype: torch.dtype | str, fits: bool
 ) -> tuple[Any, Mapping[str, Any]]:
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     return _auto_class(config, next(iter(config.architectures or []), None)).from_pretrained(
         folder,
         dtype=dtype,

@@ -1,10 +1,11 @@
 """Which files of a folder make a model or an adapter on the Hub, and why the others stay behind."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from hf_moe import json_files
 
 ADAPTER_CONFIG, CONFIG, CARD = "adapter_config.json", "config.json", "README.md"
 # what an untouched template of the host is full of
@@ -20,6 +21,7 @@ KINDS = {
     "plots": r"plots/[\w.-]+\.(png|svg)",
     "card": r"README\.md|LICENSE(\.\w+)?|NOTICE(\.\w+)?",
 }
+_LARGEST_JSON = 500_000_000  # bytes; tokenizers of many languages have tens of millions
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
@@ -215,9 +217,6 @@ def read_json(path: Path) -> dict:
         PushRefusedError: If the file holds none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return json_files.read_object(path, largest=_LARGEST_JSON, allow_nan=True)
+    except ValueError as error:
         raise PushRefusedError(f"{str(path)!r} is not valid JSON ({error}). Save it again.") from error
-    if not isinstance(value, dict):
-        raise PushRefusedError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
-    return value

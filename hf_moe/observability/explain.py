@@ -11,7 +11,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,6 +21,8 @@ from transformers import (
 
 from hf_moe.experts.backends import BACKENDS, refusals
 from hf_moe.experts.engines import choose
+from hf_moe.models.config_files import config_errors, load_config
+from hf_moe.models.configuration_hf_moe import refuse_huge
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers, recorded_routers
 
 ACTIVE_RULE = (
@@ -150,17 +151,21 @@ def explain_config(config: PreTrainedConfig | str) -> Explanation:
 
     Raises:
         OSError: If there is no config at `config`.
+        ConfigError: If it is damaged.
         ValueError: If no Auto class has a model for it.
     """
+    source = config
     if isinstance(config, str):
-        config = AutoConfig.from_pretrained(config)
+        config = load_config(config)
+    else:
+        refuse_huge(vars(config))
     mappings = (
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
         (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification),
     )
     auto_class = next((auto for mapping, auto in mappings if type(config) in mapping), AutoModel)
-    with torch.device("meta"):
+    with torch.device("meta"), config_errors(source if isinstance(source, str) else type(config).__name__):
         return explain(auto_class.from_config(config, dtype=config.dtype or torch.float32))
 
 

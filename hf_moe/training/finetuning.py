@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash, verify_adapter_without_router
+from hf_moe.models.config_files import check_config
 from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
@@ -50,6 +51,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         OSError: If it cannot be found.
     """
     try:
+        check_config(arguments.model)  # it reads the config too
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     except ValueError as error:
         raise RecipeError(f"the tokenizer of {arguments.model!r} cannot be loaded: {error}") from error
@@ -68,6 +70,7 @@ def load_model(arguments: ModelArguments, device: torch.device) -> PreTrainedMod
     if arguments.dtype not in DTYPES:
         raise RecipeError(f"dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}.")
     try:
+        check_config(arguments.model)
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=arguments.dtype, experts_implementation=arguments.experts_implementation
         )

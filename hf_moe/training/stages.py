@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_moe.json_files import read_json
 from hf_moe.whole_files import write_json
 
 
@@ -119,7 +120,7 @@ class ResumableRun:
         if not self._state_file.exists():
             return {"program": self.program, "identity": self.identity, "begun": {}, "stages": {}}
         try:
-            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            state = read_json(self._state_file)
             earlier = state["identity"]
             _ = state["begun"], state["stages"]
         except (ValueError, KeyError, TypeError) as error:

@@ -118,7 +118,7 @@ def test_a_folder_without_a_model_is_refused_before_anything_is_written(saved, t
 def test_a_damaged_config_is_refused(damage, saved, tmp_path):
     config = json.loads((saved / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | damage))
-    with pytest.raises(CardError, match=r"config\.json' is damaged: "):
+    with pytest.raises(CardError, match=r"the config of .* cannot be used: "):
         model_card(tmp_path)
 
 
