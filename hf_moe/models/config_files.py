@@ -92,8 +92,7 @@ def _objects(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _damaged(source: Any, error: Exception) -> ConfigError:
-    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        error = error.__cause__
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    said = " ".join(str(error).split()) or "nothing more is said."
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+    said = " ".join(str(cause).split()) or "nothing more is said."
     return ConfigError(f"the config of {str(source)!r:.200} cannot be used: {kind}{said:.400}")

@@ -19,14 +19,12 @@ MAX_CONTEXT = 2**31
 MAX_PARAMETERS = 2**43
 ALLOW_HUGE = "HF_MOE_ALLOW_HUGE"
 
-# What one number or one list makes grow while a configuration, or the model of it, is built: also in native families
+# What makes a configuration, or the model of it, grow by one number or one list: also in native families
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
+_BY_LAYER = ("mlp_only_layers", "layer_types", "mlp_layer_types", "per_layer_config")
 _LIMITS = {
     **dict.fromkeys(("num_labels", "id2label", "label2id"), MAX_LABELS),
-    **dict.fromkeys(
-        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_nextn_predict_layers"), MAX_LAYERS
-    ),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), MAX_LAYERS),
-    **dict.fromkeys(("mlp_only_layers", "layer_types", "mlp_layer_types", "per_layer_config", "depth"), MAX_LAYERS),
+    **dict.fromkeys((*_LAYERS, "num_encoder_layers", "num_decoder_layers", *_BY_LAYER), MAX_LAYERS),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), MAX_EXPERTS),
 }
 
@@ -269,11 +267,11 @@ class HfMoeConfig(PreTrainedConfig):
         span, share = found.get("original_max_position_embeddings") or 2, named.get("partial_rotary_factor") or 1
         _require(span >= 2, "original_max_position_embeddings", span, "must be at least 2")
         _require(share <= 1, "partial_rotary_factor", share, "must be at most 1")
-        if kind == "longrope":
-            half = int(self._head_dim() * share) // 2
-            for key in ("short_factor", "long_factor"):
-                count = len(found[key]) if isinstance(found.get(key), list) else 0
-                _require(count == half, key, count, f"must have {half} numbers, half of the rotated size of a head")
+        if kind == "longrope" and self.head_dim:
+            half = int(self.head_dim * share) // 2
+            for name in ("short_factor", "long_factor"):
+                count = len(found[name]) if isinstance(found.get(name), list) else 0
+                _require(count == half, name, count, f"must have {half} numbers, half of the rotated size of a head")
 
     def validate_rope(self) -> None:
         try:
