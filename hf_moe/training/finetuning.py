@@ -34,6 +34,7 @@ from hf_moe.training.encoding import Encoder, Encoding, Example
 from hf_moe.training.memory import StepMemory, step_memory
 from hf_moe.training.packing import draw
 from hf_moe.training.rows import Mixture, Rows, pack_examples, pad_examples
+from hf_moe.training.run_lock import LOCK, RunRefusedError, hold_until_the_end
 from hf_moe.training.sources import DataError, Source, hold_out, read_source
 from hf_moe.training.surroundings import without_host_warnings
 from hf_moe.training.trainer import MoeTrainer
@@ -298,9 +299,16 @@ def folder_bytes(folder: Path) -> int:
 
 
 def refuse_used_folder(arguments: RecipeTrainingArguments) -> None:
-    """Raises RecipeError if the output folder holds an earlier run that is not to be resumed."""
+    """Hold the output folder until the recipe ends (`frees_folders`).
+
+    Raises:
+        RecipeError: If it holds an earlier run that is not to be resumed.
+        RunRefusedError: If another run works in it.
+    """
     folder = Path(str(arguments.output_dir))
-    if arguments.resume_from_checkpoint is None and folder.exists() and os.listdir(folder):
+    if arguments.process_index == 0:
+        hold_until_the_end(folder)
+    if arguments.resume_from_checkpoint is None and folder.exists() and set(os.listdir(folder)) - {LOCK}:
         raise RecipeError(
             f"the output folder {str(folder)!r} is not empty. Choose another, or go on with what is there: "
             "--resume_from_checkpoint auto."
@@ -324,6 +332,6 @@ def recipe_errors() -> Iterator[None]:
     try:
         with without_host_warnings():
             yield
-    except (DataError, ImportError, OSError, RecipeError, RouterNotFrozenError, TextError) as error:
+    except (DataError, ImportError, OSError, RecipeError, RouterNotFrozenError, RunRefusedError, TextError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         sys.exit(2)

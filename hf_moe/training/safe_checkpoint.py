@@ -9,7 +9,7 @@ the manifest alone marks what is complete. What is resumed from is decided by th
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from hf_moe.training.checkpoints import (
     write_failure,
 )
 from hf_moe.training.non_finite import FiniteTrainingMixin, NonFiniteError, non_finite_weight
+from hf_moe.training.run_lock import folder_held
 from hf_moe.training.termination import EXIT_CODE, Terminated, TerminationRequest, outlive_group_signal, sigterm_held
 from hf_moe.whole_files import move_into_place
 
@@ -71,6 +72,7 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
         CheckpointError: A checkpoint cannot be written (the earlier ones are kept) or is not valid.
         NonFiniteError: See there.
         Terminated: See above.
+        RunRefusedError: Another run works in the output folder; names it.
         ValueError: `enable_jit_checkpoint` is on; several nodes with a `save_total_limit` of 1.
     """
 
@@ -92,9 +94,10 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         _refuse(self.args, rename=self._renames())
-        self.last_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        self._saved_step, self._ended_step, self._push_waits = None, None, False
-        with self._termination:
+        with ExitStack() as held:
+            self.last_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint, held)
+            self._saved_step, self._ended_step, self._push_waits = None, None, False
+            held.enter_context(self._termination)
             return super().train(self.last_checkpoint, *args, **kwargs)
 
     def _renames(self) -> bool:
@@ -103,13 +106,14 @@ class SafeCheckpointMixin(FiniteTrainingMixin, BreakableEvaluationMixin, Checkpo
 
     # ---- resume
 
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """The folder, chosen by the main process for all."""
+    def _checkpoint_to_resume(self, wanted: str | bool | None, held: ExitStack) -> str | None:
+        """The folder, chosen by the main process for all. It holds the output folder from here on."""
         from accelerate.utils import broadcast_object_list
 
         choice: list[Any] = [None]
         if self.args.process_index == 0:
             try:
+                held.enter_context(folder_held(str(self.args.output_dir), nested=True))
                 choice = [_choose(str(self.args.output_dir), wanted)]
             except (CheckpointError, ValueError) as error:
                 choice = [error]  # raised below by every process
