@@ -22,6 +22,13 @@ KINDS = {
     "card": r"README\.md|LICENSE(\.\w+)?|NOTICE(\.\w+)?",
 }
 _LARGEST_JSON = 500_000_000  # bytes; tokenizers of many languages have tens of millions
+# where passwords, tokens and private keys are kept, whatever is in it
+_KEPT_SECRET = (
+    r"\.env(\..*)?|.*\.env|\.git|\.git-credentials|[._]netrc|\.(pypirc|npmrc|pgpass|htpasswd|ssh|aws|gnupg|kube|docker)"
+    r"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)|(aws_|gcloud_)?credentials(\.json)?"
+    r"|application_default_credentials\.json|client_secret.*\.json|secrets?\.(json|ya?ml|toml)"
+)
+_KEYS_INSIDE = "a place for passwords and keys"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
@@ -103,7 +110,9 @@ def collect(folder: Path, add: Sequence[Path] = ()) -> tuple[list[Upload], list[
             if kind_of(path) in ("results", "plots"):
                 _sort(path, source, kind_of(path), found, left)
     for source in add:
-        for path, each in _added(source):
+        if _may_hold_keys(source.name):
+            raise PushRefusedError(f"--add {str(source)!r}: {_KEYS_INSIDE}; it is never sent.")
+        for path, each in _added(source, left):
             _sort(path, each, kind_of(path) or "added", found, left)
     return sorted(found.values(), key=lambda upload: upload.path), left
 
@@ -152,7 +161,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
             yield entry.name, entry
 
 
-def _added(source: Path) -> Iterator[tuple[str, Path]]:
+def _added(source: Path, left: list[LeftOut]) -> Iterator[tuple[str, Path]]:
+    """The file, or those of the folder; what of it is hidden or may hold keys is added to `left`."""
     if not source.exists():
         raise PushRefusedError(f"--add {str(source)!r} does not exist.")
     name = source.name if source.name not in ("", "..") else source.resolve().name
@@ -161,11 +171,24 @@ def _added(source: Path) -> Iterator[tuple[str, Path]]:
     if source.is_file():
         yield name, source
         return
-    for file in sorted(source.rglob("*")):
-        if file.is_symlink():
-            raise PushRefusedError(f"{str(file)!r} is a link; links are not followed. Copy it into the folder.")
-        if file.is_file():
-            yield f"{name}/{file.relative_to(source).as_posix()}", file
+    yield from _inside(source, name, left)
+
+
+def _inside(folder: Path, name: str, left: list[LeftOut]) -> Iterator[tuple[str, Path]]:
+    for entry in sorted(folder.iterdir()):
+        path = f"{name}/{entry.name}"
+        if _may_hold_keys(entry.name) or entry.name.startswith("."):
+            left.append(LeftOut(path, _KEYS_INSIDE if _may_hold_keys(entry.name) else "hidden"))
+        elif entry.is_symlink():
+            raise PushRefusedError(f"{str(entry)!r} is a link; links are not followed. Copy it into the folder.")
+        elif entry.is_dir():
+            yield from _inside(entry, path, left)
+        elif entry.is_file():
+            yield path, entry
+
+
+def _may_hold_keys(name: str) -> bool:
+    return re.fullmatch(_KEPT_SECRET, name, re.IGNORECASE) is not None
 
 
 def code_files(folder: Path) -> set[str]:
