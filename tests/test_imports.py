@@ -222,3 +222,5 @@ def test_the_wheel_holds_every_package():
     folders = {module.rpartition(".")[0] for module in MODULES if "." in module}
     assert set(pyproject["tool"]["setuptools"]["packages"]) == packages
     assert folders <= packages, "a folder without __init__.py"
+    command = pyproject["project"]["scripts"]["hf-moe"].partition(":")[0]
+    assert command in pyproject["tool"]["setuptools"]["py-modules"]
