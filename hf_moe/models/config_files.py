@@ -53,13 +53,13 @@ def check_config(source: str | Path) -> dict[str, Any]:
     """
     if os.path.isfile(source):
         raise ConfigError(f"{str(source)!r} is a file. Name the folder of a model, or a model on the Hub.")
-    with config_errors(source):
-        found = _read(source)
     try:
-        for part in _objects(found):
-            refuse_huge(part)
+        with config_errors(source):
+            found = _read(source)
+            for part in _objects(found):
+                refuse_huge(part)
     except ValueError as error:
-        raise _damaged(source, error) from error
+        raise error if isinstance(error, ConfigError) else _damaged(source, error) from error
     return found
 
 
@@ -79,8 +79,6 @@ def _read(source: str | Path) -> dict[str, Any]:
         return read_object(Path(source, CONFIG_NAME), allow_nan=True)
     except FileNotFoundError:  # the loader says what is missing, or finds an adapter
         return {}
-    except ValueError as error:
-        raise _damaged(source, error) from error
 
 
 def _objects(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

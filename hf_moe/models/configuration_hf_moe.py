@@ -471,8 +471,8 @@ def refuse_huge(config: Mapping[str, Any]) -> None:
     """
     if os.environ.get(ALLOW_HUGE) == "1":
         return
-    for name in _LIMITS.keys() & config.keys():
-        value, limit = config[name], _LIMITS[name]
+    for name, limit in _LIMITS.items():
+        value = config.get(name)
         size = len(value) if isinstance(value, list | dict) else value
         if isinstance(size, int | float) and not size <= limit:
             what = "have at most {:,} entries" if isinstance(value, list | dict) else "be at most {:,}"
@@ -484,7 +484,8 @@ def refuse_huge(config: Mapping[str, Any]) -> None:
 
 def _require_rope_numbers(name: str, value: Any) -> None:
     least, most = _ROPE_RANGE
-    for number in value if isinstance(value, list) else [value]:
+    is_list = isinstance(value, list) and name in ("short_factor", "long_factor")
+    for number in value if is_list else [value]:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         if not is_number or not least <= number <= most:
             rule = f"must be a number from {least:g} to {most:g}"

@@ -133,9 +133,12 @@ def _open_locked(path: Path) -> int | None:
 
 
 def _release(folder: Path) -> None:
+    descriptor = _held.pop(folder, None)
+    if descriptor is None:  # in a child, which holds nothing
+        return
     with suppress(OSError):  # deleted with its folder, perhaps
         os.unlink(folder / LOCK)
-    os.close(_held.pop(folder))
+    os.close(descriptor)
 
 
 def _forget_in_child() -> None:

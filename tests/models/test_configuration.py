@@ -107,6 +107,7 @@ BAD = {
     "rope_unknown": ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_type", "linear", "yarn", "'spiral'"]),
     "rope_factor_zero": ({"rope_parameters": rope("linear", factor=0)}, ["factor", "got 0"]),
     "rope_factor_missing": ({"rope_parameters": rope("yarn")}, ["rope_parameters", "Missing required keys", "factor"]),
+    "rope_factor_a_list": ({"rope_parameters": rope("linear", factor=[2.0])}, ["factor", "a number", "[2.0]"]),
     "rope_scaling_of_old": ({"rope_scaling": rope("linear", factor=INF)}, ["factor", "inf"]),
     "rope_context_of_one": (
         {"rope_parameters": rope("longrope", factor=2.0, original_max_position_embeddings=1)},

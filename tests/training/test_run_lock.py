@@ -105,6 +105,15 @@ def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     os.waitpid(worker, 0)
 
 
+def test_a_child_that_ends_leaves_the_lock_of_its_parent(tmp_path):
+    with folder_held(tmp_path):
+        if (child := os.fork()) == 0:
+            run_lock._release(tmp_path.resolve())  # as its way out of the block does
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert not is_free(tmp_path)
+
+
 def test_one_run_takes_part_in_what_it_holds(tmp_path):
     with folder_held(tmp_path):
         with folder_held(tmp_path, nested=True):
