@@ -73,10 +73,10 @@ class HfMoeLM(HFLM):
         batch_size: int | str | None = "auto",
         **options: Any,
     ):
-        if isinstance(pretrained, str):
-            check_config(pretrained)
         device = _checked_device(device)
         _check_dtype(options.get("dtype", "auto"))
+        if isinstance(pretrained, str):
+            check_config(pretrained)
         if experts_implementation is not None:
             if isinstance(pretrained, str):
                 options["experts_implementation"] = experts_implementation
