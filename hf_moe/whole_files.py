@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# of the functions here, and of safetensors
-_TEMPORARY = re.compile(r"\..+\.tmp|\.tmp[A-Za-z0-9]{6}")
-_OLD = ".old.tmp"
+# names that nobody else gives: what bears them may be deleted
+_NEW, _OLD = ".hf_moe.tmp", ".hf_moe.old.tmp"
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -19,17 +19,17 @@ def write_text(path: Path, text: str) -> None:
 
     What a symbolic link at `path` points to stays as it is: the link is replaced.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.is_symlink():  # put there by somebody else: it would be followed
-        temporary.unlink()
+    unfinished = temporary(path)
+    if unfinished.is_symlink():  # put there by somebody else: it would be followed
+        unfinished.unlink()
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(unfinished, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
 
@@ -42,16 +42,16 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, whole, when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    unfinished = temporary(path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        yield temporary
-        flush(temporary)
+        yield unfinished
+        flush(unfinished)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    move_into_place(temporary, path)
+    move_into_place(unfinished, path)
 
 
 def move_into_place(folder: Path, target: Path) -> None:
@@ -76,17 +76,27 @@ def flush(folder: Path) -> None:
     _flush_folder(folder)
 
 
+def temporary(path: Path) -> Path:
+    """Where `path` is written before it moves into its place."""
+    return path.with_name(f".{path.name}{_NEW}")
+
+
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name was never finished: nobody but its writer, if it still runs, needs it."""
-    return _TEMPORARY.fullmatch(name) is not None
+    """Whether a file of this name in a checkpoint was never finished: by the functions here, or by safetensors."""
+    return name.endswith((_NEW, _OLD)) or _OF_SAFETENSORS.fullmatch(name) is not None
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left in a folder; what they had moved out of the way goes back to its place."""
+    """Remove what killed writers of this module left; what they had moved out of the way goes back to its place.
+
+    Names that others give, and links, stay.
+    """
     for path in folder.glob(".*"):
+        if path.is_symlink() or not path.name.endswith((_NEW, _OLD)):
+            continue
         if path.name.endswith(_OLD) and not (target := path.with_name(path.name[1 : -len(_OLD)])).exists():
             os.replace(path, target)
-        elif is_temporary(path.name):
+        else:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -30,8 +30,10 @@ from hf_moe.training.finetuning import (
     recipe_errors,
     refuse_used_folder,
 )
+from hf_moe.training.run_lock import frees_folders
 
 
+@frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     from hf_moe.training.trl import (  # first: it names the extra if TRL is missing

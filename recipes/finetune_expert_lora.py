@@ -26,8 +26,10 @@ from hf_moe.hub.finetune_card import write_results
 from hf_moe.training.arguments import RECIPE, ExpertLoraArguments, parse_recipe
 from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import command_line, recipe_errors, save_adapter
+from hf_moe.training.run_lock import frees_folders
 
 
+@frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model, data, figures before: whatever cannot be used is refused here

@@ -21,6 +21,7 @@ from hf_moe.hub.finetune_card import write_results
 from hf_moe.training.arguments import RECIPE, parse_recipe
 from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.finetuning import command_line, recipe_errors, save_model
+from hf_moe.training.run_lock import frees_folders
 
 
 @dataclass
@@ -30,6 +31,7 @@ class FullArguments:
     train_router: bool = field(default=False, metadata={"help": "Train the routers as well."})
 
 
+@frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model, data, figures before: whatever cannot be used is refused here

@@ -32,8 +32,10 @@ from hf_moe.training.finetuning import (
     refuse_used_folder,
 )
 from hf_moe.training.packing_check import check_packing
+from hf_moe.training.run_lock import frees_folders
 
 
+@frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     from hf_moe.training.trl import (  # first: it names the extra if TRL is missing

@@ -9,6 +9,7 @@ import pytest
 from hf_moe.recipes import quickstart
 from typer.testing import CliRunner
 
+import hf_moe_command
 from hf_moe import cli
 from hf_moe.cli.common import said
 from tiny_hf_moe import make_code_old
@@ -125,6 +126,62 @@ def test_info_refuses_with_a_way_out(tmp_path):
     result = run("info", tmp_path / "bad")
     assert result.exit_code == 2
     assert "no_such_model" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "A" * 5000), "File name too long. Check the path."),
+        (
+            ("compare", "{list}", "--dtype-new", "float32", "--data", "embedded"),
+            "is a file. Name the folder of a model",
+        ),
+    ],
+)
+def test_what_used_to_be_a_traceback_is_one_line(arguments, message, tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    result = run(*(each.format(list=tmp_path / "list.json") for each in arguments))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert len(result.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted."),
+        (MemoryError(), 2, "error: the memory is not enough"),
+        (RecursionError(), 2, "error: a file is nested too deeply"),
+        (OSError(5, "Input/output error", "x.json"), 2, "error: 'x.json': Input/output error. Check the path."),
+        (BrokenPipeError(), cli.common.READER_GONE, ""),
+    ],
+)
+def test_what_no_command_foresees_ends_in_a_sentence(raised, code, message, monkeypatch):
+    """Here in the imports of `hf-moe trace`, before its own handling."""
+
+    def stop(*names):
+        raise raised
+
+    monkeypatch.setattr(sys.modules["hf_moe.cli.trace"], "require", stop)
+    monkeypatch.setattr(cli.common, "_write_no_more", lambda: None)
+    result = run("trace", "model", "--data", "x.txt")
+    assert result.exit_code == code
+    assert result.output.strip().startswith(message)
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_an_interruption_of_the_first_imports_is_a_sentence(capsys, monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("hf_moe."):
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "hf_moe.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted()])
+    with pytest.raises(SystemExit) as ended:
+        hf_moe_command.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted.\n"
 
 
 def test_the_recipe_runs_as_a_file():

@@ -1,7 +1,10 @@
 """`hf-moe monitor`: parsing, exit codes; the rest is tested in test_monitor.py and test_expert_histograms.py."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 import hf_moe.cli.monitor  # noqa: F401
+import hf_moe_command
 from hf_moe.cli import app
+from hf_moe.cli.common import READER_GONE
 from hf_moe.observability.expert_histograms import json_line, prometheus_text
 from hf_moe.observability.layer_statistics import empty_statistics
 from hf_moe.observability.routing_trace import RoutingTrace
@@ -61,6 +66,17 @@ def test_a_dead_expert_fails(folder):
     assert result.exit_code == 1
     assert re.search(r"line 2: newly_dead_experts == 0: measured 2 \(1 in model.layers.0.mlp", flat(result.output))
     assert run(folder, folder / "bad.jsonl").exit_code == 0  # no gate, no judgement
+
+
+@pytest.mark.parametrize("arguments", [["monitor", "trace", "bad.jsonl", "--gate", "gate.yaml"], ["--help"]])
+def test_a_reader_that_ends_first_is_no_failed_gate(folder, arguments):
+    """`hf-moe compare ... | head -1` ended with 1, which says that the gate does not hold."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, hf_moe_command.__file__, *arguments]
+    ended = subprocess.run(command, cwd=folder, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (READER_GONE, "")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A unit may import units of lower levels only; units of one level do not import each other.
 LEVELS = {
-    1: ("ops", "kernels", "whole_files"),
+    1: ("ops", "kernels", "whole_files", "json_files"),
     2: ("experts", "models"),
     3: ("adapters", "observability", "quantization", "offload"),
     4: ("training", "surgery", "distributed"),
@@ -225,3 +225,5 @@ def test_the_wheel_holds_every_package():
     folders = {module.rpartition(".")[0] for module in MODULES if "." in module}
     assert set(pyproject["tool"]["setuptools"]["packages"]) == packages
     assert folders <= packages, "a folder without __init__.py"
+    command = pyproject["project"]["scripts"]["hf-moe"].partition(":")[0]
+    assert command in pyproject["tool"]["setuptools"]["py-modules"]

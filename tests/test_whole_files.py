@@ -75,10 +75,10 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path):
 def test_what_a_kill_left_is_removed_and_what_it_displaced_put_back(tmp_path):
     """Killed between the two renames of `whole_folder`: neither folder is in its place."""
     for name in (
-        ".best.tmp",
-        ".best.old.tmp",
+        ".best.hf_moe.tmp",
+        ".best.hf_moe.old.tmp",
         ".tmpAbC123",
-        ".kept.old.tmp",
+        ".kept.hf_moe.old.tmp",
         "kept",
         ".gitignore",
         ".tmp",
@@ -87,11 +87,18 @@ def test_what_a_kill_left_is_removed_and_what_it_displaced_put_back(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
     remove_temporaries(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"best", "kept", ".gitignore", ".tmp", "notes.tmp"}
-    assert (tmp_path / "best" / "x").read_text() == ".best.old.tmp"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "best",
+        "kept",
+        ".tmpAbC123",
+        ".gitignore",
+        ".tmp",
+        "notes.tmp",
+    }
+    assert (tmp_path / "best" / "x").read_text() == ".best.hf_moe.old.tmp"
 
 
-@pytest.mark.parametrize("link", ["card.md", ".card.md.tmp"])
+@pytest.mark.parametrize("link", ["card.md", ".card.md.hf_moe.tmp"])
 def test_no_link_is_written_through(tmp_path, link):
     (tmp_path / "theirs").write_text("kept")
     (tmp_path / link).symlink_to("theirs")

@@ -1,6 +1,5 @@
 """The experts chosen for a domain: a value that is checked, written, read, drawn and matched with a model."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_moe.json_files import read_json
 from hf_moe.models.moe_layers import MoeLayer
 from hf_moe.models.unseen_experts import required_layers
 from hf_moe.whole_files import write_json
@@ -136,14 +136,8 @@ class ExpertSelection:
             ValueError: If the file is no such selection.
             OSError: If it cannot be read.
         """
-        if (size := Path(path).stat().st_size) > _MAX_FILE_BYTES:
-            raise ValueError(f"{str(path)!r} has {size} bytes; an expert selection has at most {_MAX_FILE_BYTES}.")
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{str(path)!r} is no JSON ({type(error).__name__}).") from error
-        try:
-            return cls.from_dict(values)
+            return cls.from_dict(read_json(Path(path), largest=_MAX_FILE_BYTES, allow_nan=True))
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no expert selection: {error}") from error
 

@@ -1,16 +1,65 @@
 """What every command shares: the application, how an error is said, how a missing extra is named."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+
+READER_GONE = 141
+"""Exit code where the reader of the output ended first, as in `| head -1`: that of a program that SIGPIPE ends."""
+
+
+@contextmanager
+def _plain_ends() -> Iterator[None]:
+    """What no command foresees of its surroundings ends in a sentence, and in no exit code of another meaning."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _write_no_more()
+        sys.exit(READER_GONE)
+    except SystemExit as ended:  # rich ends the program with 1
+        if isinstance(ended.__context__, BrokenPipeError):
+            sys.exit(READER_GONE)
+        raise
+    except KeyboardInterrupt:
+        fail("interrupted.", code=130)
+    except OSError as error:
+        fail(said(error))
+    except MemoryError:
+        fail("the memory is not enough for this.")
+    except RecursionError:
+        fail("a file is nested too deeply to be read.")
+
+
+class _Commands(TyperGroup):
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _plain_ends():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _plain_ends():
+            return super().invoke(ctx)
+
+
+def _write_no_more() -> None:
+    """Python would try again at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 app = typer.Typer(
     name="hf-moe",
+    cls=_Commands,
     help="Mixture-of-Experts for the Hugging Face stack.",
     no_args_is_help=True,
     add_completion=False,
@@ -54,10 +103,16 @@ def require(extra: str, *modules: str) -> None:
 
 
 def said(error: Exception, *models: str | None) -> str:
-    """The error in words: of a file by its name, and of the Hub with those of `models` that are no folders here."""
+    """The error in words: of a file by its name, and of the Hub with those of `models` that are no folders here.
+
+    Raises:
+        BrokenPipeError: If it is one: no failure, and no text that anybody reads.
+    """
+    if isinstance(error, BrokenPipeError):
+        raise error
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{str(error.filename)!r}: {error.strerror}. Check the path."
-    elsewhere = [repr(name) for name in models if name is not None and not Path(name).exists()]
+        return f"{str(error.filename)!r:.200}: {error.strerror}. Check the path."
+    elsewhere = [repr(name) for name in models if name is not None and not os.path.exists(name)]
     # an error that is a ValueError as well is ours, and names the model
     if isinstance(error, OSError) and not isinstance(error, ValueError) and elsewhere:
         return f"no folder here is called {' or '.join(elsewhere)}, and the Hub gave nothing: {error}"
@@ -81,5 +136,5 @@ def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], A
 
 def fail(message: str, *, code: int = 2) -> NoReturn:
     """Say what cannot be done in one line, and exit."""
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
     sys.exit(code)

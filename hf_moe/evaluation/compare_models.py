@@ -16,6 +16,7 @@ from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.evaluation.measurement import Measurement
 from hf_moe.evaluation.model_comparison import ModelComparison, compare_measurements
 from hf_moe.evaluation.text_probe import WINDOW, TextProbe
+from hf_moe.models.config_files import check_config
 from hf_moe.models.loading import ModelError, load_language_model
 from hf_moe.training.encoding import context_of
 
@@ -76,6 +77,8 @@ def compare_models(
         EvaluationError: If a model, an adapter or a tokenizer cannot be used.
         OSError, ValueError: As the host's loaders.
     """
+    for choice in (base, new):
+        check_config(choice.path)
     tokenizers = _tokenizers(base, new, tokenizer)
     measured: list[Measurement] = []
     for position, (choice, own) in enumerate(zip((base, new), tokenizers, strict=True)):

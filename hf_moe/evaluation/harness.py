@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.models.config_files import check_config
 from hf_moe.models.loading import find_model, language_class
 
 LARGEST_CPU_BATCH = 16
@@ -79,6 +80,7 @@ class HfMoeLM(HFLM):
         self._is_named = isinstance(pretrained, str)
         if isinstance(pretrained, str):
             find_model(pretrained)
+            check_config(pretrained)
         if experts_implementation is not None:
             if isinstance(pretrained, str):
                 options["experts_implementation"] = experts_implementation

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.json_files import read_json
 
 FORMAT = "hf_moe.evaluation/1"
 NAME = "results.json"
@@ -109,12 +110,12 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     path = path / NAME if path.is_dir() else path
     try:
-        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        results = read_json(path)
     except OSError as error:
         raise EvaluationError(
             f"the results {str(path)!r} cannot be read: {error.strerror}. Check the path."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise EvaluationError(f"{str(path)!r} is not valid JSON ({error}). Run the evaluation again.") from error
     check_results(results, str(path))
     return results
@@ -152,7 +153,3 @@ def _check_fields(record: Any, fields: Mapping[str, Any], where: str) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join("null" if part is type(None) else part.__name__ for part in kinds)
             raise EvaluationError(f"{where}.{name} must be {wanted}, got {value!r}. Run the evaluation again.")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

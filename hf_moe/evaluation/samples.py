@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.json_files import parse_json
 from hf_moe.whole_files import write_text
 
 Sample = dict[str, Any]
@@ -61,7 +62,7 @@ def read_samples(path: Path) -> list[Sample]:
     samples = []
     for number, line in enumerate(lines, start=1):
         try:
-            sample = json.loads(line)
+            sample = parse_json(line, allow_nan=True)
             _ = sample["doc"], sample["filter"], sample["values"].items()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{path}, line {number}: no sample of an evaluation. Run it again.") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 
 from hf_moe.hub.facts import CardError, read_facts, take
 
@@ -95,9 +95,8 @@ def _cached(base: str | None, revision: str | None) -> Path | None:
 
 def _of_config(folder: Path) -> dict[str, Any]:
     """From config.json; sizes from the model that it describes, built without storage."""
-    from transformers import AutoConfig
-
     from hf_moe.models.auto_classes import whole_auto_class
+    from hf_moe.models.config_files import ConfigError, load_config
     from hf_moe.observability.explain import explain_config
 
     written = read_facts(folder / "config.json")
@@ -111,10 +110,10 @@ def _of_config(folder: Path) -> dict[str, Any]:
     }
     try:
         # False, not the host's default, which asks on the terminal whether to run the checkpoint's code
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = load_config(folder, trust_remote_code=False)
         found = explain_config(config)
-    except StrictDataclassError as error:
-        raise CardError(f"{str(folder / 'config.json')!r} is damaged: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise CardError(str(error)) from error
     except (OSError, ValueError, ImportError, KeyError):
         return facts  # a model that this transformers does not know: its sizes stay unknown
     return facts | {

@@ -1,12 +1,12 @@
 """JSON values that somebody else wrote: each is taken by path and type; None where it is not what it must be."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hf_moe.json_files import read_object
+
 T = TypeVar("T")
-_LARGEST = 50_000_000  # bytes
 
 
 class CardError(ValueError):
@@ -20,16 +20,11 @@ def read_facts(path: Path) -> dict[str, Any]:
         CardError: If it is missing, too large, or no JSON object.
     """
     try:
-        if path.stat().st_size > _LARGEST:
-            raise CardError(f"{str(path)!r} has more than {_LARGEST:,} bytes: that is no report.")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, allow_nan=True)
     except OSError as error:
         raise CardError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, CardError) else CardError(f"{str(path)!r} is not valid JSON.") from error
-    if not isinstance(value, dict):
-        raise CardError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
-    return value
+    except ValueError as error:
+        raise CardError(f"{str(path)!r} is not valid JSON: {error}.") from error
 
 
 def take(record: Any, path: str, kind: type[T]) -> T | None:

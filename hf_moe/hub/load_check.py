@@ -19,6 +19,7 @@ from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, LoadsBackError, Push
 from hf_moe.models.auto_classes import named_auto_class
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, check_folder, check_index, read_headers, read_index
 from hf_moe.models.checkpoint_layout import is_finite
+from hf_moe.models.config_files import load_config
 
 _HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
 _TOKENS = 8
@@ -169,7 +170,7 @@ def _check_numbers(folder: Path, model: nn.Module, fits: bool, said: str) -> Loa
 def _load_model(
     folder: Path, trust_remote_code: bool, dtype: torch.dtype | str, fits: bool
 ) -> tuple[Any, Mapping[str, Any]]:
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     return _auto_class(config).from_pretrained(
         folder,
         dtype=dtype,

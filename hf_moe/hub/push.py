@@ -17,7 +17,7 @@ from hf_moe.hub.errors import plain_errors
 from hf_moe.hub.load_check import check_loads, check_sent
 from hf_moe.hub.remote import Change, Remote, changes, read_remote, sha256
 from hf_moe.hub.renew_code import with_new_code
-from hf_moe.hub.secrets import holds_token
+from hf_moe.hub.secrets import secret_in
 from hf_moe.hub.upload_files import (
     ADAPTER_CONFIG,
     CARD,
@@ -108,6 +108,7 @@ def plan_push(
     Raises:
         PushRefusedError: If the folder is not fit to be pushed.
         CardError: If a report or results in the folder are damaged.
+        ImportError: Without the extra `push`.
         HubError: If the Hub refuses, or cannot be reached.
     """
     api = api or HfApi()
@@ -121,7 +122,7 @@ def plan_push(
     _refuse_repository(remote, checkpoint, private=private, create_pr=create_pr)
     uploads, base_folder = _with_base(api, checkpoint, uploads, base)
     uploads = _with_card(checkpoint, uploads, remote.repo_id, base)
-    _refuse_tokens(uploads, api)
+    _refuse_secrets(uploads, api)
     loads = check_sent(checkpoint, uploads, base_folder, trust_remote_code=trust_remote_code)
     return PushPlan(
         repo_id=remote.repo_id,
@@ -246,12 +247,13 @@ def _with_card(checkpoint: Path, uploads: list[Upload], repo_id: str, base: str 
     return [Upload(CARD, str(card).encode(), "card"), *uploads]
 
 
-def _refuse_tokens(uploads: Sequence[Upload], api: HfApi) -> None:
+def _refuse_secrets(uploads: Sequence[Upload], api: HfApi) -> None:
     known = [token for token in (api.token, get_token()) if isinstance(token, str)]
     for upload in uploads:
-        if holds_token(upload.source, known):
+        if found := secret_in(upload.source, known):
             raise PushRefusedError(
-                f"{upload.path} holds an access token. Take it out, and revoke the token if anybody else has the file."
+                f"{upload.path} holds {found}. Take it out, and revoke it if anybody else has the file. If it is "
+                "none, send that file with `hf upload`, which does not look."
             )
 
 

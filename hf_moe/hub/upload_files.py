@@ -1,10 +1,11 @@
 """Which files of a folder make a model or an adapter on the Hub, and why the others stay behind."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from hf_moe import json_files
 
 ADAPTER_CONFIG, CONFIG, CARD = "adapter_config.json", "config.json", "README.md"
 # what an untouched template of the host is full of
@@ -20,6 +21,14 @@ KINDS = {
     "plots": r"plots/[\w.-]+\.(png|svg)",
     "card": r"README\.md|LICENSE(\.\w+)?|NOTICE(\.\w+)?",
 }
+_LARGEST_JSON = 500_000_000  # bytes; tokenizers of many languages have tens of millions
+# where passwords, tokens and private keys are kept, whatever is in it
+_KEPT_SECRET = (
+    r"\.env(\..*)?|.*\.env|\.git|\.git-credentials|[._]netrc|\.(pypirc|npmrc|pgpass|htpasswd|ssh|aws|gnupg|kube|docker)"
+    r"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)|(aws_|gcloud_)?credentials(\.json)?"
+    r"|application_default_credentials\.json|client_secret.*\.json|secrets?\.(json|ya?ml|toml)"
+)
+_KEYS_INSIDE = "a place for passwords and keys"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
@@ -101,7 +110,9 @@ def collect(folder: Path, add: Sequence[Path] = ()) -> tuple[list[Upload], list[
             if kind_of(path) in ("results", "plots"):
                 _sort(path, source, kind_of(path), found, left)
     for source in add:
-        for path, each in _added(source):
+        if _may_hold_keys(source.name):
+            raise PushRefusedError(f"--add {str(source)!r}: {_KEYS_INSIDE}; it is never sent.")
+        for path, each in _added(source, left):
             _sort(path, each, kind_of(path) or "added", found, left)
     return sorted(found.values(), key=lambda upload: upload.path), left
 
@@ -150,7 +161,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
             yield entry.name, entry
 
 
-def _added(source: Path) -> Iterator[tuple[str, Path]]:
+def _added(source: Path, left: list[LeftOut]) -> Iterator[tuple[str, Path]]:
+    """The file, or those of the folder; what of it is hidden or may hold keys is added to `left`."""
     if not source.exists():
         raise PushRefusedError(f"--add {str(source)!r} does not exist.")
     name = source.name if source.name not in ("", "..") else source.resolve().name
@@ -159,11 +171,24 @@ def _added(source: Path) -> Iterator[tuple[str, Path]]:
     if source.is_file():
         yield name, source
         return
-    for file in sorted(source.rglob("*")):
-        if file.is_symlink():
-            raise PushRefusedError(f"{str(file)!r} is a link; links are not followed. Copy it into the folder.")
-        if file.is_file():
-            yield f"{name}/{file.relative_to(source).as_posix()}", file
+    yield from _inside(source, name, left)
+
+
+def _inside(folder: Path, name: str, left: list[LeftOut]) -> Iterator[tuple[str, Path]]:
+    for entry in sorted(folder.iterdir()):
+        path = f"{name}/{entry.name}"
+        if _may_hold_keys(entry.name) or entry.name.startswith("."):
+            left.append(LeftOut(path, _KEYS_INSIDE if _may_hold_keys(entry.name) else "hidden"))
+        elif entry.is_symlink():
+            raise PushRefusedError(f"{str(entry)!r} is a link; links are not followed. Copy it into the folder.")
+        elif entry.is_dir():
+            yield from _inside(entry, path, left)
+        elif entry.is_file():
+            yield path, entry
+
+
+def _may_hold_keys(name: str) -> bool:
+    return re.fullmatch(_KEPT_SECRET, name, re.IGNORECASE) is not None
 
 
 def code_files(folder: Path) -> set[str]:
@@ -215,9 +240,6 @@ def read_json(path: Path) -> dict:
         PushRefusedError: If the file holds none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return json_files.read_object(path, largest=_LARGEST_JSON, allow_nan=True)
+    except ValueError as error:
         raise PushRefusedError(f"{str(path)!r} is not valid JSON ({error}). Save it again.") from error
-    if not isinstance(value, dict):
-        raise PushRefusedError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
-    return value

@@ -2,18 +2,31 @@
 
 import difflib
 import inspect
-import math
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Above these a configuration is a mistake or an attack: building it would exhaust any machine.
 MAX_EXPERTS = 65_536
+MAX_LAYERS = 1_024
+MAX_LABELS = 131_072
+MAX_CONTEXT = 2**31
 MAX_PARAMETERS = 2**43
 ALLOW_HUGE = "HF_MOE_ALLOW_HUGE"
+
+# What makes a configuration, or the model of it, grow by one number or one list: also in native families
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
+_BY_LAYER = ("mlp_only_layers", "layer_types", "mlp_layer_types", "per_layer_config")
+_LIMITS = {
+    **dict.fromkeys(("num_labels", "id2label", "label2id"), MAX_LABELS),
+    **dict.fromkeys((*_LAYERS, "num_encoder_layers", "num_decoder_layers", *_BY_LAYER), MAX_LAYERS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), MAX_EXPERTS),
+}
 
 # The host drops these from a configuration without a word
 _GENERATION_NAMES = {"top_k": "num_experts_per_tok", "top_p": "router_top_p"}
@@ -37,8 +50,12 @@ _POSITIVE = (
     "topk_group",
 )
 _NOT_NEGATIVE = ("num_shared_experts", "num_null_experts", "first_k_dense_replace")
+# Larger factors leave the range of half precision
+_LARGEST_FACTOR = 1e4
 _FINITE_NOT_NEGATIVE = ("router_aux_loss_coef", "router_z_loss_coef", "initializer_range")
 _FINITE_POSITIVE = ("rms_norm_eps", "routed_scaling_factor")
+# Beyond these a rotation is no number in float32
+_ROPE_RANGE = (1e-6, 1e12)
 _FRACTIONS = ("attention_dropout", "classifier_dropout", "router_jitter_noise")
 
 
@@ -161,7 +178,13 @@ class HfMoeConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        refuse_huge(config_dict)  # before each entry of a list is looked at
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any):
+        refuse_huge({**vars(self), **kwargs})
         self._refuse_misspelt(kwargs)
         self._refuse_unknown_dtype(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
         self._refuse_foreign_code(kwargs)
@@ -170,6 +193,8 @@ class HfMoeConfig(PreTrainedConfig):
         # the host reads head_dim; a zero is reported by the checks, which run later
         if self.head_dim is None and self.num_attention_heads:
             self.head_dim = self._head_dim()
+        self._refuse_rope(kwargs)
+        self._refuse_unusable(kwargs)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -207,8 +232,52 @@ class HfMoeConfig(PreTrainedConfig):
 
     @staticmethod
     def _refuse_unknown_dtype(dtype: Any) -> None:
-        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch dtype such as 'bfloat16', got {dtype!r}.")
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype must name a torch dtype such as 'bfloat16', got {dtype!r:.80}.")
+
+    def _refuse_unusable(self, kwargs: dict[str, Any]) -> None:
+        """What transformers takes here and stumbles over later, in a traceback."""
+        if self.return_dict is False:
+            raise ValueError(
+                "return_dict must be true: the model reads its backbone's outputs by name. For a tuple, pass "
+                "return_dict=False to the forward."
+            )
+        auto_map = kwargs.get("auto_map")
+        values = auto_map.values() if isinstance(auto_map, dict) else () if auto_map is None else [auto_map]
+        names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+        if wrong := [name for name in names if name is not None and not isinstance(name, str)]:
+            raise ValueError(f"auto_map must map Auto classes to 'module.Class', got {wrong[0]!r:.80}.")
+        if (padding := self.pad_token_id) is not None and not -self.vocab_size <= padding < self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {padding!r:.80}.")
+
+    def _refuse_rope(self, kwargs: dict[str, Any]) -> None:
+        """transformers looks at the values when it builds the model, and at some not at all: NaN logits."""
+        found = kwargs.get("rope_scaling") or self.rope_parameters or {}
+        if not isinstance(found, dict):  # refused by its type
+            return
+        kind = found.get("rope_type", found.get("type", "default"))
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        if kind not in known:
+            raise ValueError(f"rope_parameters: rope_type must be one of {', '.join(known)}, got {kind!r:.80}.")
+        named = {key: kwargs[key] for key in ("rope_theta", "partial_rotary_factor") if key in kwargs} | found
+        for key, value in named.items():
+            if key not in ("rope_type", "type", "truncate") and (value is not None or key == "rope_theta"):
+                _require_rope_numbers(key, value)
+        span, share = found.get("original_max_position_embeddings") or 2, named.get("partial_rotary_factor") or 1
+        _require(span >= 2, "original_max_position_embeddings", span, "must be at least 2")
+        _require(share <= 1, "partial_rotary_factor", share, "must be at most 1")
+        if kind == "longrope" and self.head_dim:
+            half = int(self.head_dim * share) // 2
+            for name in ("short_factor", "long_factor"):
+                count = len(found[name]) if isinstance(found.get(name), list) else 0
+                _require(count == half, name, count, f"must have {half} numbers, half of the rotated size of a head")
+
+    def validate_rope(self) -> None:
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_parameters: {error.args[0]}.") from error
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether the feed-forward of layer `layer_idx` is a MoE layer; the others are dense."""
@@ -242,24 +311,29 @@ class HfMoeConfig(PreTrainedConfig):
         for name in ("head_dim", "sliding_window"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1 or None")
+        for name in ("sliding_window", "max_position_embeddings"):
+            value = getattr(self, name)
+            _require(value is None or value <= MAX_CONTEXT, name, value, f"must be at most {MAX_CONTEXT}")
 
     def _validate_numbers(self) -> None:
         for name in _FINITE_NOT_NEGATIVE:
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "must be finite and not negative")
+            rule = f"must be finite and not negative, at most {_LARGEST_FACTOR:,.0f}"
+            _require(0 <= value <= _LARGEST_FACTOR, name, value, rule)
         for name in _FINITE_POSITIVE:
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "must be finite and positive")
+            rule = f"must be finite and positive, at most {_LARGEST_FACTOR:,.0f}"
+            _require(0 < value <= _LARGEST_FACTOR, name, value, rule)
         for name in _FRACTIONS:
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "must be in [0, 1)")
         _require(0 < self.router_top_p <= 1, "router_top_p", self.router_top_p, "must be in (0, 1]")
         capacity = self.capacity_factor
         _require(
-            capacity is None or (math.isfinite(capacity) and capacity > 0),
+            capacity is None or 0 < capacity <= _LARGEST_FACTOR,
             "capacity_factor",
             capacity,
-            "must be finite and positive, or None to drop nothing",
+            f"must be finite and positive, at most {_LARGEST_FACTOR:,.0f}, or None to drop nothing",
         )
 
     def _validate_attention(self) -> None:
@@ -389,9 +463,38 @@ class HfMoeConfig(PreTrainedConfig):
         return list(self.per_layer_config) if self.is_heterogeneous else [self]
 
 
+def refuse_huge(config: Mapping[str, Any]) -> None:
+    """Refuse numbers and lists of a config, of any family, that take memory and time as soon as it is built.
+
+    Raises:
+        ValueError: Naming field, value and limit.
+    """
+    if os.environ.get(ALLOW_HUGE) == "1":
+        return
+    for name, limit in _LIMITS.items():
+        value = config.get(name)
+        size = len(value) if isinstance(value, list | dict) else value
+        if isinstance(size, int | float) and not size <= limit:
+            what = "have at most {:,} entries" if isinstance(value, list | dict) else "be at most {:,}"
+            raise ValueError(
+                f"{name} must {what.format(limit)}, got {size!r:.80}. If it is meant, set the environment variable "
+                f"{ALLOW_HUGE}=1."
+            )
+
+
+def _require_rope_numbers(name: str, value: Any) -> None:
+    least, most = _ROPE_RANGE
+    is_list = isinstance(value, list) and name in ("short_factor", "long_factor")
+    for number in value if is_list else [value]:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not least <= number <= most:
+            rule = f"must be a number from {least:g} to {most:g}"
+            raise ValueError(f"rope_parameters: {name} {rule}, got {number!r:.80}.")
+
+
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{name} {rule}, got {value!r}.")
+        raise ValueError(f"{name} {rule}, got {value!r:.200}.")
 
 
 __all__ = ["HfMoeConfig"]

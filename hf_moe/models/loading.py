@@ -5,7 +5,7 @@ whether its experts go through transformers' interface.
 """
 
 import copy
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from huggingface_hub.errors import (
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
-    StrictDataclassError,
 )
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_moe.models.config_files import ConfigError, config_errors, load_config
 
 from .auto_classes import is_language_model, whole_auto_class
 from .unseen_experts import required_layers
@@ -51,7 +52,7 @@ def find_model(name: str, *, file: str = "config.json") -> None:
     Raises:
         ModelNotFoundError: If there is no such folder, and the Hub has no such repository or cannot be reached.
     """
-    if Path(name).exists():
+    if os.path.exists(name):
         return
     try:
         if isinstance(try_to_load_from_cache(name, file), str):
@@ -79,17 +80,19 @@ def read_config(name: str) -> PreTrainedConfig:
     find_model(name)
     try:
         # False, not transformers' default, which asks on the terminal whether to run the checkpoint's code
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return load_config(name, trust_remote_code=False)
     except OSError as error:
         raise ModelNotFoundError(f"{name!r} has no config that can be read: {_first(error)}") from error
-    except (StrictDataclassError, ValueError) as error:
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+    except ValueError as error:
         raise ModelError(f"the config of {name!r} cannot be read: {_first(error)}") from error
 
 
 def build_empty(config: PreTrainedConfig, auto_class: Any | None = None) -> PreTrainedModel:
     """The whole model that `config` describes, without weights (meta device)."""
     auto_class = auto_class or whole_auto_class(config)
-    with torch.device("meta"):
+    with torch.device("meta"), config_errors(config._name_or_path or type(config).__name__):
         # a copy: building writes into it
         return auto_class.from_config(copy.deepcopy(config), dtype=config.dtype or torch.float32)
 

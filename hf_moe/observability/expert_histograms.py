@@ -117,6 +117,7 @@ class _Totals:
         self.last: dict[tuple[str, str], dict[int, int]] = {}
         self.alone: set[tuple[str, str]] = set()
         self.resets: dict[tuple[str, str], int] = {}
+        self.widths: dict[str, int] = {}  # entries of a layer's lists
 
     def add(self, process: str, layer: str, total: dict[int, int]) -> None:
         key = (process, layer)
@@ -220,6 +221,11 @@ def _add_record(record: Any, where: str, found: Histograms, totals: _Totals) -> 
     values = record[kinds[0]]
     if not isinstance(values, list) or not 1 <= len(values) <= MOST_EXPERTS:
         raise HistogramError(f"{where}: {kinds[0]!r} must be a list of 1 to {MOST_EXPERTS:,} counts, one an expert.")
+    if (width := totals.widths.setdefault(str(layer), len(values))) != len(values):
+        raise HistogramError(
+            f"{where}: {kinds[0]!r} has {len(values):,} entries, and layer {str(layer)[:80]!r} had {width:,} before: "
+            "these are two models. Export each into a file of its own."
+        )
     experts = {expert: _count(value, where) for expert, value in enumerate(values)}
     if kinds[0] == "counts":
         found.add(str(layer), experts)
@@ -281,13 +287,17 @@ def _labels(text: str, where: str) -> dict[str, str]:
 
 
 def _expert(text: str, where: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text):
-        raise HistogramError(f"{where}: the label 'expert' must be a number from 0 to 65535, got {text[:40]!r}.")
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) >= MOST_EXPERTS:
+        raise HistogramError(
+            f"{where}: the label 'expert' must be a number from 0 to {MOST_EXPERTS - 1}, got {text[:40]!r}."
+        )
     return int(text)
 
 
 def _float(text: str, where: str) -> float:
     try:
+        if "_" in text or not text.isascii():  # Python reads 1_000, Prometheus does not
+            raise ValueError(text)
         value = float(text)
     except ValueError as error:
         raise HistogramError(f"{where}: the value must be a number, got {text[:40]!r}.") from error

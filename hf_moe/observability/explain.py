@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_moe.experts.backends import BACKENDS, refusals
 from hf_moe.experts.engines import choose
+from hf_moe.models.config_files import config_errors
+from hf_moe.models.configuration_hf_moe import refuse_huge
 from hf_moe.models.loading import build_empty, read_config
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers
 from hf_moe.models.path_ranges import join_ranges, split_path
@@ -144,9 +146,15 @@ def explain_config(config: PreTrainedConfig | str) -> Explanation:
 
     Raises:
         OSError: If there is no config at `config`.
-        ValueError: If it cannot be read, or no auto class has a model for it.
+        ValueError: If it is damaged, or no auto class has a model for it.
     """
-    return explain(build_empty(read_config(config) if isinstance(config, str) else config))
+    name = config if isinstance(config, str) else type(config).__name__
+    if isinstance(config, str):
+        config = read_config(config)
+    else:
+        refuse_huge(vars(config))
+    with config_errors(name):
+        return explain(build_empty(config))
 
 
 def _count_parameters(model: nn.Module, layers: list[MoeLayer]) -> tuple[int, int]:

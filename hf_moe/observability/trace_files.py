@@ -10,7 +10,6 @@
     coactivation.P.L [E, E] int64, absent where not counted
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_moe.json_files import read_object
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.token_table import LayerSpec, TokenTable
 from hf_moe.whole_files import whole_folder, write_json
@@ -29,8 +29,9 @@ MANIFEST = "trace.json"
 STATISTICS = "statistics.safetensors"
 FORMAT = "hf_moe.routing_trace"
 VERSION = 1
-_MAX_MANIFEST_BYTES = 64 * 2**20
+_MAX_MANIFEST_BYTES = 16 * 2**20
 _MAX_EXPERTS = 65535
+_BYTES_PER_EXPERT = 16  # a count and a weight
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,18 @@ def save_trace(trace: StoredTrace, folder: Path) -> None:
 def load_trace(folder: Path) -> StoredTrace:
     """See `RoutingTrace.load`."""
     manifest = _read_manifest(folder)
-    empty = [_layer(entry, folder) for entry in _list(manifest, "layers", folder)]
-    if not empty or len({each.name for each in empty}) != len(empty):
+    layers = [_layer(entry, folder) for entry in _list(manifest, "layers", folder)]
+    if not layers or len({each.name for each in layers}) != len(layers):
         raise _damaged(folder, "its layers must have different names, and there must be one")
     domains = _list(manifest, "domains", folder)
     if not all(isinstance(name, str) and name for name in domains) or len(set(domains)) != len(domains):
-        raise _damaged(folder, f"domains must be different names, got {domains!r}")
+        raise _damaged(folder, f"domains must be different names, got {str(domains)[:200]}")
     if not isinstance(manifest.get("model_facts"), dict):
         raise _damaged(folder, "model_facts must be an object")
+    _refuse_more_than_is_stored(layers, 1 + len(domains), folder)
     tensors = _read_tensors(folder)
+    # the co-activation, quadratic in a number that a file names, is made only where the file holds it
+    empty = [empty_statistics(each.name, each.num_experts, each.top_k, coactivation=False) for each in layers]
     parts: dict[str | None, list[LayerStatistics]] = {}
     for part, domain in enumerate([None, *domains]):
         statistics = [_statistics(each, f"{part}.{layer}", tensors, folder) for layer, each in enumerate(empty)]
@@ -87,8 +91,7 @@ def load_trace(folder: Path) -> StoredTrace:
         raise _damaged(folder, f"{STATISTICS} holds unexpected tensors: {', '.join(sorted(tensors)[:5])}")
     tokens = None
     if manifest.get("tokens") is not None:
-        specs = [LayerSpec(each.name, each.num_experts, each.top_k) for each in empty]
-        tokens = TokenTable.open(folder, manifest["tokens"], specs)
+        tokens = TokenTable.open(folder, manifest["tokens"], layers)
     return StoredTrace(empty, parts, manifest["model_facts"], tokens)
 
 
@@ -126,13 +129,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no routing trace: {MANIFEST} is missing.")
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise _damaged(folder, f"{MANIFEST} has {path.stat().st_size} bytes, at most {_MAX_MANIFEST_BYTES} are read")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        manifest = read_object(path, largest=_MAX_MANIFEST_BYTES)
+    except ValueError as error:
         raise _damaged(folder, f"{MANIFEST} is not valid JSON ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise _damaged(folder, f"{MANIFEST} does not say format {FORMAT!r}")
     if manifest.get("version") != VERSION:
         raise ValueError(
@@ -142,10 +143,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
 def _list(manifest: dict[str, Any], field: str, folder: Path) -> list[Any]:
     value = manifest.get(field)
     if not isinstance(value, list):
@@ -153,7 +150,7 @@ def _list(manifest: dict[str, Any], field: str, folder: Path) -> list[Any]:
     return value
 
 
-def _layer(entry: Any, folder: Path) -> LayerStatistics:
+def _layer(entry: Any, folder: Path) -> LayerSpec:
     if not isinstance(entry, dict) or set(entry) != {"name", "num_experts", "top_k"}:
         raise _damaged(folder, f"a layer must be given by name, num_experts and top_k, got {str(entry)[:200]}")
     if not isinstance(entry["name"], str):
@@ -162,8 +159,16 @@ def _layer(entry: Any, folder: Path) -> LayerStatistics:
         value = entry[field]
         if type(value) is not int or not 1 <= value <= _MAX_EXPERTS:
             raise _damaged(folder, f"{field} must be an integer in [1, {_MAX_EXPERTS}], got {str(value)[:50]}")
-    # the co-activation, quadratic in a number that a file names, is made only where the file holds it
-    return empty_statistics(entry["name"], entry["num_experts"], entry["top_k"], coactivation=False)
+    return LayerSpec(entry["name"], entry["num_experts"], entry["top_k"])
+
+
+def _refuse_more_than_is_stored(layers: list[LayerSpec], parts: int, folder: Path) -> None:
+    """A few bytes of the manifest may name a layer of any size: the memory that it takes must be in the file."""
+    path = folder / STATISTICS
+    held = path.stat().st_size if path.is_file() else 0
+    needed = parts * sum(layer.num_experts for layer in layers) * _BYTES_PER_EXPERT
+    if held and needed > held:
+        raise _damaged(folder, f"{STATISTICS} has {held:,} bytes, and the layers need at least {needed:,}")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ host's Trainer writes file by file into the final folder and resumes from the hi
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -18,14 +18,17 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_moe.json_files import read_json
 from hf_moe.whole_files import flush, is_temporary, move_into_place, remove_temporaries, write_json
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+_LARGEST_MANIFEST = 16 * 2**20  # bytes
 UNFINISHED = "_unfinished"
 """Where a checkpoint is written before it moves into its place; the host never pushes names that begin with "_"."""
 
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 SKIPPED = "_skipped-"
 """Put before the name of a checkpoint that cannot be trusted."""
 
@@ -72,9 +75,12 @@ def flaw(folder: Path) -> str | None:
         return f"its {MANIFEST} cannot be read ({error})"
     try:
         for name, (size, _) in manifest.items():  # sizes first: they cost nothing
-            if (actual := (folder / name).stat().st_size) != size:
-                return f"{name} has {actual:,} bytes instead of {size:,}"
-        hashes = _hashes(folder / name for name in manifest)
+            found = (folder / name).stat()
+            if not stat.S_ISREG(found.st_mode):
+                return f"{name} is no file"
+            if found.st_size != size:
+                return f"{name} has {found.st_size:,} bytes instead of {size:,}"
+        hashes = _hashes({folder / name for name in manifest})
         for name, (_, digest) in manifest.items():
             if hashes[folder / name] != digest:
                 return f"{name} has changed since it was saved (SHA-256 differs)"
@@ -103,14 +109,14 @@ def _seal(folder: Path, known: dict[str, tuple[int, str]], paths: list[Path]) ->
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 by file name. Raises OSError, or ValueError if it is no manifest."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST, largest=_LARGEST_MANIFEST)
     if not isinstance(manifest, dict) or not manifest:
         raise ValueError("it lists no files")
     for name, entry in manifest.items():
         if not (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int and isinstance(entry[1], str)):
-            raise ValueError(f"the entry of {name!r} is no size and hash")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{name!r} lies outside of the checkpoint")
+            raise ValueError(f"the entry of {name!r:.200} is no size and hash")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise ValueError(f"{name!r:.200} lies outside of the checkpoint")
     return {name: (size, digest) for name, (size, digest) in manifest.items()}
 
 
@@ -164,8 +170,20 @@ def refuse_one_checkpoint(save_total_limit: int | None) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first, whatever state they are in."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def _warn_of_others(output_dir: Path) -> None:
+    """What transformers, or a person, would take for a checkpoint: digits of other alphabets, files."""
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and not (_CHECKPOINT.fullmatch(path.name) and path.is_dir()):
+            why = "its number is not written in the digits 0 to 9" if path.is_dir() else "it is no folder"
+            logger.warning(f"Skipped {str(path)!r}, which is no checkpoint: {why}.")
 
 
 def newest_sealed(output_dir: str | Path) -> str | None:
@@ -174,24 +192,36 @@ def newest_sealed(output_dir: str | Path) -> str | None:
     Newer ones that cannot be trusted are named in a warning, with the reason, and renamed to
     `_skipped-checkpoint-N`: the host, which checks nothing, would resume from them.
     """
+    _warn_of_others(Path(output_dir))
     for folder in checkpoints(Path(output_dir)):
         reason = flaw(folder)
         if reason is None:
             return str(folder)
-        aside = folder.with_name(SKIPPED + folder.name)
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = _place_aside(folder)
         folder.rename(aside)
         logger.warning(f"Skipped {str(folder)!r}, which is now {aside.name!r}: {reason}.")
     return None
+
+
+def _place_aside(folder: Path) -> Path:
+    """Free for `folder`: in place of what was put there earlier, or beside what others have put there."""
+    aside = folder.with_name(SKIPPED + folder.name)
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    number = 1
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = folder.with_name(f"{SKIPPED}{folder.name}-{number}")
+    return aside
 
 
 def delete_old_checkpoints(output_dir: Path, most: int | None, keep: set[Path]) -> None:
     """Delete the oldest until at most `most` are left; never one of `keep`. To be called once the newest is sealed."""
     if most is None or most <= 0:
         return
-    found = checkpoints(output_dir)
+    found = [folder for folder in checkpoints(output_dir) if not folder.is_symlink()]
     # by time, as the host does: those of an earlier run in the folder may have higher numbers
-    oldest_first = sorted(set(found) - keep, key=lambda path: (path.stat().st_mtime_ns, int(path.name.split("-")[1])))
+    oldest_first = sorted(set(found) - keep, key=lambda path: (path.stat().st_mtime_ns, _step(path)))
     for folder in oldest_first[: max(0, len(found) - max(most, len(keep)))]:
         try:
             (folder / MANIFEST).unlink(missing_ok=True)  # first: half deleted is not valid

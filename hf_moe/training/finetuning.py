@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash, verify_adapter_without_router
 from hf_moe.adapters.readable import UnreadableAdapterError
+from hf_moe.models.config_files import check_config
 from hf_moe.models.loading import ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
@@ -38,6 +39,7 @@ from hf_moe.training.memory import StepMemory, step_memory
 from hf_moe.training.other_towers import copy_processor, freeze_what_text_does_not_reach, has_other_towers
 from hf_moe.training.packing import draw
 from hf_moe.training.rows import Mixture, Rows, pack_examples, pad_examples
+from hf_moe.training.run_lock import LOCK, RunRefusedError, hold_until_the_end
 from hf_moe.training.sources import DataError, Source, hold_out, read_source
 from hf_moe.training.surroundings import without_host_warnings
 from hf_moe.training.trainer import MoeTrainer
@@ -47,8 +49,16 @@ logger = logging.getLogger(__name__)
 
 # what a recipe says in one line
 _REFUSALS = (
-    DataError, ImportError, ModelError, OSError, RecipeError, RouterNotFrozenError, TextError, UnreadableAdapterError
-)  # fmt: skip
+    DataError,
+    ImportError,
+    ModelError,
+    OSError,
+    RecipeError,
+    RouterNotFrozenError,
+    RunRefusedError,
+    TextError,
+    UnreadableAdapterError,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -74,6 +84,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         OSError: If it cannot be found.
     """
     try:
+        check_config(arguments.model)  # it reads the config too
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     except ValueError as error:
         raise RecipeError(f"the tokenizer of {arguments.model!r} cannot be loaded: {error}") from error
@@ -320,9 +331,16 @@ def folder_bytes(folder: Path) -> int:
 
 
 def refuse_used_folder(arguments: RecipeTrainingArguments) -> None:
-    """Raises RecipeError if the output folder holds an earlier run that is not to be resumed."""
+    """Hold the output folder until the recipe ends (`frees_folders`).
+
+    Raises:
+        RecipeError: If it holds an earlier run that is not to be resumed.
+        RunRefusedError: If another run works in it.
+    """
     folder = Path(str(arguments.output_dir))
-    if arguments.resume_from_checkpoint is None and folder.exists() and os.listdir(folder):
+    if arguments.process_index == 0:
+        hold_until_the_end(folder)
+    if arguments.resume_from_checkpoint is None and folder.exists() and set(os.listdir(folder)) - {LOCK}:
         raise RecipeError(
             f"the output folder {str(folder)!r} is not empty. Choose another, or go on with what is there: "
             "--resume_from_checkpoint auto."

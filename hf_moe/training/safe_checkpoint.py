@@ -9,7 +9,7 @@ the manifest alone marks what is complete. What is resumed from is decided by th
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from hf_moe.training.checkpoints import (
 )
 from hf_moe.training.non_finite import FiniteTrainingMixin, NonFiniteError, non_finite_weight
 from hf_moe.training.resumption import is_resumable, limit_to_weights, refuse_resuming, say_what_is_lost
+from hf_moe.training.run_lock import folder_held
 from hf_moe.training.same_weights import SameWeightsMixin
 from hf_moe.training.termination import (
     Terminated,
@@ -88,6 +89,7 @@ class SafeCheckpointMixin(
         NonFiniteError: See there.
         SameWeightsError: The processes train apart.
         Terminated: See above.
+        RunRefusedError: Another run works in the output folder; names it.
         ValueError: `enable_jit_checkpoint` is on; several nodes with a `save_total_limit` of 1;
             `load_best_model_at_end` on transformers' own engine.
     """
@@ -111,12 +113,13 @@ class SafeCheckpointMixin(
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         _refuse(self.args, rename=self._renames())
         limit_to_weights(self)
-        self.last_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        say_what_is_lost(self, self.last_checkpoint)
-        if self.args.should_save:
-            unmark_resumable(Path(str(self.args.output_dir)))
-        self._saved_step, self._ended_step, self._push_waits = None, None, False
-        with self._termination:
+        with ExitStack() as held:
+            self.last_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint, held)
+            say_what_is_lost(self, self.last_checkpoint)
+            if self.args.should_save:
+                unmark_resumable(Path(str(self.args.output_dir)))
+            self._saved_step, self._ended_step, self._push_waits = None, None, False
+            held.enter_context(self._termination)
             return super().train(self.last_checkpoint, *args, **kwargs)
 
     def _renames(self) -> bool:
@@ -125,13 +128,14 @@ class SafeCheckpointMixin(
 
     # ---- resume
 
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """The folder, chosen by the main process for all."""
+    def _checkpoint_to_resume(self, wanted: str | bool | None, held: ExitStack) -> str | None:
+        """The folder, chosen by the main process for all. It holds the output folder from here on."""
         from accelerate.utils import broadcast_object_list
 
         choice: list[Any] = [None]
         if self.args.process_index == 0:
             try:
+                held.enter_context(folder_held(str(self.args.output_dir), nested=True))
                 choice = [_choose(str(self.args.output_dir), wanted)]
                 refuse_resuming(self, choice[0])
             except (CheckpointError, ValueError) as error:

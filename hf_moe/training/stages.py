@@ -4,14 +4,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hf_moe.whole_files import write_json
-
-
-class RunRefusedError(ValueError):
-    """The folder belongs to something else: other files, other arguments, or a run that is still going."""
+from hf_moe.json_files import read_json
+from hf_moe.training.run_lock import LOCK, RunRefusedError, folder_held
+from hf_moe.whole_files import temporary, write_json
 
 
 class ResumableRun:
@@ -33,21 +32,21 @@ class ResumableRun:
         self.identity = json.loads(json.dumps(identity))
         self.continued = False
         self._state_file = folder / f"{program}.json"
-        self._lock_file = folder / f".{program}.lock"
+        self._held = ExitStack()
 
     def __enter__(self) -> "ResumableRun":
         self._refuse_foreign_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        self._held.enter_context(folder_held(self.folder, self.program))
         try:
             self._state = self._read_state()
         except RunRefusedError:
-            self._lock.close()
+            self._held.close()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()
+        self._held.close()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -95,31 +94,18 @@ class ResumableRun:
             )
         if not self.folder.exists() or self._state_file.exists():
             return
-        ours = {self._lock_file.name, f".{self._state_file.name}.tmp"}
+        ours = {LOCK, temporary(self._state_file).name}
         if found := sorted(path.name for path in self.folder.iterdir() if path.name not in ours):
             raise RunRefusedError(
                 f"output {str(self.folder)!r} is not empty (it holds {found[0]!r}) and was not begun by "
                 f"{self.program}. Choose an empty or new folder with --output."
             )
 
-    def _take_lock(self) -> Any:
-        import fcntl
-
-        lock = open(self._lock_file, "w")  # noqa: SIM115 (closed in __exit__)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise RunRefusedError(
-                f"another {self.program} is running in {str(self.folder)!r}. Wait for it, or choose another --output."
-            ) from error
-        return lock
-
     def _read_state(self) -> dict[str, Any]:
         if not self._state_file.exists():
             return {"program": self.program, "identity": self.identity, "begun": {}, "stages": {}}
         try:
-            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            state = read_json(self._state_file)
             earlier = state["identity"]
             _ = state["begun"], state["stages"]
         except (ValueError, KeyError, TypeError) as error:

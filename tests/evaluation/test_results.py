@@ -115,7 +115,9 @@ def test_samples_survive_any_text(tmp_path):
     assert read_samples(tmp_path / "samples/a.jsonl") == samples
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"doc": "d"}', '{"doc": "d", "filter": "none", "values": 3}', ""])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"doc": "d"}', '{"doc": "d", "filter": "none", "values": 3}', "", "[" * 100_000]
+)
 def test_damaged_samples_are_refused(line, tmp_path):
     good = '{"doc": "d", "filter": "none", "values": {}}\n'
     (tmp_path / "a.jsonl").write_text(f"{good}{line}\n{good}")

@@ -3,7 +3,9 @@
 import copy
 import getpass
 import json
+import random
 import re
+import string
 from pathlib import Path
 
 import pytest
@@ -118,7 +120,7 @@ def test_a_folder_without_a_model_is_refused_before_anything_is_written(saved, t
 def test_a_damaged_config_is_refused(damage, saved, tmp_path):
     config = json.loads((saved / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | damage))
-    with pytest.raises(CardError, match=r"config\.json' is damaged: "):
+    with pytest.raises(CardError, match=r"the config of .* cannot be used: "):
         model_card(tmp_path)
 
 
@@ -209,6 +211,13 @@ def test_nothing_of_this_machine_is_in_it(saved, tmp_path, monkeypatch):
         assert secret not in text, secret
     for kept in ("a.txt", "x.md", "[token removed]", "recipes/x.py"):
         assert kept in text.replace("\\", ""), kept
+
+
+def test_tokens_of_all_services_are_removed():
+    draw = random.Random(0)
+    hub, github = ("".join(draw.choices(string.ascii_letters, k=count)) for count in (60, 36))
+    text = scrub(f"python x.py --a hf_oauth_{hub} --b=ghp_{github} --c")
+    assert text == "python x.py --a [token removed] --b=[token removed] --c"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,11 @@ from tiny_hf_moe import DECODERS, ENCODERS, encoder_config, tiny_config
 
 NAN, INF = float("nan"), float("inf")
 
+
+def rope(kind, **values):
+    return {"rope_type": kind, "rope_theta": 1e4, **values}
+
+
 # name: (fields, what the message must hold: the field and the value, and where it helps the rule or way out)
 BAD = {
     "experts_per_token_zero": ({"num_experts_per_tok": 0}, ["num_experts_per_tok", "at least 1", "0"]),
@@ -23,7 +28,7 @@ BAD = {
     "experts_per_token_none": ({"num_experts_per_tok": None}, ["num_experts_per_tok", "expected int"]),
     "no_experts": ({"num_experts": 0}, ["num_experts", "at least 1", "0"]),
     "negative_experts": ({"num_experts": -4}, ["num_experts", "-4"]),
-    "too_many_experts": ({"num_experts": 10**7}, ["num_experts", "65536", "10000000"]),
+    "too_many_experts": ({"num_experts": 10**7}, ["num_experts", "65,536", "10000000"]),
     "too_many_null_experts": ({"num_null_experts": 10**7}, ["num_null_experts", "65536"]),
     "huge": ({"hidden_size": 10**6, "num_experts": 60_000}, ["parameters", "TiB", ALLOW_HUGE]),
     "huge_vocabulary": ({"vocab_size": 10**13}, ["vocab_size=10000000000000", ALLOW_HUGE]),
@@ -84,6 +89,35 @@ BAD = {
     "attention_from_the_hub_within": ({"_attn_implementation_internal": "evil/repo@main"}, ["evil/repo@main"]),
     "experts_from_the_hub": ({"experts_implementation": "evil/repo"}, ["experts_implementation", "evil/repo"]),
     "dtype_not_a_dtype": ({"dtype": "os"}, ["dtype", "bfloat16", "os"]),
+    "labels_of_a_bomb": ({"num_labels": 10**12}, ["num_labels", "131,072", ALLOW_HUGE]),
+    "layers_of_a_bomb": ({"num_hidden_layers": 10**6}, ["num_hidden_layers", "1,024", ALLOW_HUGE]),
+    "dense_layers_of_a_bomb": ({"mlp_only_layers": [0] * 2000}, ["mlp_only_layers", "1,024 entries", "2000"]),
+    "window_beyond_int64": ({"sliding_window": 10**30}, ["sliding_window", "2147483648"]),
+    "scale_that_overflows": ({"routed_scaling_factor": 1e308}, ["routed_scaling_factor", "10,000", "1e+308"]),
+    "scale_no_float_holds": ({"routed_scaling_factor": 10**400}, ["routed_scaling_factor", "10,000"]),
+    "dtype_a_number": ({"dtype": 10**30}, ["dtype", "bfloat16"]),
+    "tuples_within": ({"return_dict": False}, ["return_dict must be true", "pass return_dict=False to the forward"]),
+    "auto_map_a_number": ({"auto_map": {"AutoModel": 3}}, ["auto_map", "'module.Class'", "3"]),
+    "auto_map_no_table": ({"auto_map": 3}, ["auto_map", "got 3"]),
+    "padding_beyond_the_vocabulary": ({"pad_token_id": 64}, ["pad_token_id", "vocab_size (64)"]),
+    "rope_theta_nan": ({"rope_parameters": {"rope_theta": NAN}}, ["rope_theta", "from 1e-06 to 1e+12", "nan"]),
+    "rope_theta_negative": ({"rope_parameters": {"rope_theta": -1}}, ["rope_theta", "got -1"]),
+    "rope_theta_text": ({"rope_parameters": {"rope_theta": "x"}}, ["rope_theta", "must be a number", "'x'"]),
+    "rope_theta_beside": ({"rope_theta": NAN}, ["rope_theta", "nan"]),
+    "rope_unknown": ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_type", "linear", "yarn", "'spiral'"]),
+    "rope_factor_zero": ({"rope_parameters": rope("linear", factor=0)}, ["factor", "got 0"]),
+    "rope_factor_missing": ({"rope_parameters": rope("yarn")}, ["rope_parameters", "Missing required keys", "factor"]),
+    "rope_factor_a_list": ({"rope_parameters": rope("linear", factor=[2.0])}, ["factor", "a number", "[2.0]"]),
+    "rope_scaling_of_old": ({"rope_scaling": rope("linear", factor=INF)}, ["factor", "inf"]),
+    "rope_context_of_one": (
+        {"rope_parameters": rope("longrope", factor=2.0, original_max_position_embeddings=1)},
+        ["original_max_position_embeddings", "at least 2"],
+    ),
+    "rope_factors_of_another_size": (
+        {"rope_parameters": rope("longrope", factor=2.0, short_factor=[1.0], long_factor=[1.0] * 4)},
+        ["short_factor", "4 numbers", "got 1"],
+    ),
+    "rope_by_layer_type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["full_attention", "number"]),
     "layer_with_too_few_experts": ({"per_layer_config": {1: {"num_experts": 1}}}, ["num_experts_per_tok", "[1, 1]"]),
     "layer_changes_hidden_size": ({"per_layer_config": {1: {"hidden_size": 64}}}, ["per_layer_config", "hidden_size"]),
 }

@@ -163,13 +163,18 @@ DAMAGES = {
     "no JSON": (lambda folder: (folder / "trace.json").write_text("{"), "not valid JSON"),
     "NaN": (lambda folder: (folder / "trace.json").write_text('{"version": NaN}'), "not valid JSON"),
     "deep": (lambda folder: (folder / "trace.json").write_text("[" * 100_000), "not valid JSON"),
-    "list": (lambda folder: (folder / "trace.json").write_text("[]"), "does not say format"),
+    "list": (lambda folder: (folder / "trace.json").write_text("[]"), "must hold a JSON object, got list"),
     "format": (manifest_with(format="other"), "does not say format"),
     "version": (manifest_with(version=2), "version 2"),
     "no layers": (manifest_with(layers=[]), "there must be one"),
     "layers": (manifest_with(layers={"a": 1}), "layers must be a list"),
     "twice": (manifest_with(layers=[LAYER, LAYER]), "different names"),
     "many experts": (manifest_with(layers=[{**LAYER, "num_experts": 2**40}]), r"num_experts must be an integer in"),
+    # 6,000 such layers used to take 6.5 GB before the file of the numbers was opened
+    "a bomb": (
+        manifest_with(layers=[{"name": str(index), "num_experts": 65535, "top_k": 1} for index in range(20)]),
+        r"statistics.safetensors has [\d,]+ bytes, and the layers need at least 62,913,600",
+    ),
     "bool": (manifest_with(layers=[{**LAYER, "top_k": True}]), "top_k must be an integer"),
     "extra": (manifest_with(layers=[{**LAYER, "x": 1}]), "given by name, num_experts and top_k"),
     "domains": (manifest_with(domains=["law", "law"]), "different names"),
@@ -177,7 +182,10 @@ DAMAGES = {
     "more domains": (manifest_with(domains=["law", "code", "art"]), "lacks totals.3.0"),
     "facts": (manifest_with(model_facts=[]), "model_facts must be an object"),
     "no tensors": (lambda folder: (folder / "statistics.safetensors").unlink(), "is missing"),
-    "no safetensors": (lambda folder: (folder / "statistics.safetensors").write_bytes(b"\xff" * 99), "cannot be read"),
+    "no safetensors": (
+        lambda folder: (folder / "statistics.safetensors").write_bytes(b"\xff" * 9999),
+        "cannot be read",
+    ),
     "truncated": (
         lambda folder: (folder / "statistics.safetensors").write_bytes(
             (folder / "statistics.safetensors").read_bytes()[:-8]

@@ -87,6 +87,9 @@ DAMAGES = {
     "wrong_entry": (other_manifest('{"a": 3}'), "the entry of 'a' is no size and hash"),
     "outside": (other_manifest('{"../x": [1, "0"]}'), "'../x' lies outside of the checkpoint"),
     "other_spelling": (other_manifest('{"./model.safetensors": [7, "0"]}'), "./model.safetensors has changed"),
+    "deep": (other_manifest("[" * 100_000), "nested deeper than 64 levels"),
+    "no_name": (other_manifest('{"a\\u0000b": [1, "0"]}'), "lies outside of the checkpoint"),
+    "no_file": (other_manifest('{"sub": [4096, "0"]}'), "sub is no file"),
     "absolute": (other_manifest('{"/etc/passwd": [1, "0"]}'), "'/etc/passwd' lies outside"),
 }
 
@@ -104,6 +107,32 @@ def test_a_damaged_checkpoint_is_passed_over(case, tmp_path, caplog):
     # and again, over the leftovers of the first time
     damage(checkpoint(tmp_path, 10))
     assert newest_sealed(tmp_path) == str(old)
+
+
+def test_odd_names_are_skipped_with_a_word(tmp_path, caplog):
+    """Each used to be resumed from, or to end the resume in an error."""
+    good = checkpoint(tmp_path, 9)
+    shutil.copytree(good, tmp_path / "checkpoint-٧٠")
+    (tmp_path / "checkpoint-80").write_text("a file")
+    bad = checkpoint(tmp_path, 10)
+    truncate(bad)
+    (tmp_path / "_skipped-checkpoint-10").write_text("somebody's notes")
+    assert newest_sealed(tmp_path) == str(good)
+    assert "checkpoint-٧٠', which is no checkpoint: its number is not written in the digits 0 to 9" in caplog.text
+    assert "checkpoint-80', which is no checkpoint: it is no folder" in caplog.text
+    assert "which is now '_skipped-checkpoint-10-2'" in caplog.text
+    assert (tmp_path / "_skipped-checkpoint-10").read_text() == "somebody's notes"
+    clean_up(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_old_checkpoints_that_are_links_stay(tmp_path):
+    kept = checkpoint(tmp_path / "elsewhere", 2)
+    (tmp_path / "checkpoint-2").symlink_to(kept)
+    new = [checkpoint(tmp_path, step) for step in (4, 6)]
+    delete_old_checkpoints(tmp_path, 1, {new[1]})
+    assert flaw(tmp_path / "checkpoint-2") is None
+    assert not new[0].exists()
 
 
 def test_files_that_came_later_are_added_to_the_manifest(tmp_path):
@@ -157,15 +186,18 @@ def test_an_old_one_that_cannot_be_deleted_is_said_and_no_longer_valid(tmp_path,
 
 def test_temporary_files_of_a_killed_writer_do_not_stay(tmp_path):
     folder = checkpoint(tmp_path, 5, sealed=False)
-    for orphan in (".tmpAbC123", ".manifest.json.tmp"):
+    for orphan in (".tmpAbC123", ".manifest.json.hf_moe.tmp"):
         (folder / orphan).write_text("half")
     seal(folder)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-    for kept in (".gitignore", ".tmp", "notes.tmp"):
+    mine = {".gitignore", ".tmp", "notes.tmp", ".notes.tmp", ".tmpbackup"}
+    for kept in mine:
         (tmp_path / kept).write_text("mine")
-    (tmp_path / ".report.json.tmp").write_text("half")
+    (tmp_path / ".x.hf_moe.tmp").symlink_to(folder)
+    (tmp_path / ".report.json.hf_moe.tmp").write_text("half")
     clean_up(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", ".tmp", "checkpoint-5", "notes.tmp"]
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, ".x.hf_moe.tmp", "checkpoint-5"}
+    assert flaw(folder) is None
     clean_up(tmp_path / "absent")
 
 

@@ -215,11 +215,11 @@ def test_what_a_killed_run_left_is_cleaned_or_finished(tmp_path):
     os.rename(tmp_path / "checkpoint-4", tmp_path / UNFINISHED / "checkpoint-4")  # killed before its rename
     (tmp_path / UNFINISHED / "checkpoint-6").mkdir()
     (tmp_path / UNFINISHED / "checkpoint-6" / ".tmpAbC123").write_text("half")
-    (tmp_path / ".tmpAbC123").write_text("half")
-    (tmp_path / ".adapter.tmp").mkdir()
+    (tmp_path / ".notes.tmp").write_text("mine")
+    (tmp_path / ".adapter.hf_moe.tmp").mkdir()
     resumed = train(tmp_path, resume=True, max_steps=4)
     assert resumed.began == 4
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", ".notes.tmp"}
 
 
 # ---- SIGTERM

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hf_moe.training.run_lock import LOCK
 from hf_moe.training.stages import ResumableRun, RunRefusedError
 
 IDENTITY = {"seed": 0, "sizes": (1, 2), "rate": 0.1}
@@ -63,8 +64,8 @@ def test_foreign_folders_are_refused(tmp_path):
 
 
 def test_leftovers_of_a_very_early_kill_are_no_obstacle(tmp_path):
-    (tmp_path / ".demo.lock").touch()
-    (tmp_path / ".demo.json.tmp").write_text('{"prog')
+    (tmp_path / LOCK).touch()
+    (tmp_path / ".demo.json.hf_moe.tmp").write_text('{"prog')
     with run(tmp_path) as again:
         assert again.stage("a", lambda: 1) == 1
 
@@ -86,7 +87,7 @@ def test_missing_results_of_a_finished_stage_are_refused(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     """The lock is of the open file: within a process it holds as between two."""
-    with run(tmp_path), pytest.raises(RunRefusedError, match="another demo is running"):
+    with run(tmp_path), pytest.raises(RunRefusedError, match=r"another run works in .*: demo \(process"):
         run(tmp_path).__enter__()
     with run(tmp_path) as free:
         assert free.stage("a", lambda: 1) == 1
