@@ -21,7 +21,7 @@ from tiny_unseen import dbrx, doge, llama4, switch
 
 @pytest.mark.parametrize("kind", MULTIMODAL)
 def test_the_whole_class_is_chosen(kind):
-    """Of Qwen3.5-MoE, Gemma 4, Dots3 and Llama 4 AutoModelForCausalLM knows a class as well, most of them text alone."""
+    """AutoModelForCausalLM, which knows some of them as well (Qwen3.5-MoE, Dots3), loads their text model alone."""
     config = multimodal_config(kind)
     named = type(config).__name__.removesuffix("Config")
     for architectures in (None, ["SomebodyElsesModel"]):
@@ -117,5 +117,5 @@ def test_dtype_and_backend_reach_the_loader(tmp_path):
     loaded = load_language_model(str(tmp_path), dtype="bfloat16", experts_implementation="hf_moe")
     assert loaded.dtype == torch.bfloat16
     assert loaded.config._experts_implementation == "hf_moe"
-    with pytest.raises(ModelError, match="cannot be loaded: .*nope.* is not supported"):
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*nope.* is not supported"):
         load_language_model(str(tmp_path), experts_implementation="nope")
