@@ -77,8 +77,10 @@ def _tiny(config_class: type[PreTrainedConfig], text: dict[str, Any]) -> PreTrai
     for name, part_class in config_class.sub_configs.items():
         part = getattr(default, name, None)
         kwargs.pop(name, None)
-        if part is not None or (name == "vision_config" and part_class is not AutoConfig):
-            kwargs[name] = _tiny(part_class if part is None else type(part), text).to_dict()
+        if part is not None or name == "vision_config":
+            # transformers 5.17 leaves open which vision model DiffusionGemma has
+            known = CONFIG_MAPPING["gemma4_vision"] if part_class is AutoConfig else part_class
+            kwargs[name] = _tiny(known if part is None else type(part), text).to_dict()
     fields = default.to_dict()
     if {"vocab_size", "num_hidden_layers"} <= set(fields) and "text" in config_class.__name__.lower():
         kwargs |= TEXT_OVERRIDES.get(config_class.__module__.split(".")[2], {}) | text
