@@ -84,7 +84,7 @@ def own_loss(**overrides):
 
 
 REFUSED = {
-    "dense": (dense_model, AUX, "has no MoE layer to balance"),
+    "dense": (dense_model, AUX, "has no MoE layer.*balancing=None"),
     "frozen": (lambda: frozen(qwen_model()), AUX, "the router of 'model.layers.0.mlp' is frozen"),
     "frozen_bias": (lambda: frozen(build_tiny("deepseek_v3")[0]), BIAS, "is frozen"),
     "expert_lora": (lambda: with_expert_lora(qwen_model()), AUX, "is frozen"),
