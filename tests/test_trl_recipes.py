@@ -19,6 +19,7 @@ from hf_moe.training.arguments import RecipeError
 from hf_moe.training.sources import DataError
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
+from tiny_multimodal import build_multimodal
 
 FAMILIES = ("hf_moe", "qwen3_moe")
 RECIPES = ("sft_trl", "dpo_trl")
@@ -84,6 +85,17 @@ def test_a_recipe_runs_saves_and_proves(recipe, family, models, data, tmp_path):
     model = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     assert not torch.equal(model(ids).logits, before)
     assert router_hash(model) == report["router_sha256"]["after"]
+
+
+def test_a_vision_language_model_is_trained_whole(data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    whole, inputs = build_multimodal("qwen3_vl_moe", vocab_size=len(tokenizer))
+    whole.save_pretrained(tmp_path / "vision")
+    tokenizer.save_pretrained(tmp_path / "vision")
+    run("sft_trl", tmp_path, data, tmp_path / "out", "vision", "--smoke", "--learning_rate", "0.05")
+    plain = whole(**inputs).logits
+    model = PeftModel.from_pretrained(whole, tmp_path / "out" / "adapter")
+    assert (model(**inputs).logits - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

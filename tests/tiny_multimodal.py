@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -32,6 +32,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": TOP_K,
         "moe_intermediate_size": WIDTH,
     },
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "inkling_text": {"unpadded_vocab_size": VOCAB},
+    "inkling2_text": {"unpadded_vocab_size": VOCAB},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB},
     "inkling_vision": {"patch_size": 4, "num_hidden_layers": 2},
     "muse_spark_audio": {"patch_sizes": [4], "hidden_sizes": [16], "depths": [1], "num_hidden_layers": 1},
     "qwen3_omni_moe_audio_encoder": {
@@ -74,7 +78,9 @@ def _tiny(config_class: type[PreTrainedConfig], text: dict[str, Any]) -> PreTrai
         part = getattr(default, name, None)
         kwargs.pop(name, None)
         if part is not None or name == "vision_config":
-            kwargs[name] = _tiny(part_class if part is None else type(part), text).to_dict()
+            # transformers 5.17 leaves open which vision model DiffusionGemma has
+            known = CONFIG_MAPPING["gemma4_vision"] if part_class is AutoConfig else part_class
+            kwargs[name] = _tiny(known if part is None else type(part), text).to_dict()
     fields = default.to_dict()
     if {"vocab_size", "num_hidden_layers"} <= set(fields) and "text" in config_class.__name__.lower():
         kwargs |= TEXT_OVERRIDES.get(config_class.__module__.split(".")[2], {}) | text

@@ -20,36 +20,45 @@ class HubError(RuntimeError):
 
 
 @contextmanager
-def plain_errors(endpoint: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Raise what the client raises as `HubError`, with the cause kept."""
+def plain_errors(endpoint: str, repo_id: str, revision: str | None = None, *, sends: bool = False) -> Iterator[None]:
+    """Raise what the client raises as `HubError`, with the cause kept.
+
+    Args:
+        sends: Whether files are on their way; if not, there is nothing that could have arrived.
+    """
+    again = _AGAIN_FROM_THERE if sends else _AGAIN
     try:
         yield
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is no name of a repository (owner/name): {error}") from error
     except HfHubHTTPError as error:
-        raise HubError(_explain(error, endpoint, repo_id, revision)) from error
+        raise HubError(_explain(error, endpoint, repo_id, revision, again)) from error
     except LocalTokenNotFoundError as error:
         raise HubError(_NO_TOKEN) from error
     except OfflineModeIsEnabled as error:
-        raise HubError("HF_HUB_OFFLINE is set: nothing is sent. Unset it to push.") from error
+        raise HubError(
+            "HF_HUB_OFFLINE is set: nothing is sent, and a dry run has nothing to compare with. Unset it."
+        ) from error
     except (HTTPError, ConnectionError) as error:
         said = f"{endpoint} cannot be reached ({type(error).__name__}: {error})"
-        raise HubError(f"{said}; a dry run needs it as well, to compare. {_AGAIN}") from error
+        needed = "" if sends else "; a dry run needs it as well, to compare"
+        raise HubError(f"{said}{needed}. {again}") from error
     except (RuntimeError, ValueError) as error:  # what uploads of large files raise
-        raise HubError(f"the upload broke off ({error}). {_AGAIN}") from error
+        raise HubError(f"the upload broke off ({error}). {again}") from error
 
 
 _NO_TOKEN = "there is no token. Log in with `hf auth login`, or set HF_TOKEN."
-_AGAIN = "Give the same command again: what has arrived is not sent twice."
+_AGAIN = "Give the same command again."
+_AGAIN_FROM_THERE = "Give the same command again: what has arrived is not sent twice."
 _STATUS = {
     409: "{repo} is being changed by somebody else. Give the same command again.",
     412: "{repo} was changed after its files were compared with yours; nothing was sent. Give the same command again.",
     413: "the Hub refuses a commit of this size ({said}). Split the weights into smaller shards (max_shard_size).",
-    429: "the Hub asks to wait ({said}). " + _AGAIN,
+    429: "the Hub asks to wait ({said}). {again}",
 }
 
 
-def _explain(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None) -> str:
+def _explain(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None, again: str) -> str:
     status, said = error.response.status_code, error.server_message or error.response.reason_phrase
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated and this account has no access. Ask for it at {endpoint}/{repo}."
@@ -67,5 +76,5 @@ def _explain(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | No
             "open a pull request with --create-pr."
         )
     if status in _STATUS:
-        return _STATUS[status].format(repo=repo, said=said)
-    return f"the Hub answered {status} ({said}) for {repo}. {_AGAIN}"
+        return _STATUS[status].format(repo=repo, said=said, again=again)
+    return f"the Hub answered {status} ({said}) for {repo}. {again}"

@@ -146,7 +146,7 @@ def send(plan: PushPlan, *, api: HfApi | None = None, message: str | None = None
         HubError: If the Hub refuses, cannot be reached, or the repository has changed since the plan was made.
     """
     api = api or HfApi()
-    with plain_errors(api.endpoint, plan.repo_id, plan.revision):
+    with plain_errors(api.endpoint, plan.repo_id, plan.revision, sends=True):
         head = plan.head
         if head is None:
             api.create_repo(plan.repo_id, private=plan.private or None)

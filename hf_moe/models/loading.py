@@ -35,7 +35,7 @@ _ABSENT: dict[type[Exception], str] = {
 
 
 class ModelError(ValueError):
-    """A model that cannot be used; says why and the way out. No weight has been read."""
+    """A model that cannot be used; says why and the way out."""
 
 
 class ModelNotFoundError(ModelError, OSError):
@@ -89,12 +89,17 @@ def read_config(name: str) -> PreTrainedConfig:
         raise ModelError(f"the config of {name!r} cannot be read: {_first(error)}") from error
 
 
-def build_empty(config: PreTrainedConfig, auto_class: Any | None = None) -> PreTrainedModel:
-    """The whole model that `config` describes, without weights (meta device)."""
-    auto_class = auto_class or whole_auto_class(config)
+def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """The whole model that `config` describes, without weights (meta device).
+
+    Raises:
+        ValueError: If transformers has no model for it, or its values build none.
+    """
     with torch.device("meta"), config_errors(config._name_or_path or type(config).__name__):
         # a copy: building writes into it
-        return auto_class.from_config(copy.deepcopy(config), dtype=config.dtype or torch.float32)
+        return whole_auto_class(config).from_config(
+            copy.deepcopy(config), dtype=config.dtype or torch.float32, trust_remote_code=False
+        )
 
 
 def language_class(config: PreTrainedConfig, name: str) -> Any:

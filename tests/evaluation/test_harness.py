@@ -18,7 +18,9 @@ from hf_moe.evaluation.harness import HfMoeLM, cpu_batch_size, without_right_pad
 from hf_moe.evaluation.plan import Evaluation  # noqa: E402
 from hf_moe.evaluation.scoring import prepare, score  # noqa: E402
 from hf_moe.evaluation.tasks import Tasks  # noqa: E402
+from hf_moe.models.loading import ModelError  # noqa: E402
 from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora  # noqa: E402
+from tiny_multimodal import build_multimodal  # noqa: E402
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 YAML = {
@@ -185,3 +187,15 @@ def test_batch_size_on_a_cpu_follows_the_free_memory(monkeypatch):
     assert cpu_batch_size(model, 128) == 1
     free.available = 1 << 60
     assert cpu_batch_size(model, 128) == 16
+
+
+def test_a_vision_language_model_is_evaluated_whole(tmp_path):
+    """lm-eval asks AutoModelForCausalLM, which reads the text model out of some checkpoints and refuses others."""
+    tokenizer = tiny_tokenizer()
+    model, _ = build_multimodal("qwen3_vl_moe", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm = HfMoeLM(str(tmp_path), device="cpu", batch_size=1)
+    assert type(lm.model) is type(model)
+    with pytest.raises(ModelError, match="no folder here is called"):
+        HfMoeLM(str(tmp_path / "absent"), device="cpu")
