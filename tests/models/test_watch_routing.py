@@ -81,6 +81,21 @@ def test_a_recomputed_forward_says_so(reentrant):
     assert [event.is_recomputation for event in heard] == [False] * layers + [True] * layers
 
 
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_the_hidden_states_go_through_what_the_listener_returns(family):
+    model, inputs = build_tiny(family)
+    given = []
+    moe_layers(model)[1].experts.register_forward_hook(
+        lambda module, args, kwargs, output: given.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    model(**inputs)
+    first = moe_layers(model)[1].name
+    with watch_routing(model, lambda routing: torch.Tensor.neg if routing.layer.name == first else None):
+        model(**inputs)
+    assert torch.equal(given[1], -given[0])
+
+
 def test_the_experts_get_what_the_listener_returns():
     model, inputs = build_tiny("olmoe")
     given = []
@@ -102,21 +117,6 @@ def test_the_experts_get_what_the_listener_returns():
     too_few = watch_routing(model, lambda routing: (routing.index[:1], routing.weights[:1]))
     with too_few, pytest.raises(ValueError, match="their routing cannot be replaced"):
         model(**inputs)
-
-
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
-def test_the_hidden_states_go_through_what_the_listener_returns(family):
-    model, inputs = build_tiny(family)
-    given = []
-    moe_layers(model)[1].experts.register_forward_hook(
-        lambda module, args, kwargs, output: given.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
-    )
-    model(**inputs)
-    first = moe_layers(model)[1].name
-    with watch_routing(model, lambda routing: torch.Tensor.neg if routing.layer.name == first else None):
-        model(**inputs)
-    assert torch.equal(given[1], -given[0])
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
