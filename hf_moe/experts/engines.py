@@ -148,7 +148,7 @@ def resolve(
         choice = _loadable_choice(experts, dtype, device, many_rows, adapted)
         _say(type(experts).__name__, str(dtype).removeprefix("torch."), device.type, choice)
         name = choice.name
-    elif (reason := REFUSALS[name](experts, dtype, device)) is not None:
+    elif (reason := REFUSALS[name](experts, dtype, device) or _load_cpu(name)) is not None:
         raise ValueError(f"experts_implementation={name!r} cannot run {type(experts).__name__}: {reason}")
     if name == "hf_moe_grouped" and has_grouped_mm(expert_shape(experts), dtype, device):
         name = name if triton_refuses(experts, dtype, device) else "hybrid"
@@ -161,14 +161,18 @@ def _loadable_choice(
 ) -> Choice:
     """`choose`, and again without the CPU kernels if a compiler is there but fails."""
     choice = choose(experts, dtype, device, many_rows, adapted)
+    return choice if _load_cpu(choice.name) is None else choose(experts, dtype, device, many_rows, adapted)
+
+
+def _load_cpu(name: str) -> str | None:
+    """Load the engine if it is the CPU kernels; why that fails, which `cpu_refuses` says from then on."""
+    if name != "hf_moe_cpu":
+        return None
     try:
-        _load(choice.name)
+        _load(name)
     except RuntimeError as error:
-        if choice.name != "hf_moe_cpu":
-            raise
-        _BROKEN[choice.name] = str(error)
-        choice = choose(experts, dtype, device, many_rows, adapted)
-    return choice
+        _BROKEN[name] = str(error)
+    return _BROKEN.get(name)
 
 
 @functools.cache  # says it once
