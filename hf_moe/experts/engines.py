@@ -94,14 +94,28 @@ def choose(
             return Choice(name, "HF_MOE_DELEGATE allows the host's kernel")
     if (reason := triton_refuses(experts, dtype, device)) is not None:
         return Choice("hf_moe_grouped", reason, is_second_best=True)
-    if many_rows and _multiplies_fast(device) and has_grouped_mm(expert_shape(experts), dtype, device):
+    if many_rows and rows_matter(device) and has_grouped_mm(expert_shape(experts), dtype, device):
         return Choice("hf_moe_grouped", f"torch's grouped product leads from {MANY_ROWS_PER_EXPERT} rows an expert")
     return Choice("hf_moe_triton", "fused kernels need no permuted copies")
 
 
-def _multiplies_fast(device: torch.device) -> bool:
-    """Whether torch's grouped product is one kernel here (SM90, SM100) rather than a loop."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+@torch.compiler.assume_constant_result
+def rows_matter(device: torch.device) -> bool:
+    """Whether the number of rows decides: torch's grouped product is one kernel (SM90, SM100) rather than a loop."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def has_many_rows(top_k_index: Tensor, weight: Tensor) -> bool:
+    """Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average, if that decides anything; never symbolic."""
+    # an exported program is one for all lengths
+    if not rows_matter(weight.device) or torch.compiler.is_exporting():
+        return False
+    # a branch, so that torch.compile guards on which side of the threshold the number is, not on the number
+    if top_k_index.numel() >= MANY_ROWS_PER_EXPERT * weight.shape[0]:  # noqa: SIM103
+        return True
+    return False
 
 
 def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
@@ -116,7 +130,7 @@ def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
     ) -> Tensor:
         weights = read_weights(experts)
         dtype, device = weights.down.dtype, weights.down.device
-        many_rows = top_k_index.numel() >= MANY_ROWS_PER_EXPERT * len(weights.down)
+        many_rows = name == "hf_moe" and has_many_rows(top_k_index, weights.down)
         resolved = resolve(name, experts, dtype, device, many_rows, low_rank is not None)
         if resolved in HOST_REFUSALS:
             return _host_forward(resolved)(experts, hidden_states, top_k_index, top_k_weights)
@@ -144,6 +158,8 @@ def resolve(
     Raises:
         ValueError: If `name` was asked for and cannot run `experts`.
     """
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return _for_onnx(name, adapted)
     if name == "hf_moe":
         choice = _loadable_choice(experts, dtype, device, many_rows, adapted)
         _say(type(experts).__name__, str(dtype).removeprefix("torch."), device.type, choice)
@@ -154,6 +170,18 @@ def resolve(
         name = name if triton_refuses(experts, dtype, device) else "hybrid"
     _load(name)
     return name
+
+
+def _for_onnx(name: str, adapted: bool) -> str:
+    """What is exported in the place of `name`: ONNX knows no operator of ours."""
+    if name == "hf_moe" and not adapted:
+        logger.info("ONNX gets the experts as 'batched_mm' computes them.")
+        return "batched_mm"
+    merge = " Merge the adapters before." if adapted else ""
+    raise ValueError(
+        f"experts_implementation={name!r} cannot be exported to ONNX: call "
+        f"model.set_experts_implementation('batched_mm') before torch.onnx.export.{merge}"
+    )
 
 
 def _loadable_choice(
