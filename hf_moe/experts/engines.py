@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_moe.experts.contract import LowRankPair, expert_shape, read_weights
+from hf_moe.experts.contract import LowRankPair, expert_shape, foreign_storage, read_weights
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
 from hf_moe.experts.host import HOST_REFUSALS, Refusal, accepts, delegates
 from hf_moe.experts.pipeline import Engine, run_experts
+from hf_moe.experts.reference import reference_forward
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,18 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where the products are this large, torch's grouped product (CUTLASS, TMA) beats plain Triton on SM90 and SM100.
 # An estimate from published figures (Mixtral-like rows), not measured by us.
 MANY_ROWS_PER_EXPERT = 1024
+ADAPTERS_NEED_PLAIN = "the weights are stored as {}: run them as PEFT does, or load the model unquantised."
+
+
+def grouped_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if (storage := foreign_storage(experts)) is None:
+        return None
+    return f"{storage} holds the expert weights in a form that our operators cannot read: use 'hf_moe_reference'."
 
 
 def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if (reason := grouped_refuses(experts, dtype, device)) is not None:
+        return reason
     if device.type != "cpu":
         return f"hf_moe_cpu runs on the CPU, the experts are on {device.type}: use 'hf_moe'."
     if "hf_moe_cpu" in _BROKEN:
@@ -38,6 +48,8 @@ def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) ->
 
 
 def triton_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if (reason := grouped_refuses(experts, dtype, device)) is not None:
+        return reason
     if device.type != "cuda" and not _is_interpreting():
         return f"hf_moe_triton needs a GPU, the experts are on {device.type}: use 'hf_moe'."
     if dtype not in TRITON_DTYPES:
@@ -59,7 +71,7 @@ REFUSALS: dict[str, Refusal] = {
     "hf_moe": accepts,
     "hf_moe_cpu": cpu_refuses,
     "hf_moe_triton": triton_refuses,
-    "hf_moe_grouped": accepts,
+    "hf_moe_grouped": grouped_refuses,
 }
 
 
@@ -85,6 +97,8 @@ def choose(
         many_rows: Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average.
         adapted: Whether low-rank factors come with the call; the host's kernels cannot take them.
     """
+    if (reason := grouped_refuses(experts, dtype, device)) is not None:
+        return Choice("hf_moe_reference", reason, is_second_best=True)
     if device.type == "cpu":
         if (reason := cpu_refuses(experts, dtype, device)) is None:
             return Choice("hf_moe_cpu", "compiled kernels read the weights of each expert once")
@@ -135,11 +149,19 @@ def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
         if resolved in HOST_REFUSALS:
             return _host_forward(resolved)(experts, hidden_states, top_k_index, top_k_weights)
         routing = (hidden_states, top_k_index, top_k_weights)
+        if resolved == "hf_moe_reference":
+            return _reference_forward(experts, *routing, low_rank=low_rank)
         factors = None if low_rank is None else low_rank.to(dtype)
         return run_experts(ENGINES[resolved], experts, weights, *routing, factors)
 
     forward.__name__ = f"{name}_forward"
     return forward
+
+
+def _reference_forward(experts: Any, *routing: Tensor, low_rank: LowRankPair | None) -> Tensor:
+    if low_rank is not None:
+        raise ValueError(f"accelerated adapters cannot run: {ADAPTERS_NEED_PLAIN.format(foreign_storage(experts))}")
+    return reference_forward(experts, *routing)
 
 
 def _host_forward(name: str) -> Callable[..., Tensor]:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_moe.experts.backends import BACKENDS, refusals
+from hf_moe.experts.contract import foreign_storage
 from hf_moe.experts.engines import choose
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers, recorded_routers
 
@@ -247,6 +248,9 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)
             continue
+        if (storage := foreign_storage(layer.experts)) is not None:
+            text = f"Expert weights are stored as {storage}: it decides which of transformers' own backends run them."
+            warnings.setdefault(text, []).append(layer.name)
         reasons = refusals(layer.experts, weight.dtype, _device(weight))
         refused = {**reasons, **refused}
         if backend in reasons and weight.device.type != "meta":
