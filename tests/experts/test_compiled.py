@@ -111,3 +111,16 @@ def test_onnx_computes_the_same(experts_on):
         names = [value.name for value in program.model_proto.graph.input]
         (out,) = ReferenceEvaluator(program.model_proto).run(None, dict(zip(names, values, strict=True)))
         torch.testing.assert_close(torch.from_numpy(out), experts(*arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+def test_a_whole_model_compiles_once_for_all_lengths(experts_on, lora):
+    model = build("qwen3_moe", torch.float32)[0].eval()
+    model = accelerated(adapted(model)).get_base_model() if lora else model
+    model.set_experts_implementation("hf_moe")
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for length in (5, 9, 17):
+        ids = torch.arange(3, 3 + 2 * length).view(2, length)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert counters["stats"]["unique_graphs"] == 1
