@@ -30,14 +30,14 @@ MANY_ROWS_PER_EXPERT = 1024
 ADAPTERS_NEED_PLAIN = "the weights are stored as {}: run them as PEFT does, or load the model unquantised."
 
 
-def grouped_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+def storage_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     if (storage := foreign_storage(experts)) is None:
         return None
     return f"{storage} holds the expert weights in a form that our operators cannot read: use 'hf_moe_reference'."
 
 
 def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
-    if (reason := grouped_refuses(experts, dtype, device)) is not None:
+    if (reason := storage_refuses(experts, dtype, device)) is not None:
         return reason
     if device.type != "cpu":
         return f"hf_moe_cpu runs on the CPU, the experts are on {device.type}: use 'hf_moe'."
@@ -48,7 +48,7 @@ def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) ->
 
 
 def triton_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
-    if (reason := grouped_refuses(experts, dtype, device)) is not None:
+    if (reason := storage_refuses(experts, dtype, device)) is not None:
         return reason
     if device.type != "cuda" and not _is_interpreting():
         return f"hf_moe_triton needs a GPU, the experts are on {device.type}: use 'hf_moe'."
@@ -71,7 +71,7 @@ REFUSALS: dict[str, Refusal] = {
     "hf_moe": accepts,
     "hf_moe_cpu": cpu_refuses,
     "hf_moe_triton": triton_refuses,
-    "hf_moe_grouped": grouped_refuses,
+    "hf_moe_grouped": storage_refuses,
 }
 
 
@@ -97,7 +97,7 @@ def choose(
         many_rows: Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average.
         adapted: Whether low-rank factors come with the call; the host's kernels cannot take them.
     """
-    if (reason := grouped_refuses(experts, dtype, device)) is not None:
+    if (reason := storage_refuses(experts, dtype, device)) is not None:
         return Choice("hf_moe_reference", reason, is_second_best=True)
     if device.type == "cpu":
         if (reason := cpu_refuses(experts, dtype, device)) is None:

@@ -38,7 +38,7 @@ def why_not() -> str | None:
     try:
         targets()
     except OSError as error:
-        return f"what this processor can do is not known ({error}): use the host's 'grouped_mm'."
+        return f"what this processor can do is not known ({error}): use transformers' 'grouped_mm'."
     return None if find_libraries() else _why_no_compiler()
 
 

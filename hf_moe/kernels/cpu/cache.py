@@ -7,6 +7,7 @@ no lock to be read.
 """
 
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -47,6 +48,7 @@ def targets() -> list[str]:
     return [NATIVE, *(level for level, needed in LEVELS.items() if needed <= flags)]
 
 
+@functools.cache
 def _processor() -> list[str]:
     """Lines of /proc/cpuinfo that `-march=native` depends on: model and features of every kind of core."""
     wanted = ("vendor_id", "cpu family", "model", "flags", "features", "cpu part", "cpu variant", "cpu implementer")

@@ -91,7 +91,7 @@ def test_a_processor_that_is_not_known_is_a_reason(monkeypatch):
         raise PermissionError(13, "Permission denied", "/proc/cpuinfo")
 
     monkeypatch.setattr(cache, "_processor", unreadable)
-    assert "'/proc/cpuinfo'): use the host's 'grouped_mm'" in build.why_not()
+    assert "'/proc/cpuinfo'): use transformers' 'grouped_mm'" in build.why_not()
 
 
 @NEEDS_COMPILER
