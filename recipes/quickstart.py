@@ -551,7 +551,11 @@ def load_tokenizer(recipe: Quickstart) -> PreTrainedTokenizerFast:
 
 
 def load_model(recipe: Quickstart) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(recipe.output / "model", experts_implementation="hf_moe")
+    model = AutoModelForCausalLM.from_pretrained(recipe.output / "model", experts_implementation="hf_moe")
+    for parameter in model.parameters():
+        # loaded weights lie in the file's memory at any address, on which the last bit of a product may depend
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def with_adapter(recipe: Quickstart, model: PreTrainedModel) -> PeftModel:

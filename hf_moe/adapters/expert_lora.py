@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_moe.adapters import lora_options, lora_targets
 from hf_moe.experts.backends import BACKENDS
-from hf_moe.experts.contract import LowRank, LowRankPair, read_weights, up_name
+from hf_moe.experts.contract import LowRank, LowRankPair, foreign_storage, read_weights, up_name
+from hf_moe.experts.engines import ADAPTERS_NEED_PLAIN
 from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers
 from hf_moe.models.unseen_experts import required_layers
 
@@ -219,6 +220,8 @@ def _refusal(layer: MoeLayer, wrappers: list[Any]) -> str | None:
             )
     if wrappers[-1].base_layer is not layer.experts:
         return f"{type(wrappers[-1].base_layer).__name__} stands between PEFT and the experts: adapt before wrapping."
+    if (storage := foreign_storage(layer.experts)) is not None:
+        return ADAPTERS_NEED_PLAIN.format(storage)
     stored = layer.experts._parameters.get("down_proj")
     if stored is not None and stored.dtype not in _DTYPES:
         return f"the weights are stored as {stored.dtype}: load the model in bfloat16."

@@ -73,6 +73,19 @@ def expert_shape(experts: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape[1:]) if weight is not None and weight.dim() == 3 else ()
 
 
+def foreign_storage(experts: Any) -> str | None:
+    """The class of weights that hold their values in a form of their own (torchao), which no operator of ours reads.
+
+    Classes of torch itself are no storage: they trace or distribute, and a forward gets plain tensors out of them.
+    """
+    for name in (up_name(experts), "down_proj"):
+        kind = type(experts._parameters.get(name))
+        dispatches = getattr(kind, "__torch_dispatch__", Tensor.__torch_dispatch__) is not Tensor.__torch_dispatch__
+        if dispatches and not kind.__module__.startswith("torch."):
+            return kind.__name__
+    return None
+
+
 def has_post_expert_norm(experts: nn.Module) -> bool:
     return getattr(experts, "has_post_expert_norm", False)  # the flag is younger than transformers 5.17
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_moe.experts.contract import LowRankPair, expert_shape, read_weights
+from hf_moe.experts.contract import LowRankPair, expert_shape, foreign_storage, read_weights
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
 from hf_moe.experts.host import HOST_REFUSALS, Refusal, accepts, delegates
 from hf_moe.experts.pipeline import Engine, run_experts
+from hf_moe.experts.reference import reference_forward
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,18 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where the products are this large, torch's grouped product (CUTLASS, TMA) beats plain Triton on SM90 and SM100.
 # An estimate from published figures (Mixtral-like rows), not measured by us.
 MANY_ROWS_PER_EXPERT = 1024
+ADAPTERS_NEED_PLAIN = "the weights are stored as {}: run them as PEFT does, or load the model unquantised."
+
+
+def storage_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if (storage := foreign_storage(experts)) is None:
+        return None
+    return f"{storage} holds the expert weights in a form that our operators cannot read: use 'hf_moe_reference'."
 
 
 def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if (reason := storage_refuses(experts, dtype, device)) is not None:
+        return reason
     if device.type != "cpu":
         return f"hf_moe_cpu runs on the CPU, the experts are on {device.type}: use 'hf_moe'."
     if "hf_moe_cpu" in _BROKEN:
@@ -38,6 +48,8 @@ def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) ->
 
 
 def triton_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if (reason := storage_refuses(experts, dtype, device)) is not None:
+        return reason
     if device.type != "cuda" and not _is_interpreting():
         return f"hf_moe_triton needs a GPU, the experts are on {device.type}: use 'hf_moe'."
     if dtype not in TRITON_DTYPES:
@@ -59,7 +71,7 @@ REFUSALS: dict[str, Refusal] = {
     "hf_moe": accepts,
     "hf_moe_cpu": cpu_refuses,
     "hf_moe_triton": triton_refuses,
-    "hf_moe_grouped": accepts,
+    "hf_moe_grouped": storage_refuses,
 }
 
 
@@ -85,6 +97,8 @@ def choose(
         many_rows: Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average.
         adapted: Whether low-rank factors come with the call; the host's kernels cannot take them.
     """
+    if (reason := storage_refuses(experts, dtype, device)) is not None:
+        return Choice("hf_moe_reference", reason, is_second_best=True)
     if device.type == "cpu":
         if (reason := cpu_refuses(experts, dtype, device)) is None:
             return Choice("hf_moe_cpu", "compiled kernels read the weights of each expert once")
@@ -94,14 +108,28 @@ def choose(
             return Choice(name, "HF_MOE_DELEGATE allows the host's kernel")
     if (reason := triton_refuses(experts, dtype, device)) is not None:
         return Choice("hf_moe_grouped", reason, is_second_best=True)
-    if many_rows and _multiplies_fast(device) and has_grouped_mm(expert_shape(experts), dtype, device):
+    if many_rows and rows_matter(device) and has_grouped_mm(expert_shape(experts), dtype, device):
         return Choice("hf_moe_grouped", f"torch's grouped product leads from {MANY_ROWS_PER_EXPERT} rows an expert")
     return Choice("hf_moe_triton", "fused kernels need no permuted copies")
 
 
-def _multiplies_fast(device: torch.device) -> bool:
-    """Whether torch's grouped product is one kernel here (SM90, SM100) rather than a loop."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+@torch.compiler.assume_constant_result
+def rows_matter(device: torch.device) -> bool:
+    """Whether the number of rows decides: torch's grouped product is one kernel (SM90, SM100) rather than a loop."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def has_many_rows(top_k_index: Tensor, weight: Tensor) -> bool:
+    """Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average, if that decides anything; never symbolic."""
+    # an exported program is one for all lengths
+    if not rows_matter(weight.device) or torch.compiler.is_exporting():
+        return False
+    # a branch, so that torch.compile guards on which side of the threshold the number is, not on the number
+    if top_k_index.numel() >= MANY_ROWS_PER_EXPERT * weight.shape[0]:  # noqa: SIM103
+        return True
+    return False
 
 
 def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
@@ -116,16 +144,24 @@ def forward_of(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
     ) -> Tensor:
         weights = read_weights(experts)
         dtype, device = weights.down.dtype, weights.down.device
-        many_rows = top_k_index.numel() >= MANY_ROWS_PER_EXPERT * len(weights.down)
+        many_rows = name == "hf_moe" and has_many_rows(top_k_index, weights.down)
         resolved = resolve(name, experts, dtype, device, many_rows, low_rank is not None)
         if resolved in HOST_REFUSALS:
             return _host_forward(resolved)(experts, hidden_states, top_k_index, top_k_weights)
         routing = (hidden_states, top_k_index, top_k_weights)
+        if resolved == "hf_moe_reference":
+            return _reference_forward(experts, *routing, low_rank=low_rank)
         factors = None if low_rank is None else low_rank.to(dtype)
         return run_experts(ENGINES[resolved], experts, weights, *routing, factors)
 
     forward.__name__ = f"{name}_forward"
     return forward
+
+
+def _reference_forward(experts: Any, *routing: Tensor, low_rank: LowRankPair | None) -> Tensor:
+    if low_rank is not None:
+        raise ValueError(f"accelerated adapters cannot run: {ADAPTERS_NEED_PLAIN.format(foreign_storage(experts))}")
+    return reference_forward(experts, *routing)
 
 
 def _host_forward(name: str) -> Callable[..., Tensor]:
@@ -144,11 +180,13 @@ def resolve(
     Raises:
         ValueError: If `name` was asked for and cannot run `experts`.
     """
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return _for_onnx(name, adapted)
     if name == "hf_moe":
         choice = _loadable_choice(experts, dtype, device, many_rows, adapted)
         _say(type(experts).__name__, str(dtype).removeprefix("torch."), device.type, choice)
         name = choice.name
-    elif (reason := REFUSALS[name](experts, dtype, device)) is not None:
+    elif (reason := REFUSALS[name](experts, dtype, device) or _load_cpu(name)) is not None:
         raise ValueError(f"experts_implementation={name!r} cannot run {type(experts).__name__}: {reason}")
     if name == "hf_moe_grouped" and has_grouped_mm(expert_shape(experts), dtype, device):
         name = name if triton_refuses(experts, dtype, device) else "hybrid"
@@ -156,19 +194,35 @@ def resolve(
     return name
 
 
+def _for_onnx(name: str, adapted: bool) -> str:
+    """What is exported in the place of `name`: ONNX knows no operator of ours."""
+    if name == "hf_moe" and not adapted:
+        logger.info("ONNX gets the experts as 'batched_mm' computes them.")
+        return "batched_mm"
+    merge = " Merge the adapters before." if adapted else ""
+    raise ValueError(
+        f"experts_implementation={name!r} cannot be exported to ONNX: call "
+        f"model.set_experts_implementation('batched_mm') before torch.onnx.export.{merge}"
+    )
+
+
 def _loadable_choice(
     experts: nn.Module, dtype: torch.dtype, device: torch.device, many_rows: bool, adapted: bool
 ) -> Choice:
     """`choose`, and again without the CPU kernels if a compiler is there but fails."""
     choice = choose(experts, dtype, device, many_rows, adapted)
+    return choice if _load_cpu(choice.name) is None else choose(experts, dtype, device, many_rows, adapted)
+
+
+def _load_cpu(name: str) -> str | None:
+    """Load the engine if it is the CPU kernels; why that fails, which `cpu_refuses` says from then on."""
+    if name != "hf_moe_cpu":
+        return None
     try:
-        _load(choice.name)
+        _load(name)
     except RuntimeError as error:
-        if choice.name != "hf_moe_cpu":
-            raise
-        _BROKEN[choice.name] = str(error)
-        choice = choose(experts, dtype, device, many_rows, adapted)
-    return choice
+        _BROKEN[name] = str(error)
+    return _BROKEN.get(name)
 
 
 @functools.cache  # says it once

@@ -68,8 +68,7 @@ def run_gated_experts(
         ValueError: If `implementation` is ours and cannot run on this device or in this dtype.
         IndexError: On the CPU, for an expert id out of range.
     """
-    many_rows = top_k_index.numel() >= engines.MANY_ROWS_PER_EXPERT * len(down)
-    engine = _engine(implementation, experts, down, many_rows)
+    engine = _engine(implementation, experts, down, engines.has_many_rows(top_k_index, down))
     weights = ExpertWeights(gate_up, None, down, None)
     return run_experts(engine, experts, weights, hidden_states, top_k_index, top_k_weights)
 

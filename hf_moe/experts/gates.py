@@ -6,6 +6,7 @@ all other answers too. What is not known runs as the module's own Python code.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +60,18 @@ class Gate:
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
-@torch.no_grad()
 def find_gate(experts: Any) -> Gate | None:
     """The closed form of the gate (or activation) of `experts`, a module of the host's contract; None if none fits.
 
     The module's own code runs a few times on a few hundred float64 numbers on the CPU.
     """
+    # the modes of torch.export, fake tensors and default devices belong to a thread: in a new one numbers are numbers
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_find_gate, experts).result()
+
+
+@torch.no_grad()
+def _find_gate(experts: Any) -> Gate | None:
     activation = getattr(experts, "act_fn", None)  # a gate of the class's own may do without
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None  # training may change it

@@ -33,7 +33,7 @@ def _grouped_linear(
     rows_NA: Tensor, weight: Tensor, bias: Tensor | None, expert_end_E: Tensor, transposed: bool
 ) -> Tensor:
     width = weight.shape[2 if transposed else 1]
-    out_NB = rows_NA.new_zeros(len(rows_NA), width)
+    out_NB = rows_NA.new_zeros(rows_NA.shape[0], width)
     for expert, rows in _expert_rows(expert_end_E):
         torch.mm(rows_NA[rows], _matrix(weight, expert, transposed), out=out_NB[rows])
         if bias is not None:
@@ -43,7 +43,8 @@ def _grouped_linear(
 
 @_grouped_linear.register_fake
 def _(rows_NA: Tensor, weight: Tensor, bias: Tensor | None, expert_end_E: Tensor, transposed: bool) -> Tensor:
-    return rows_NA.new_empty(len(rows_NA), weight.shape[2 if transposed else 1])
+    # len() would make the number of rows a constant of the graph
+    return rows_NA.new_empty(rows_NA.shape[0], weight.shape[2 if transposed else 1])
 
 
 @torch.library.custom_op("hf_moe::grouped_linear_backward", mutates_args=())
@@ -122,7 +123,7 @@ def grouped_linear(
     """
     if not has_grouped_mm(tuple(weight.shape[1:]), weight.dtype, weight.device):
         return _grouped_linear(rows_NA, weight, bias, expert_end_E, transposed)
-    row_N = torch.arange(len(rows_NA), device=rows_NA.device, dtype=torch.int32)
+    row_N = torch.arange(rows_NA.shape[0], device=rows_NA.device, dtype=torch.int32)
     left_out_N1 = (row_N >= expert_end_E[-1]).unsqueeze(-1)
     # the kernel leaves rows after the last expert unwritten, forward and backward
     rows_NA = rows_NA.masked_fill(left_out_N1, 0.0)

@@ -145,7 +145,7 @@ def _run_steps(
         out_NH = experts.post_expert_norm(out_NH)
     if num_ids > len(weights.down):
         # a norm with a bias makes something of the rows that nobody computes here
-        row_N = torch.arange(len(order_N), device=order_N.device)
+        row_N = torch.arange(order_N.shape[0], device=order_N.device)
         out_NH = out_NH.masked_fill((row_N >= expert_end_E[-1]).unsqueeze(-1), 0.0)
     return CombineRows.apply(out_NH, weights_TK, order_N)
 

@@ -70,6 +70,13 @@ def require_one_dtype(**tensors: Tensor | None) -> None:
         raise ValueError(f"rows, expert weights and biases must have one dtype, got {found}. Cast them to one.")
 
 
+def require_width(**widths: int) -> None:
+    """Refuse matrices without rows or columns: a grid of no programs is an error of the driver."""
+    for name, width in widths.items():
+        if width < 1:
+            raise ValueError(f"{name} must be at least 1, got {width}: give the layer one.")
+
+
 def require_shapes(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, up: Tensor, down: Tensor, gate: Gate):
     if hidden_TH.dim() != 2 or index_TK.dim() != 2 or index_TK.shape != weights_TK.shape:
         shapes = tuple(tuple(tensor.shape) for tensor in (hidden_TH, index_TK, weights_TK))
@@ -82,6 +89,7 @@ def require_shapes(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, up: 
             f"gated={gate.gated}, transposed={gate.transposed}: [E, P, H] and [E, H, I] are needed, or with "
             "transposed [E, H, P] and [E, I, H], where P is 2I if gated."
         )
+    require_width(hidden_size=H, expert_width=width)
 
 
 def differentiates(*tensors: Tensor | None) -> bool:

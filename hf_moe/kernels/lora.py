@@ -110,10 +110,10 @@ def _require_factors(up, up_a, up_b, down, down_a, down_b, transposed: bool) -> 
         E, out, width = weight.permute((0, 2, 1) if transposed else (0, 1, 2)).shape
         got = [None if factor is None else tuple(factor.shape) for factor in pair]
         rank = pair[0].shape[1] if got[0] is not None and len(got[0]) == 3 else 0
-        if got != [(E, rank, width), (E, out, rank)]:
+        if rank < 1 or got != [(E, rank, width), (E, out, rank)]:
             raise ValueError(
-                f"{name}_a must be [{E}, R, {width}] and {name}_b [{E}, {out}, R], or both None, got {got[0]} and "
-                f"{got[1]}."
+                f"{name}_a must be [{E}, R, {width}] and {name}_b [{E}, {out}, R] with R >= 1, or both None, got "
+                f"{got[0]} and {got[1]}."
             )
 
 

@@ -30,6 +30,7 @@ from .layer import (
     project_down,
     require_one_dtype,
     require_shapes,
+    require_width,
     weight_gradient,
 )
 from .lora import triton_experts_lora
@@ -176,6 +177,7 @@ def triton_grouped_linear(
             f"rows, weight and expert_end of shapes {shapes} with transposed={transposed} do not fit: [N, A], "
             "[E, B, A] (transposed [E, A, B]) and [E] are needed, and [E, B] for a bias."
         )
+    require_width(inner_width=A, outer_width=B)
     if expert_end_E.dtype != torch.int32:
         raise ValueError(f"expert_end must be int32, got {expert_end_E.dtype}: convert it with .int().")
     return torch.ops.hf_moe.triton_grouped_linear(rows_NA, weight, bias, expert_end_E, transposed)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_moe.experts.backends import BACKENDS, refusals
+from hf_moe.experts.contract import foreign_storage
 from hf_moe.experts.engines import choose
 from hf_moe.models.config_files import config_errors
 from hf_moe.models.configuration_hf_moe import refuse_huge
@@ -240,6 +241,9 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)
             continue
+        if (storage := foreign_storage(layer.experts)) is not None:
+            text = f"Expert weights are stored as {storage}: it decides which of transformers' own backends run them."
+            warnings.setdefault(text, []).append(layer.name)
         reasons = refusals(layer.experts, weight.dtype, _device(weight))
         refused = {**reasons, **refused}
         if backend in reasons and weight.device.type != "meta":

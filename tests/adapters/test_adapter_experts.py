@@ -65,6 +65,11 @@ def logits(model, inputs=None):
     return model(**(inputs or {"input_ids": IDS})).logits
 
 
+def frozen_logits(model, inputs=None):
+    """Of a base in the state in which an adapter has it: torch computes a frozen convolution another way."""
+    return logits(model.requires_grad_(False), inputs)
+
+
 # ---- what it computes
 
 
@@ -73,7 +78,7 @@ def logits(model, inputs=None):
 def test_bit_equal_at_initialisation(family, implementation):
     model, inputs = build(family)
     model.set_experts_implementation(implementation)
-    expected, layers = logits(model, inputs), hf_moe.moe_layers(model)
+    expected, layers = frozen_logits(model, inputs), hf_moe.moe_layers(model)
     router_hash = hf_moe.router_hash(model)
     tuned = attach(model)
     assert torch.equal(logits(tuned, inputs), expected)
@@ -208,7 +213,7 @@ def test_every_implementation_agrees(implementation):
 def test_every_native_family(family):
     model, inputs = build_tiny(family)
     with torch.no_grad():
-        base, layers = model(**inputs)[0], hf_moe.moe_layers(model)
+        base, layers = model.requires_grad_(False)(**inputs)[0], hf_moe.moe_layers(model)
         tuned = attach(model)
         assert torch.equal(tuned(**inputs)[0], base)
         assert [layer.experts for layer in hf_moe.moe_layers(tuned)] == [layer.experts for layer in layers]
@@ -229,7 +234,7 @@ def two_domains():
 
 
 def test_one_adapter_for_each_domain():
-    base = logits(qwen_model())
+    base = frozen_logits(qwen_model())
     tuned = two_domains()
     first = logits(tuned)
     tuned.set_adapter("law")
@@ -342,7 +347,7 @@ def test_loaded_weights_follow_the_experts_to_their_device(saved, monkeypatch):
 def test_the_hosts_own_adapter_methods(saved):
     folder, expected = saved
     model = base_of(folder)
-    without = logits(model)
+    without = frozen_logits(model)
     model.load_adapter(str(folder / "adapter"))
     assert torch.equal(logits(model), expected)
     model.disable_adapters()
@@ -476,7 +481,7 @@ def train(model, folder, resume=None, **options):
 def test_training_moves_the_adapter_only(family, implementation, tmp_path):
     model = {"hf_moe": hf_moe_model, "qwen3_moe": qwen_model}[family]()
     model.set_experts_implementation(implementation)
-    before, base = record_choices(model, IDS), logits(model)
+    before, base = record_choices(model, IDS), frozen_logits(model)
     router_hash = hf_moe.router_hash(model)
     tuned = attach(model, adapter_width=16)
     start = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters()}
@@ -571,7 +576,7 @@ def test_merging_is_refused_before_any_work(call):
 
 def test_unload_gives_the_base_back():
     model = qwen_model()
-    expected, modules = logits(model), [name for name, _ in model.named_modules()]
+    expected, modules = frozen_logits(model), [name for name, _ in model.named_modules()]
     base = perturb(attach(model)).unload()
     assert base is model
     assert [name for name, _ in base.named_modules()] == modules
@@ -645,7 +650,7 @@ def test_split_experts_are_refused(split):
 def test_every_routing_of_ours(options):
     """Tokens that the base sends nowhere, or everywhere, get their adapter experts all the same."""
     model = hf_moe_model(**DECODERS[options])
-    expected = logits(model)
+    expected = frozen_logits(model)
     tuned = attach(model)
     assert torch.equal(logits(tuned), expected)
     layer = perturb(tuned).get_submodule("base_model.model.model.layers.0.mlp.experts")

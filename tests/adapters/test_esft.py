@@ -23,7 +23,7 @@ from hf_moe.training.packing import PackedRows
 from hf_moe.training.trainer import MoeTrainer
 from tiny_hf_moe import random_ids
 from tiny_models import FAMILIES, build_tiny
-from tiny_moe import hf_moe_model, with_expert_lora
+from tiny_moe import hf_moe_model, in_own_memory, with_expert_lora
 
 NATIVE = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 BUILD = {
@@ -220,7 +220,7 @@ def test_a_save_at_any_time_is_an_ordinary_checkpoint(model, tmp_path):
     for name, value in plain.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+        assert torch.equal(in_own_memory(loaded)(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
 def test_folding_gives_the_plain_model_back(model):
@@ -469,7 +469,7 @@ def test_masked_lora_is_stock_in_the_file_and_leaves_other_experts_to_the_base(b
     before = copy_of(plain.state_dict())
     loaded = PeftModel.from_pretrained(plain, tmp_path / "masked").eval()
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=IDS).logits, tuned(input_ids=IDS).logits)
+        assert torch.equal(in_own_memory(loaded)(input_ids=IDS).logits, tuned(input_ids=IDS).logits)
     merged = tuned.merge_and_unload().state_dict()
     for name, layer in selection.layers.items():
         rest = [expert for expert in range(8) if expert not in layer.experts]

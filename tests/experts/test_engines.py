@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+import hf_moe
 from hf_moe.experts import engines
 from hf_moe.experts.engines import choose, triton_refuses
 from hf_moe.experts.host import HOST_REFUSALS
@@ -89,22 +90,45 @@ def test_delegation_calls_the_hosts_function(experts, monkeypatch):
     assert called == [(experts, *call)]
 
 
-def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(experts, monkeypatch, caplog):
+@pytest.fixture
+def no_engine_yet(monkeypatch):
+    monkeypatch.setattr(engines, "ENGINES", {"hf_moe_grouped": engines.ENGINES["hf_moe_grouped"]})
+    monkeypatch.setattr(engines, "_BROKEN", {})
+    engines._say.cache_clear()
+
+
+def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(no_engine_yet, monkeypatch, caplog):
     build = importlib.import_module("hf_moe.kernels.cpu.build")
 
     def fail():
         raise RuntimeError("building failed: cc1plus: out of memory")
 
+    monkeypatch.setattr(build, "why_not", lambda: None)
     monkeypatch.setattr(build, "load_kernels", fail)
-    monkeypatch.setattr(engines, "ENGINES", {"hf_moe_grouped": engines.ENGINES["hf_moe_grouped"]})
-    monkeypatch.setattr(engines, "_BROKEN", {})
-    engines._say.cache_clear()
+    model, inputs = build_tiny("mixtral")
+    model.set_experts_implementation("hf_moe")
+    out = model(**inputs).logits
+    said = "hf_moe runs hf_moe_grouped: building failed: cc1plus: out of memory."
+    assert caplog.text.count(said) == 1
+    assert said in str(hf_moe.explain(model))
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(out, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_kernels_asked_for_by_name_that_cannot_be_built_are_an_error(experts, no_engine_yet, monkeypatch, known):
+    """Whether this is the first that is heard of it or not."""
+    build = importlib.import_module("hf_moe.kernels.cpu.build")
+
+    def fail():
+        raise RuntimeError("no folder can be written: name one with HF_MOE_CPU_CACHE")
+
+    monkeypatch.setattr(build, "why_not", lambda: None)
+    monkeypatch.setattr(build, "load_kernels", fail)
     call = (torch.randn(3, 32), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     experts.config._experts_implementation = "hf_moe"
-    out = experts(*call)
-    assert "hf_moe runs hf_moe_grouped: building failed: cc1plus: out of memory." in caplog.text
-    experts.config._experts_implementation = "eager"
-    torch.testing.assert_close(out, experts(*call))
+    if known:
+        experts(*call)
     experts.config._experts_implementation = "hf_moe_cpu"
-    with pytest.raises(ValueError, match=r"'hf_moe_cpu' cannot run MixtralExperts: building failed: cc1plus"):
+    with pytest.raises(ValueError, match=r"'hf_moe_cpu' cannot run MixtralExperts: no folder can be written: name"):
         experts(*call)

@@ -115,7 +115,7 @@ def logits(tmp_path_factory):
 @pytest.mark.parametrize("where", ["with", "without"])
 def test_the_last_push_is_loaded_and_the_first_when_it_is_pinned(found, logits, where):
     for actual, expected in zip(found[where]["logits"], logits, strict=True):
-        assert torch.equal(torch.tensor(actual), expected)
+        torch.testing.assert_close(torch.tensor(actual), expected)  # loaded weights lie at other addresses
 
 
 @pytest.mark.slow

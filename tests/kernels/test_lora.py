@@ -266,8 +266,10 @@ def test_errors_name_value_rule_and_way_out(device):
     with pytest.raises(ValueError, match=r"base under an adapter is frozen, but up_weight requires grad: call"):
         ours(replace(layer, up_weight=layer.up_weight.requires_grad_()), factors)
     layer.up_weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"up_a must be \[4, R, 16\] and up_b \[4, 48, R\], or both None, got"):
+    with pytest.raises(ValueError, match=r"up_a must be \[4, R, 16\] and up_b \[4, 48, R\] with R >= 1, or both"):
         ours(layer, factors | {"up_b": factors["up_b"][:, :, :2]})
+    with pytest.raises(ValueError, match="with R >= 1"):
+        ours(layer, factors | {"up_a": factors["up_a"][:, :0], "up_b": factors["up_b"][:, :, :0]})
     with pytest.raises(ValueError, match=r"or both None, got None and \(4, 16, 4\)"):
         ours(layer, factors | {"down_a": None})
     with pytest.raises(ValueError, match=r"one dtype, got .*down_b float16"):

@@ -219,6 +219,17 @@ def test_errors_name_value_rule_and_way_out(interpreter):
             triton_experts(layer.hidden.clone().requires_grad_(keep), *arguments[1:7], 4, *arguments[8:])
     with pytest.raises(ValueError, match=r"activation must be one of silu.*got 'mish'"):
         triton_experts(*arguments[:8], "mish", *arguments[9:])
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0: give the layer one"):
+        triton_experts(
+            layer.hidden[:, :0],
+            *arguments[1:3],
+            layer.up_weight[..., :0],
+            None,
+            layer.down_weight[:, :0],
+            *arguments[6:],
+        )
+    with pytest.raises(ValueError, match="expert_width must be at least 1, got 0"):
+        triton_experts(*arguments[:3], layer.up_weight[:, :0], None, layer.down_weight[..., :0], *arguments[6:])
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
@@ -302,3 +313,7 @@ def test_linear_errors(device):
         triton_grouped_linear(rows, weight, bias, expert_end.long(), False)
     with pytest.raises(ValueError, match=r"with transposed=True do not fit"):
         triton_grouped_linear(rows, weight, bias, expert_end, True)
+    with pytest.raises(ValueError, match="inner_width must be at least 1, got 0"):
+        triton_grouped_linear(rows[:, :0], weight[..., :0], bias, expert_end, False)
+    with pytest.raises(ValueError, match="outer_width must be at least 1, got 0"):
+        triton_grouped_linear(rows, weight[:, :0], None, expert_end, False)

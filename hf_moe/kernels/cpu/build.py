@@ -1,40 +1,33 @@
-"""Builds the C++ kernels once per machine and loads them; says why it cannot.
+"""Compiles the C++ kernels once per machine, loads them, and says why it cannot.
 
-The library goes into torch's extension cache (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`). Its name
-holds a hash of the sources, the flags, the compiler's path, torch's version and the CPU's instruction set, so that
-machines that share a home directory do not share instructions.
+What is there is used as it is (cache.py), also where nothing can be written and no compiler is; only then one is
+needed. `python -m hf_moe.kernels.cpu` builds beforehand, for a container image.
 """
 
-import fcntl
 import functools
-import hashlib
 import logging
 import os
-import platform
+import shlex
 import shutil
+import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from pathlib import Path
 
 import torch
 
+from .cache import FLAGS, NATIVE, SOURCE, add_library, find_libraries, targets
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "HF_MOE_CPU_KERNELS"
-FOLDER = Path(__file__).parent
-SOURCES = sorted(FOLDER.glob("*.cpp"))
-HEADERS = sorted(FOLDER.glob("*.h"))
-# -fopenmp is no link flag here: the symbols are to be those of the OpenMP library that torch brought
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
-LAST_LINES = 15
+_SHOWN_LINES, _SHOWN_WIDTH = 2, 200  # of a compiler's errors
 
 
 @functools.cache
 def why_not() -> str | None:
-    """Why the kernels cannot be built here, as a sentence that ends with a way out; None if nothing speaks against it.
+    """Why the kernels cannot run here, as a sentence that ends with a way out; None if nothing speaks against it.
 
     Reads the environment once per process.
     """
@@ -42,13 +35,29 @@ def why_not() -> str | None:
         return f"{SWITCH}=0 turns the CPU kernels off: unset it to have them."
     if sys.platform != "linux":
         return f"the CPU kernels are built on Linux only, not on {sys.platform}: use the host's 'grouped_mm'."
-    compiler = _compiler()
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler!r} is not on the PATH): install g++ or set CXX."
-    with _scripts_on_path():
-        if shutil.which("ninja") is None:
-            return "ninja is not on the PATH: pip install ninja."
+    try:
+        targets()
+    except OSError as error:
+        return f"what this processor can do is not known ({error}): use transformers' 'grouped_mm'."
+    return None if find_libraries() else _why_no_compiler()
+
+
+def _why_no_compiler() -> str | None:
+    try:
+        command = _compiler()
+    except ValueError as error:
+        return f"CXX={os.environ['CXX']!r} is no command ({error}): set it to a C++ compiler, such as g++."
+    if shutil.which(command[0]) is None:
+        return f"no C++ compiler ({command[0]!r} is not on the PATH): install g++ or set CXX."
+    try:
+        subprocess.run([*command, "--version"], check=True, capture_output=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the C++ compiler does not run ({_short(str(error))}): install g++ or set CXX."
     return None
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 @functools.cache
@@ -56,86 +65,76 @@ def load_kernels() -> None:
     """Make `torch.ops.hf_moe_cpu` available, building it if this machine has not yet.
 
     Raises:
-        RuntimeError: If the kernels cannot be built (`why_not`), or the compiler failed (with its last lines).
+        RuntimeError: If the kernels cannot be built (`why_not`), the compiler failed (with its first errors), or what
+            it made cannot be loaded.
     """
     if reason := why_not():
         raise RuntimeError(f"hf_moe's CPU kernels cannot be built: {reason}")
-    name = f"hf_moe_cpu_{_key()}"
-    folder = _cache_folder(name)
-    library = folder / f"{name}.so"
-    with _lock(folder / "building"):
-        if not library.exists():
-            _build(name, folder)
-    torch.ops.load_library(str(library))
-
-
-def _build(name: str, folder: Path) -> None:
-    """Build in a folder of its own and move the result, so that a killed build leaves nothing that looks whole."""
-    from torch.utils import cpp_extension  # costs half a second, and is needed once per machine
-
-    logger.warning("building hf_moe's CPU kernels in %s: up to a minute, once per machine", folder)
-    start = time.perf_counter()
-    work = folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    useless = set()
+    for library, digest in find_libraries():
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:  # made for another C library, or a folder that may not hold code
+            logger.warning("hf_moe's CPU kernels are built anew, because they cannot be loaded: %s", error)
+            useless.add(digest)
+        else:
+            return
+    library = build_library(NATIVE, useless)
     try:
-        with _scripts_on_path():
-            cpp_extension.load(
-                name,
-                [str(source) for source in SOURCES],
-                extra_cflags=list(FLAGS),
-                build_directory=str(work),
-                is_python_module=False,
-            )
-    except (RuntimeError, OSError) as error:
-        lines = "\n".join(str(error).splitlines()[-LAST_LINES:])
+        torch.ops.load_library(str(library))
+    except OSError as error:
         raise RuntimeError(
-            f"building hf_moe's CPU kernels with {_compiler()!r} failed:\n{lines}\n"
-            f"Another compiler can be named with CXX (g++ 11 or newer); {SWITCH}=0 does without these kernels."
+            f"hf_moe's CPU kernels were built but cannot be loaded ({_short(str(error))}): delete "
+            f"{library.parent}, or do without with {SWITCH}=0."
         ) from error
-    os.replace(work / f"{name}.so", folder / f"{name}.so")
-    shutil.rmtree(work)
+
+
+def build_library(target: str, useless: Container[bytes] = ()) -> Path:
+    """Compile the kernels for an instruction set, as `-march` takes it, unless that was done; returns the library.
+
+    Args:
+        useless: Digests of libraries that are there and do not count.
+
+    Raises:
+        RuntimeError: If there is no working compiler, it fails, or there is no place for the result.
+    """
+    if reason := _why_no_compiler():
+        raise RuntimeError(f"hf_moe's CPU kernels cannot be built: {reason}")
+    return add_library(target, functools.partial(_compile, target), useless)
+
+
+def _compile(target: str, library: Path) -> None:
+    """Compile and link, in the library's folder.
+
+    Source: the commands of torch 2.13, `utils/cpp_extension.py`, for a library without Python.
+    """
+    logger.warning("building hf_moe's CPU kernels in %s: up to a minute, once per machine", library.parent.parent)
+    start = time.perf_counter()
+    torch_folder, compiled = Path(torch.__file__).parent, library.with_suffix(".o")
+    include = torch_folder / "include"
+    headers = [f"-isystem{folder}" for folder in (include, include / "torch" / "csrc" / "api" / "include")]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    libraries = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    _run([*_compiler(), *FLAGS, f"-march={target}", abi, *headers, "-c", SOURCE, "-o", compiled])
+    _run([*_compiler(), "-shared", compiled, *libraries, "-o", library])
     logger.warning("built hf_moe's CPU kernels in %.0f s", time.perf_counter() - start)
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+def _run(command: list[str | Path]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    if result.returncode:
+        raise RuntimeError(
+            f"building hf_moe's CPU kernels with {command[0]!r} failed: {_first_errors(result.stderr)}. Another "
+            f"compiler can be named with CXX (g++ 11 or newer); {SWITCH}=0 does without these kernels."
+        )
 
 
-def _key() -> str:
-    parts = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    parts += [*FLAGS, torch.__version__, str(shutil.which(_compiler())), platform.machine(), _instruction_set()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def _first_errors(output: str) -> str:
+    """The compiler's first errors, without the code that it shows below them, or its last words."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    shown = [line for line in lines if "error:" in line][:_SHOWN_LINES] or lines[-_SHOWN_LINES:]
+    return "; ".join(_short(line) for line in shown) or "it said nothing"
 
 
-def _instruction_set() -> str:
-    """What `-march=native` depends on: the CPU's model and features, as Linux lists them."""
-    wanted = ("model name", "flags", "features", "cpu part", "cpu implementer")
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return "\n".join(sorted({line for line in lines if line.lower().startswith(wanted)}))
-
-
-def _cache_folder(name: str) -> Path:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    folder = Path(root) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process builds, the others wait; the lock of a process that dies is free."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _scripts_on_path() -> Iterator[None]:
-    """ninja lies beside the interpreter, which need not be on the PATH."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([before, sysconfig.get_path("scripts")])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_WIDTH else f"{text[:_SHOWN_WIDTH]}..."

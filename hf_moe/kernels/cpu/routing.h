@@ -139,6 +139,10 @@ struct ExpertWeights {
 
 template <class T>
 ExpertWeights<T> weights_of(const Tensor& w, bool transposed) {
+  // tasks divide by both
+  TORCH_CHECK_VALUE(
+      w.size(1) > 0 && w.size(2) > 0, "the matrices of experts must have at least one row and one column, got ", w.sizes(),
+      ". Give the layer a hidden size, a width and a rank of at least 1.");
   const int n = transposed ? 2 : 1, k = transposed ? 1 : 2;
   return {w.const_data_ptr<T>(), w.stride(0), w.stride(n), w.stride(k), w.size(n), w.size(k)};
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import numerics
-from hf_moe.kernels.cpu import cpu_experts, why_not
+from hf_moe.kernels.cpu import cpu_experts, cpu_experts_lora, cpu_grouped_linear, why_not
 from hf_moe.ops import reference
 from numerics import ROUTINGS
 
@@ -303,3 +303,38 @@ def test_an_unknown_activation_is_an_error():
     case = ROUTINGS["balanced"]()
     with pytest.raises(ValueError, match=r"activation must be one of silu, gelu.*'mish'"):
         ours(arguments_of(case, Layer()), case.index, Layer("mish"))
+
+
+def calls_of_every_operator(hidden: int, width: int, transposed: bool):
+    """Each public operator, forward and backward, on two experts with matrices of these sizes."""
+    E, T, K, R = 2, 3, 1, 2
+
+    def weights(out: int, inner: int):
+        return torch.zeros((E, inner, out) if transposed else (E, out, inner))
+
+    layer = (torch.zeros(T, hidden), torch.zeros(T, K, dtype=torch.int64), torch.ones(T, K))
+    layer = (*layer, weights(2 * width, hidden), None, weights(hidden, width), None)
+    settings = (E, "silu", 1.0, math.inf, 0.0, True, transposed, False)
+    pre, low = torch.zeros(T * K, 2 * width), torch.zeros(T * K, R)
+    shapes = (E, R, hidden), (E, 2 * width, R), (E, R, width), (E, hidden, R)
+    factors = [torch.zeros(shape) for shape in shapes]
+    grad, ends = torch.zeros(T, hidden), torch.tensor([1, 3], dtype=torch.int32)
+    ops = torch.ops.hf_moe
+    dense_need, lora_need = [True, True, True, False, True, False], [True] * 6
+    yield lambda: cpu_experts(*layer, *settings)
+    yield lambda: ops.cpu_experts_backward(grad, pre, *layer, *settings, dense_need)
+    yield lambda: cpu_experts_lora(*layer, *settings, *factors, 1.0, 1.0)
+    yield lambda: ops.cpu_experts_lora_backward(grad, pre, low, low, *layer, *factors, *settings, 1.0, 1.0, lora_need)
+    yield lambda: cpu_grouped_linear(torch.zeros(T, width), layer[5], None, ends, transposed)
+    yield lambda: ops.cpu_grouped_linear_backward(grad, torch.zeros(T, width), layer[5], ends, transposed, [True] * 3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("hidden", "width"), [(0, 8), (8, 0)])
+def test_matrices_without_rows_or_columns_are_an_error(hidden, width, transposed):
+    """They used to end the process in a division by zero."""
+    for call in calls_of_every_operator(hidden, width, transposed):
+        with pytest.raises(ValueError, match=r"must have at least one row and one column, got .*0.* of at least 1"):
+            call()
+    for call in calls_of_every_operator(8, 8, transposed):
+        call()
