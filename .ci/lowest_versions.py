@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT_AT_TESTED_VERSION = "torch"
-EXTRAS = ("cpu", "recipes", "triton")
+EXTRAS = ("push", "recipes", "triton")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Check that the wheel in the given folder holds the tracked files of hf_moe/, the recipes and their configs alone."""
+"""Check that the wheel in the given folder holds the tracked files of hf_moe/, its command, the recipes and their configs alone."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from zipfile import ZipFile
 def main(folder: str) -> None:
     (wheel,) = Path(folder).glob("hf_moe-*.whl")
     names = set(ZipFile(wheel).namelist())
-    patterns = ("hf_moe", "recipes/*.py", "recipes/configs/*.yaml")
+    patterns = ("hf_moe", "hf_moe_command.py", "recipes/*.py", "recipes/configs/*.yaml")
     listing = subprocess.run(["git", "ls-files", *patterns], check=True, capture_output=True, text=True)
     tracked = listing.stdout.split()
     installed = {f"hf_moe/{name}" if name.startswith("recipes/") else name for name in tracked}

@@ -37,7 +37,7 @@ def test_the_code_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert torch.is_tensor(names["model"].model.layers[0].mlp.gate.e_score_correction_bias)
     names |= {"texts": ["some words of a domain"] * 8, "tokenizer": tiny_tokenizer(), "ids": random_ids(16)}
     run(adapters)
-    assert (tmp_path / "per-expert" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "adapter-for-servers" / "adapter_model.safetensors").exists()
     assert sum(parameter.requires_grad for parameter in names["base"].parameters()) > 0
     # a small model of another family for the rest
     names |= {"model": qwen_model(), "batch": {"input_ids": random_ids(16)}}
