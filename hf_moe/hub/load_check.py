@@ -23,7 +23,7 @@ from hf_moe.models.config_files import load_config
 
 _HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
 _TOKENS = 8
-_CACHE_ERROR = 0.25
+_CACHE_ERROR = 0.25  # of what the context makes: a cache that is forgotten is off by all of it
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 _SHOWN = 600  # characters of another library's error
 _DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -51,10 +51,11 @@ class _Attach(torch.autograd.Function):
 class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, late: LateGradient, through: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.late = late
+        ctx.late, ctx.count = late, len(tensors)
         return through.view_as(through)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        arrived, ctx.late.arrived = ctx.late.arrived, None
+        # none: a backward that did not come through the outside, from the output of an early layer
+        arrived, ctx.late.arrived = ctx.late.arrived or (None,) * ctx.count, None
         return None, gradient, *arrived

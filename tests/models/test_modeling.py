@@ -280,6 +280,17 @@ def test_reentrant_checkpointing_with_accumulation(scope):
     assert_gradients(step(use_reentrant=True), step())
 
 
+def test_reentrant_checkpointing_where_the_loss_is_of_an_early_layer():
+    def step(**checkpointing):
+        model = loud("top_k")
+        if checkpointing:
+            model.gradient_checkpointing_enable(checkpointing)
+        model(random_ids(), output_hidden_states=True).hidden_states[1].square().mean().backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+    assert_gradients(step(use_reentrant=True), step())
+
+
 def test_reentrant_checkpointing_of_some_layers_and_without_the_task():
     """Layers in between run as they are; router logits have gradients outside; a second backward counts anew."""
 
