@@ -609,14 +609,14 @@ class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> HfMoeCausalLMOutputWithPast:
         """Logits `[B, S, V]`, and the next-token loss where `labels` `[B, S]` (-100 is left out) are given.
 
         `shift_labels` `[B, S]` are labels that are shifted already; the loss is divided by `num_items_in_batch`.
         """
+        # no parameters: the Trainer takes every name with "label" in it for a label that each batch must have
+        shift_labels, num_items_in_batch = (kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch"))
         outputs = self._run_model(
             output_router_logits,
             input_ids=input_ids,
