@@ -25,6 +25,7 @@ from hf_moe.adapters.frozen_router import (
     verify_adapter_base,
 )
 from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState
+from hf_moe.error_text import one_line
 from hf_moe.models.loading import ModelError, find_model
 
 if TYPE_CHECKING:
@@ -244,8 +245,6 @@ def _fitting(files: AdapterFiles, model: Any) -> Iterator[None]:
     except AdapterError:
         raise
     except _MISFITS as error:
-        # a line for each tensor that does not fit: the first say enough
-        said = " ".join(str(error).split()) or type(error).__name__
         base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         if offloaded := _offloaded(base):
             raise AdapterError(
@@ -254,7 +253,7 @@ def _fitting(files: AdapterFiles, model: Any) -> Iterator[None]:
                 "device_map, for instance in a smaller dtype."
             ) from error
         raise AdapterError(
-            f"the adapter in {str(files.folder)!r} does not fit {type(base).__name__}: {said:.400}"
+            f"the adapter in {str(files.folder)!r} does not fit {type(base).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -350,8 +349,9 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
             "account may see."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        said = " ".join(str(error).split())
-        raise AdapterError(f"{str(adapter)!r:.200} is no folder, and the Hub does not give it: {said:.300}") from error
+        raise AdapterError(
+            f"{str(adapter)!r:.200} is no folder, and the Hub does not give it: {one_line(error)}"
+        ) from error
 
 
 def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:

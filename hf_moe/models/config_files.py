@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from hf_moe.error_text import one_line
 from hf_moe.json_files import read_object
 from hf_moe.models.configuration_hf_moe import refuse_huge
 
@@ -91,6 +92,5 @@ def _objects(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _damaged(source: Any, error: Exception) -> ConfigError:
     cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
-    said = " ".join(str(cause).split()) or "nothing more is said."
-    return ConfigError(f"the config of {str(source)!r:.200} cannot be used: {kind}{said:.400}")
+    kind = "" if isinstance(cause, ValueError) or not str(cause) else f"{type(cause).__name__}: "
+    return ConfigError(f"the config of {str(source)!r:.200} cannot be used: {kind}{one_line(cause)}")

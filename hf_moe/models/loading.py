@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_moe.error_text import one_line
 from hf_moe.models.config_files import ConfigError, config_errors, load_config
 
 from .auto_classes import is_language_model, whole_auto_class
@@ -82,11 +83,11 @@ def read_config(name: str) -> PreTrainedConfig:
         # False, not transformers' default, which asks on the terminal whether to run the checkpoint's code
         return load_config(name, trust_remote_code=False)
     except OSError as error:
-        raise ModelNotFoundError(f"{name!r} has no config that can be read: {_first(error)}") from error
+        raise ModelNotFoundError(f"{name!r} has no config that can be read: {one_line(error)}") from error
     except ConfigError as error:
         raise ModelError(str(error)) from error
     except ValueError as error:
-        raise ModelError(f"the config of {name!r} cannot be read: {_first(error)}") from error
+        raise ModelError(f"the config of {name!r} cannot be read: {one_line(error)}") from error
 
 
 def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
@@ -131,7 +132,7 @@ def check_language_model(name: str) -> PreTrainedConfig:
     try:
         model = build_empty(config)
     except ValueError as error:
-        raise ModelError(f"{name!r} cannot be loaded: {_first(error)}") from error
+        raise ModelError(f"{name!r} cannot be loaded: {one_line(error)}") from error
     _require_layers(model, name)
     language_class(config, name)
     return config
@@ -168,8 +169,3 @@ def _require_layers(model: PreTrainedModel, name: str) -> None:
         required_layers(model, dense="Name a Mixture-of-Experts model.")
     except ValueError as error:
         raise ModelError(f"{name!r}: {error}") from error
-
-
-def _first(error: Exception) -> str:
-    """The error's first lines: some of transformers' list every model type."""
-    return f"{' '.join(str(error).split()):.400}"
