@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS, AdapterError, AdapterFiles, check_adapter, read_bounded_json
 from hf_moe.adapters.frozen_router import (
     HASH_FILE,
+    LARGEST_RECORD,
     RouterNotFrozenError,
     refuse_router_adapters,
     verify_adapter_base,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 # what PEFT reads from a repository
 _FILES = (WEIGHTS, CONFIG, HASH_FILE)
-_LONGEST_HASH_FILE = 2**20
 # how values begin: they come from the file, and some beginnings write into the base
 _STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 _START_OPTIONS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
@@ -290,7 +290,7 @@ def _check_routers(folder: Path, loaded: "PeftModel", strict: bool) -> None:
         if strict:
             raise AdapterRouterError("a model on the meta device has no routers to compare. Leave out strict_router.")
         return
-    read_bounded_json(path, _LONGEST_HASH_FILE)
+    read_bounded_json(path, LARGEST_RECORD)
     try:
         verify_adapter_base(folder, loaded, strict=strict)
     except RouterNotFrozenError as error:
