@@ -324,7 +324,7 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
             raise AdapterError(f"{str(adapter)!r} is a folder, which has no revision {revision!r}. Leave it out.")
         return Path(adapter)
     try:
-        find_model(str(adapter), file=CONFIG)  # the client asks for long before it gives up
+        find_model(str(adapter), file=CONFIG, revision=revision)  # the client asks for long before it gives up
     except ModelError as error:
         raise AdapterError(str(error)) from error
     from huggingface_hub import snapshot_download

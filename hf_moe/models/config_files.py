@@ -21,7 +21,11 @@ _UNUSABLE = (
 )
 
 
-class ConfigError(ValueError):
+class ModelError(ValueError):
+    """A model that cannot be used; says why and the way out."""
+
+
+class ConfigError(ModelError):
     """A config that describes no model; names it, and what is wrong."""
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_moe.error_text import one_line
-from hf_moe.models.config_files import ConfigError, config_errors, load_config
+from hf_moe.models.config_files import ConfigError, ModelError, config_errors, load_config
 
 from .auto_classes import is_language_model, whole_auto_class
 from .unseen_experts import required_layers
@@ -35,20 +35,17 @@ _ABSENT: dict[type[Exception], str] = {
 }
 
 
-class ModelError(ValueError):
-    """A model that cannot be used; says why and the way out."""
-
-
 class ModelNotFoundError(ModelError, OSError):
     """There is no such model, or its config cannot be had."""
 
 
-def find_model(name: str, *, file: str = "config.json") -> None:
+def find_model(name: str, *, file: str = "config.json", revision: str | None = None) -> None:
     """Ask the Hub once whether it has `name`: transformers tries for half a minute before it gives up.
 
     Args:
         name: A folder, or a name on the Hub. Of a folder, or of what is in the Hub's cache, nothing is asked.
         file: What the cache holds of a model (or an adapter) that is there.
+        revision: Commit, tag or branch that the cache must hold; default: that of the main branch.
 
     Raises:
         ModelNotFoundError: If there is no such folder, and the Hub has no such repository or cannot be reached.
@@ -56,7 +53,7 @@ def find_model(name: str, *, file: str = "config.json") -> None:
     if os.path.exists(name):
         return
     try:
-        if isinstance(try_to_load_from_cache(name, file), str):
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return
         HfApi().model_info(name, timeout=_SECONDS)
     except (HFValidationError, GatedRepoError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
@@ -76,7 +73,7 @@ def read_config(name: str) -> PreTrainedConfig:
 
     Raises:
         ModelNotFoundError: If there is none.
-        ModelError: If it is damaged, or transformers does not know the model type.
+        ModelError: If it is damaged (a ConfigError), or transformers does not know the model type.
     """
     find_model(name)
     try:
@@ -84,8 +81,8 @@ def read_config(name: str) -> PreTrainedConfig:
         return load_config(name, trust_remote_code=False)
     except OSError as error:
         raise ModelNotFoundError(f"{name!r} has no config that can be read: {one_line(error)}") from error
-    except ConfigError as error:
-        raise ModelError(str(error)) from error
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ModelError(f"the config of {name!r} cannot be read: {one_line(error)}") from error
 
