@@ -107,16 +107,14 @@ def load_adapter(
     _refuse_taken(model, adapter_name)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if is_per_expert(files.folder):
+        options: dict[str, Any] = {
+            "is_trainable": is_trainable,
+            "strict_router": strict_router,
+            "accelerate": accelerate,
+        }
         try:
             with fused(files.folder, base) as folded:
-                return load_adapter(
-                    model,
-                    folded,
-                    adapter_name,
-                    is_trainable=is_trainable,
-                    strict_router=strict_router,
-                    accelerate=accelerate,
-                )
+                return load_adapter(model, folded, adapter_name, **options)
         except PerExpertError as error:
             raise AdapterError(f"the adapter in {str(files.folder)!r}: {error}") from error
     _check_copies(files, base)
@@ -331,7 +329,6 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -342,8 +339,8 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
     except GatedRepoError as error:
         raise AdapterError(f"{adapter} is gated and this account has no access. Ask for it on its page.") from error
     except RevisionNotFoundError as error:
-        raise AdapterError(f"{adapter} has no branch, tag or commit {revision!r}.") from error
-    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise AdapterError(f"{adapter} has no branch, tag or commit {revision!r}. Take one from its page.") from error
+    except RepositoryNotFoundError as error:
         raise AdapterError(
             f"there is no adapter {str(adapter)!r:.200}, neither a folder nor on the Hub, as far as this "
             "account may see."
@@ -361,7 +358,8 @@ def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
     names = {tensor.name for tensor in files.tensors}
     if missing := sorted(set(state) - names):
         raise AdapterError(
-            f"{files.weights!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights."
+            f"{files.weights!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights. "
+            "Save the adapter again."
         )
     if surplus := sorted(names - set(state)):
         raise _without_place(files, surplus)
@@ -373,7 +371,7 @@ def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
 def _without_place(files: AdapterFiles, surplus: list[str]) -> AdapterError:
     return AdapterError(
         f"{files.weights!r} holds {surplus[0]!r} ({len(surplus)} in all), which the adapter has no place for: it "
-        "belongs to the base, or to nothing."
+        "belongs to the base, or to nothing. Load it on its own base."
     )
 
 

@@ -214,13 +214,16 @@ def fused(folder: Path, model: nn.Module) -> Iterator[Path]:
     experts, others = fold(load_file(folder / WEIGHTS), layout)
     for name in ("rank_pattern", "alpha_pattern"):
         if unknown := sorted(set(config.get(name) or ()) - {FUSED_PATTERN}):
-            raise PerExpertError(f"{name} {unknown[0]!r} cannot be joined with pairs for every expert.")
+            raise PerExpertError(
+                f"{name} {unknown[0]!r} cannot be joined with pairs for every expert: load it with "
+                "PeftModel.from_pretrained."
+            )
     layers = {lora_targets.plain_path(layer.experts_name): layer for layer in required_layers(model)}
     tensors = dict(others)
     for root, both in experts.items():
         layer = layers.get(root.removeprefix(_PREFIX))
         if layer is None:
-            raise PerExpertError(f"the model has no experts {root.removeprefix(_PREFIX)!r}.")
+            raise PerExpertError(f"the model has no experts {root.removeprefix(_PREFIX)!r}. Load it on its own base.")
         # PEFT nests parameters in the order of the module, parametrised ones in that of the alphabet
         inner, outer = both if "parametrizations" not in layer.experts._modules else reversed(both)
         tensors |= {f"{root}.base_layer.lora_A.weight": inner.a, f"{root}.base_layer.lora_B.weight": inner.b}
