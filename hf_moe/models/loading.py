@@ -6,6 +6,7 @@ whether its experts go through transformers' interface.
 
 import copy
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe.error_text import one_line
-from hf_moe.models.config_files import ConfigError, ModelError, config_errors, load_config
+from hf_moe.models.config_files import ConfigError, ModelError, check_config, config_errors, load_config
 
 from .auto_classes import is_language_model, whole_auto_class
 from .unseen_experts import required_layers
@@ -85,6 +86,25 @@ def read_config(name: str) -> PreTrainedConfig:
         raise
     except ValueError as error:
         raise ModelError(f"the config of {name!r} cannot be read: {one_line(error)}") from error
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of a name on the Hub. No code of the checkpoint is run.
+
+    Args:
+        **options: Of `AutoTokenizer.from_pretrained`; `trust_remote_code=True` allows code.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder or repository.
+        ConfigError: If it, or the model's config, which transformers reads as well, is damaged.
+        OSError, ValueError: As transformers, for one that is not there.
+    """
+    find_model(name, file="tokenizer_config.json")
+    # a repository of a tokenizer alone has no config
+    with suppress(OSError):
+        check_config(name)
+    with config_errors(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **options})
 
 
 def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
