@@ -38,6 +38,7 @@ from hf_moe.adapters import per_expert
 from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS
 from hf_moe.adapters.per_expert import FUSED_PATTERN, Experts, Layout, PerExpertError, Stack
 from hf_moe.json_files import read_object
+from hf_moe.models.loading import ModelError, read_config
 from hf_moe.whole_files import whole_folder, write_json
 
 FORMATS = ("per_expert",)
@@ -128,8 +129,8 @@ def _model_type(config: dict[str, Any], folder: Path) -> str:
     base = config.get("base_model_name_or_path")
     if base:
         try:
-            return AutoConfig.from_pretrained(base).model_type
-        except OSError as error:
+            return read_config(base).model_type
+        except ModelError as error:
             raise AdapterExportError(
                 f"the base model of {folder}, {base!r}, cannot be read ({error}): give its model_type."
             ) from error
