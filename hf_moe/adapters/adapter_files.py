@@ -5,7 +5,6 @@ the base, importing modules, reading other adapters) is refused. Each field has 
 refused unless it is off.
 """
 
-import json
 import math
 import re
 import reprlib
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hf_moe.json_files import read_json
 from hf_moe.models.checkpoint_files import FLOATING, CheckpointError, StoredTensor, read_headers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -74,13 +74,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def read_bounded_json(path: Path, most_bytes: int) -> Any:
     """Raises AdapterError if the file is larger, cannot be read, or is no JSON."""
-    if path.stat().st_size > most_bytes:
-        raise AdapterError(f"{str(path)!r} has {path.stat().st_size:,} bytes, at most {most_bytes:,} are read.")
+    if (size := path.stat().st_size) > most_bytes:
+        raise AdapterError(f"{str(path)!r} has {size:,} bytes, at most {most_bytes:,} are read. Save it again.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, largest=most_bytes, allow_nan=True)  # NaN is refused by its field's name
     except OSError as error:
-        raise AdapterError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{str(path)!r} cannot be read: {error.strerror}. Check its permissions.") from error
+    except ValueError as error:
         raise AdapterError(f"{str(path)!r} is not valid JSON ({error}). Save the adapter again.") from error
 
 

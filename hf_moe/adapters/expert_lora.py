@@ -326,8 +326,7 @@ def _num_layers(model: Any) -> int:
 def _check_merge(outputs: _Outputs, dtype: torch.dtype, num_layers: int) -> None:
     size, change = _rms(outputs.adapted), _rms(outputs.adapted - outputs.base)
     error = _rms(outputs.merged - outputs.adapted)
-    unit = torch.finfo(dtype).eps / 2
-    allowed = _SAFETY * unit * (_ROUNDINGS_PER_LAYER * num_layers) ** 0.5 * size
+    allowed = rounding_share(dtype, num_layers) * size
     figures = (
         f"the merged outputs are off by {error:.3g} (median token), the adapter changes them by {change:.3g}, and "
         f"rounding to {str(dtype).removeprefix('torch.')} explains {allowed:.3g}"
@@ -342,6 +341,12 @@ def _check_merge(outputs: _Outputs, dtype: torch.dtype, num_layers: int) -> None
             f"{figures}: the adapter disappears in the rounding. Merge in float32: load the base with "
             "dtype=torch.float32, merge, then cast; or keep the adapter unmerged."
         )
+
+
+def rounding_share(dtype: torch.dtype, num_layers: int) -> float:
+    """How much of the size of a model's outputs rounding explains; see `merge_and_check` for the reasons."""
+    unit = torch.finfo(dtype).eps / 2
+    return _SAFETY * unit * (_ROUNDINGS_PER_LAYER * num_layers) ** 0.5
 
 
 def _rms(values: Tensor) -> float:

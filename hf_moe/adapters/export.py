@@ -16,7 +16,6 @@ alone is run in the tests):
 
 import importlib
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -36,7 +35,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_moe.adapters import per_expert
-from hf_moe.adapters.per_expert import CONFIG, FUSED_PATTERN, WEIGHTS, Experts, Layout, PerExpertError, Stack
+from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS
+from hf_moe.adapters.per_expert import FUSED_PATTERN, Experts, Layout, PerExpertError, Stack
+from hf_moe.json_files import read_object
+from hf_moe.models.loading import ModelError, read_config
 from hf_moe.whole_files import whole_folder, write_json
 
 FORMATS = ("per_expert",)
@@ -102,7 +104,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise AdapterExportError(f"{folder} holds no {name}: give the folder that PEFT's save_pretrained wrote.")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_object(folder / CONFIG)
     except ValueError as error:
         raise AdapterExportError(f"{folder / CONFIG} is not valid JSON ({error}): save the adapter again.") from error
     if config.get("peft_type") != "LORA":
@@ -127,8 +129,8 @@ def _model_type(config: dict[str, Any], folder: Path) -> str:
     base = config.get("base_model_name_or_path")
     if base:
         try:
-            return AutoConfig.from_pretrained(base).model_type
-        except OSError as error:
+            return read_config(base).model_type
+        except ModelError as error:
             raise AdapterExportError(
                 f"the base model of {folder}, {base!r}, cannot be read ({error}): give its model_type."
             ) from error

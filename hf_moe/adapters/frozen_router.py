@@ -4,7 +4,6 @@ A router here is its module (weights, biases, correction-bias buffers) and what 
 of transformers 5.23 hold the correction bias of the choice beside the router (AFMoE, HY-V3, LFM2-MoE, MiniMax-M2).
 """
 
-import json
 import logging
 import re
 import warnings
@@ -19,6 +18,7 @@ from transformers.utils import is_peft_available
 
 from hf_moe.adapters.router_values import VERSION, first_hashes, values_hash
 from hf_moe.adapters.sharded import is_sharded, refuse_flat_shards, reshard, whole_tensor
+from hf_moe.json_files import read_json
 from hf_moe.models.moe_layers import MoeLayer, moe_layers, plain_name
 from hf_moe.models.unseen_experts import required_layers
 from hf_moe.whole_files import write_json
@@ -26,6 +26,7 @@ from hf_moe.whole_files import write_json
 logger = logging.getLogger(__name__)
 
 HASH_FILE = "router_hash.json"
+LARGEST_RECORD = 2**20  # bytes
 # what the host's configs and model classes, and hf_moe's, call the weights of the losses that train a router
 AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef")
 
@@ -194,11 +195,9 @@ def _has_hash(model: nn.Module, actual: str, expected: str, first_dtypes: str | 
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no JSON ({type(error).__name__}): take it from the adapter again."
-        ) from error
+        record = read_json(path, largest=LARGEST_RECORD, allow_nan=True)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}): take it from the adapter again.") from error
     digest = record.get("router_sha256") if isinstance(record, dict) else None
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(

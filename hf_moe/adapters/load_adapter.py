@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS, AdapterError, AdapterFiles, check_adapter, read_bounded_json
 from hf_moe.adapters.frozen_router import (
     HASH_FILE,
+    LARGEST_RECORD,
     RouterNotFrozenError,
     refuse_router_adapters,
     verify_adapter_base,
 )
 from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState
+from hf_moe.error_text import one_line
 from hf_moe.models.loading import ModelError, find_model
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 # what PEFT reads from a repository
 _FILES = (WEIGHTS, CONFIG, HASH_FILE)
-_LONGEST_HASH_FILE = 2**20
 # how values begin: they come from the file, and some beginnings write into the base
 _STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 _START_OPTIONS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
@@ -106,16 +107,14 @@ def load_adapter(
     _refuse_taken(model, adapter_name)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if is_per_expert(files.folder):
+        options: dict[str, Any] = {
+            "is_trainable": is_trainable,
+            "strict_router": strict_router,
+            "accelerate": accelerate,
+        }
         try:
             with fused(files.folder, base) as folded:
-                return load_adapter(
-                    model,
-                    folded,
-                    adapter_name,
-                    is_trainable=is_trainable,
-                    strict_router=strict_router,
-                    accelerate=accelerate,
-                )
+                return load_adapter(model, folded, adapter_name, **options)
         except PerExpertError as error:
             raise AdapterError(f"the adapter in {str(files.folder)!r}: {error}") from error
     _check_copies(files, base)
@@ -244,8 +243,6 @@ def _fitting(files: AdapterFiles, model: Any) -> Iterator[None]:
     except AdapterError:
         raise
     except _MISFITS as error:
-        # a line for each tensor that does not fit: the first say enough
-        said = " ".join(str(error).split()) or type(error).__name__
         base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         if offloaded := _offloaded(base):
             raise AdapterError(
@@ -254,7 +251,7 @@ def _fitting(files: AdapterFiles, model: Any) -> Iterator[None]:
                 "device_map, for instance in a smaller dtype."
             ) from error
         raise AdapterError(
-            f"the adapter in {str(files.folder)!r} does not fit {type(base).__name__}: {said:.400}"
+            f"the adapter in {str(files.folder)!r} does not fit {type(base).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -291,7 +288,7 @@ def _check_routers(folder: Path, loaded: "PeftModel", strict: bool) -> None:
         if strict:
             raise AdapterRouterError("a model on the meta device has no routers to compare. Leave out strict_router.")
         return
-    read_bounded_json(path, _LONGEST_HASH_FILE)
+    read_bounded_json(path, LARGEST_RECORD)
     try:
         verify_adapter_base(folder, loaded, strict=strict)
     except RouterNotFrozenError as error:
@@ -325,14 +322,13 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
             raise AdapterError(f"{str(adapter)!r} is a folder, which has no revision {revision!r}. Leave it out.")
         return Path(adapter)
     try:
-        find_model(str(adapter), file=CONFIG)  # the client asks for long before it gives up
+        find_model(str(adapter), file=CONFIG, revision=revision)  # the client asks for long before it gives up
     except ModelError as error:
         raise AdapterError(str(error)) from error
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -343,15 +339,16 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
     except GatedRepoError as error:
         raise AdapterError(f"{adapter} is gated and this account has no access. Ask for it on its page.") from error
     except RevisionNotFoundError as error:
-        raise AdapterError(f"{adapter} has no branch, tag or commit {revision!r}.") from error
-    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise AdapterError(f"{adapter} has no branch, tag or commit {revision!r}. Take one from its page.") from error
+    except RepositoryNotFoundError as error:
         raise AdapterError(
             f"there is no adapter {str(adapter)!r:.200}, neither a folder nor on the Hub, as far as this "
             "account may see."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        said = " ".join(str(error).split())
-        raise AdapterError(f"{str(adapter)!r:.200} is no folder, and the Hub does not give it: {said:.300}") from error
+        raise AdapterError(
+            f"{str(adapter)!r:.200} is no folder, and the Hub does not give it: {one_line(error)}"
+        ) from error
 
 
 def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
@@ -361,7 +358,8 @@ def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
     names = {tensor.name for tensor in files.tensors}
     if missing := sorted(set(state) - names):
         raise AdapterError(
-            f"{files.weights!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights."
+            f"{files.weights!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights. "
+            "Save the adapter again."
         )
     if surplus := sorted(names - set(state)):
         raise _without_place(files, surplus)
@@ -373,7 +371,7 @@ def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
 def _without_place(files: AdapterFiles, surplus: list[str]) -> AdapterError:
     return AdapterError(
         f"{files.weights!r} holds {surplus[0]!r} ({len(surplus)} in all), which the adapter has no place for: it "
-        "belongs to the base, or to nothing."
+        "belongs to the base, or to nothing. Load it on its own base."
     )
 
 

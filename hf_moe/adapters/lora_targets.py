@@ -46,7 +46,9 @@ class Choice:
         layers = self.options.get("layers_to_transform", [])
         for layer in [layers] if isinstance(layers, int) else layers:
             if not any(f".{layer}." in f".{path}." for path in paths):
-                raise ValueError(f"layers_to_transform names layer {layer!r}, which {type(model).__name__} has not.")
+                raise ValueError(
+                    f"layers_to_transform names layer {layer!r}, which {type(model).__name__} has not. Take it out."
+                )
         if whole := sorted(path for path in set(named).intersection(paths) if not self(path)):
             raise ValueError(
                 f"target_modules names {whole[0]!r} by its whole path, which PEFT adapts whatever {self} say. Take it "

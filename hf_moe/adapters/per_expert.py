@@ -5,11 +5,10 @@ hold every expert by itself (Qwen3-MoE, Mixtral, OLMoE, DeepSeek), and servers o
 """
 
 import importlib
-import json
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_moe.adapters import lora_targets
+from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS
 from hf_moe.adapters.frozen_router import HASH_FILE
+from hf_moe.json_files import read_object
 from hf_moe.models.unseen_experts import required_layers
 from hf_moe.whole_files import write_json
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FUSED = ("gate_up_proj", "up_proj", "down_proj")
 # what export adds for PEFT where PEFT does not know the family
 FUSED_PATTERN = r".*\.gate_up_proj"
@@ -170,7 +170,7 @@ def targets(num_experts: int, layout: Layout) -> list[str]:
 
 
 def without_experts(
-    config: Mapping[str, Any], names: Iterable[str], others: Collection[str]
+    config: Mapping[str, Any], names: Collection[str], others: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """`target_modules` and `target_parameters` of a config without those of experts.
 
@@ -206,7 +206,7 @@ def fused(folder: Path, model: nn.Module) -> Iterator[Path]:
     Raises:
         PerExpertError: If the pairs are not those of the model's experts.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_object(folder / CONFIG)  # checked before
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     layout = layout_of(model_type)
     if layout is None:
@@ -214,13 +214,16 @@ def fused(folder: Path, model: nn.Module) -> Iterator[Path]:
     experts, others = fold(load_file(folder / WEIGHTS), layout)
     for name in ("rank_pattern", "alpha_pattern"):
         if unknown := sorted(set(config.get(name) or ()) - {FUSED_PATTERN}):
-            raise PerExpertError(f"{name} {unknown[0]!r} cannot be joined with pairs for every expert.")
+            raise PerExpertError(
+                f"{name} {unknown[0]!r} cannot be joined with pairs for every expert: load it with "
+                "PeftModel.from_pretrained."
+            )
     layers = {lora_targets.plain_path(layer.experts_name): layer for layer in required_layers(model)}
     tensors = dict(others)
     for root, both in experts.items():
         layer = layers.get(root.removeprefix(_PREFIX))
         if layer is None:
-            raise PerExpertError(f"the model has no experts {root.removeprefix(_PREFIX)!r}.")
+            raise PerExpertError(f"the model has no experts {root.removeprefix(_PREFIX)!r}. Load it on its own base.")
         # PEFT nests parameters in the order of the module, parametrised ones in that of the alphabet
         inner, outer = both if "parametrizations" not in layer.experts._modules else reversed(both)
         tensors |= {f"{root}.base_layer.lora_A.weight": inner.a, f"{root}.base_layer.lora_B.weight": inner.b}

@@ -170,6 +170,10 @@ class BaseOutputs:
 
     Nothing is compared where there is nothing to run (no values, no token ids), or where two runs of the base itself
     differ: then only its tensors prove anything.
+
+    Args:
+        model: The base, or what it has become with other adapters, which are off while it runs.
+        base: The base itself.
     """
 
     def __init__(self, model: nn.Module, base: PreTrainedModel):

@@ -124,9 +124,9 @@ def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], A
 
     @cache
     def load() -> Any:
-        from transformers import AutoTokenizer
+        from hf_moe.models.loading import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = load_tokenizer(path)
         if chat_template is not None:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         return tokenizer

@@ -38,9 +38,6 @@ def compare(
     """Compare two models on the same texts: routing, weights, bits per byte, latency. A gate makes it a test."""
     require("recipes", "datasets", "jinja2", "peft", "pyarrow")
     from hf_moe.evaluation.compare_models import ModelChoice
-    from hf_moe.observability.gate import GateError
-    from hf_moe.training.corpus import TextError
-    from hf_moe.training.sources import DataError
 
     if not data:
         fail("give text to compare on, such as --data law.txt --data code.jsonl, or --data embedded.")
@@ -54,7 +51,7 @@ def compare(
         options = {"window": window, "batch_size": batch_size, "tokenizer": tokenizer}
         texts = _read(data, max_bytes, tokenizer_of(tokenizer or base, chat_template), on_bad_row)
         passed = _run(models, texts, options, gate, output)
-    except (DataError, GateError, OSError, RuntimeError, TextError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         fail(said(error, base, new, adapter))
     except KeyboardInterrupt:
         fail("interrupted. Nothing was written.", code=130)

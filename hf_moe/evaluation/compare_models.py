@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.evaluation.measurement import Measurement
 from hf_moe.evaluation.model_comparison import ModelComparison, compare_measurements
 from hf_moe.evaluation.text_probe import WINDOW, TextProbe
-from hf_moe.models.config_files import check_config
-from hf_moe.models.loading import ModelError, load_language_model
+from hf_moe.models.loading import ModelError, load_language_model, load_tokenizer, read_config
 from hf_moe.training.encoding import context_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -78,7 +77,7 @@ def compare_models(
         OSError, ValueError: As the host's loaders.
     """
     for choice in (base, new):
-        check_config(choice.path)
+        read_config(choice.path)
     tokenizers = _tokenizers(base, new, tokenizer)
     measured: list[Measurement] = []
     for position, (choice, own) in enumerate(zip((base, new), tokenizers, strict=True)):
@@ -122,8 +121,8 @@ def _tokenizers(base: ModelChoice, new: ModelChoice, both: str | None) -> list[P
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        return load_tokenizer(path)
+    except (OSError, ValueError) as error:
         raise EvaluationError(
             f"{path!r} has no tokenizer that loads ({type(error).__name__}). Name one for both models with "
             "--tokenizer."

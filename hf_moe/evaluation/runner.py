@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_moe.evaluation.domains import documents_sha256, read_domains
 from hf_moe.evaluation.harness import HfMoeLM
@@ -25,6 +25,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.results import FORMAT, NAME, check_results, harness_identity, versions
 from hf_moe.evaluation.scoring import group_figures, prepare
 from hf_moe.evaluation.tasks import Tasks
+from hf_moe.models.loading import load_tokenizer
 from hf_moe.observability.explain import explain
 from hf_moe.training.stages import ResumableRun
 from hf_moe.whole_files import write_json
@@ -67,7 +68,7 @@ def _tokenizer(evaluation: Evaluation) -> PreTrainedTokenizerBase:
     given = options.get("tokenizer") or (model if isinstance(model, str) else model.name_or_path)
     if isinstance(given, PreTrainedTokenizerBase):
         return given
-    return AutoTokenizer.from_pretrained(given, trust_remote_code=bool(options.get("trust_remote_code")))
+    return load_tokenizer(given, trust_remote_code=bool(options.get("trust_remote_code")))
 
 
 class _Run:

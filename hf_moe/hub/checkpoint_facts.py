@@ -114,7 +114,7 @@ def _of_config(folder: Path) -> dict[str, Any]:
         found = explain_config(config)
     except ConfigError as error:
         raise CardError(str(error)) from error
-    except (OSError, ValueError, ImportError, KeyError):
+    except (OSError, ValueError, ImportError):
         return facts  # a model that this transformers does not know: its sizes stay unknown
     return facts | {
         "auto_class": whole_auto_class(config).__name__,

@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_moe.adapters.frozen_router import HASH_FILE, RouterNotFrozenError, verify_adapter_base
 from hf_moe.adapters.load_adapter import load_adapter
+from hf_moe.error_text import one_line
 from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, LoadsBackError, PushRefusedError, Upload, read_json
 from hf_moe.models.auto_classes import named_auto_class
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, check_folder, check_index, read_headers, read_index
@@ -97,8 +98,7 @@ def check_loads(folder: Path, base: Path | None = None, *, trust_remote_code: bo
     except LoadsBackError:
         raise
     except _NOT_LOADED as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise LoadsBackError(f"{str(folder)!r} does not load back: {said:.{_SHOWN}}") from error
+        raise LoadsBackError(f"{str(folder)!r} does not load back: {one_line(error, _SHOWN)}") from error
 
 
 def _check_model(folder: Path, trust_remote_code: bool) -> LoadCheck:

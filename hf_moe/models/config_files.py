@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from hf_moe.error_text import one_line
 from hf_moe.json_files import read_object
 from hf_moe.models.configuration_hf_moe import refuse_huge
 
@@ -20,7 +21,11 @@ _UNUSABLE = (
 )
 
 
-class ConfigError(ValueError):
+class ModelError(ValueError):
+    """A model that cannot be used; says why and the way out."""
+
+
+class ConfigError(ModelError):
     """A config that describes no model; names it, and what is wrong."""
 
 
@@ -64,12 +69,16 @@ def check_config(source: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def config_errors(source: Any) -> Iterator[None]:
-    """Raise what a damaged config makes transformers and torch raise as one `ConfigError` in one line."""
+def config_errors(source: Any, what: str = "config") -> Iterator[None]:
+    """Raise what a damaged config makes transformers and torch raise as one `ConfigError` in one line.
+
+    Args:
+        what: What of `source` is read.
+    """
     try:
         yield
     except _UNUSABLE as error:
-        raise _damaged(source, error) from error
+        raise _damaged(source, error, what) from error
 
 
 def _read(source: str | Path) -> dict[str, Any]:
@@ -89,8 +98,10 @@ def _objects(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _objects(value)
 
 
-def _damaged(source: Any, error: Exception) -> ConfigError:
-    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
-    said = " ".join(str(cause).split()) or "nothing more is said."
-    return ConfigError(f"the config of {str(source)!r:.200} cannot be used: {kind}{said:.400}")
+def _damaged(source: Any, error: Exception, what: str = "config") -> ConfigError:
+    is_field = isinstance(error, StrictDataclassError)  # of a config, whatever was read
+    cause = error.__cause__ if is_field and error.__cause__ else error
+    kind = "" if isinstance(cause, ValueError) or not str(cause) else f"{type(cause).__name__}: "
+    return ConfigError(
+        f"the {'config' if is_field else what} of {str(source)!r:.200} cannot be used: {kind}{one_line(cause)}"
+    )

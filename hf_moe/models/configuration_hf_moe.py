@@ -19,13 +19,15 @@ MAX_CONTEXT = 2**31
 MAX_PARAMETERS = 2**43
 ALLOW_HUGE = "HF_MOE_ALLOW_HUGE"
 
+# Names of the number of experts, whatever the family
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What makes a configuration, or the model of it, grow by one number or one list: also in native families
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
 _BY_LAYER = ("mlp_only_layers", "layer_types", "mlp_layer_types", "per_layer_config")
 _LIMITS = {
     **dict.fromkeys(("num_labels", "id2label", "label2id"), MAX_LABELS),
     **dict.fromkeys((*_LAYERS, "num_encoder_layers", "num_decoder_layers", *_BY_LAYER), MAX_LAYERS),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), MAX_EXPERTS),
+    **dict.fromkeys(EXPERT_COUNTS, MAX_EXPERTS),
 }
 
 # The host drops these from a configuration without a word

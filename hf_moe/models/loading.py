@@ -6,6 +6,7 @@ whether its experts go through transformers' interface.
 
 import copy
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_moe.models.config_files import ConfigError, config_errors, load_config
+from hf_moe.error_text import one_line
+from hf_moe.models.config_files import ConfigError, ModelError, check_config, config_errors, load_config
 
 from .auto_classes import is_language_model, whole_auto_class
 from .unseen_experts import required_layers
@@ -34,20 +36,17 @@ _ABSENT: dict[type[Exception], str] = {
 }
 
 
-class ModelError(ValueError):
-    """A model that cannot be used; says why and the way out."""
-
-
 class ModelNotFoundError(ModelError, OSError):
     """There is no such model, or its config cannot be had."""
 
 
-def find_model(name: str, *, file: str = "config.json") -> None:
+def find_model(name: str, *, file: str = "config.json", revision: str | None = None) -> None:
     """Ask the Hub once whether it has `name`: transformers tries for half a minute before it gives up.
 
     Args:
         name: A folder, or a name on the Hub. Of a folder, or of what is in the Hub's cache, nothing is asked.
         file: What the cache holds of a model (or an adapter) that is there.
+        revision: Commit, tag or branch that the cache must hold; default: that of the main branch.
 
     Raises:
         ModelNotFoundError: If there is no such folder, and the Hub has no such repository or cannot be reached.
@@ -55,7 +54,7 @@ def find_model(name: str, *, file: str = "config.json") -> None:
     if os.path.exists(name):
         return
     try:
-        if isinstance(try_to_load_from_cache(name, file), str):
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return
         HfApi().model_info(name, timeout=_SECONDS)
     except (HFValidationError, GatedRepoError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
@@ -75,18 +74,37 @@ def read_config(name: str) -> PreTrainedConfig:
 
     Raises:
         ModelNotFoundError: If there is none.
-        ModelError: If it is damaged, or transformers does not know the model type.
+        ModelError: If it is damaged (a ConfigError), or transformers does not know the model type.
     """
     find_model(name)
     try:
         # False, not transformers' default, which asks on the terminal whether to run the checkpoint's code
         return load_config(name, trust_remote_code=False)
     except OSError as error:
-        raise ModelNotFoundError(f"{name!r} has no config that can be read: {_first(error)}") from error
-    except ConfigError as error:
-        raise ModelError(str(error)) from error
+        raise ModelNotFoundError(f"{name!r} has no config that can be read: {one_line(error)}") from error
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ModelError(f"the config of {name!r} cannot be read: {_first(error)}") from error
+        raise ModelError(f"the config of {name!r} cannot be read: {one_line(error)}") from error
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of a name on the Hub. No code of the checkpoint is run.
+
+    Args:
+        **options: Of `AutoTokenizer.from_pretrained`; `trust_remote_code=True` allows code.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder or repository.
+        ConfigError: If it, or the model's config, which transformers reads as well, is damaged.
+        OSError, ValueError: As transformers, for one that is not there.
+    """
+    find_model(name, file="tokenizer_config.json")
+    # a repository of a tokenizer alone has no config
+    with suppress(OSError):
+        check_config(name)
+    with config_errors(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **options})
 
 
 def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
@@ -131,7 +149,7 @@ def check_language_model(name: str) -> PreTrainedConfig:
     try:
         model = build_empty(config)
     except ValueError as error:
-        raise ModelError(f"{name!r} cannot be loaded: {_first(error)}") from error
+        raise ModelError(f"{name!r} cannot be loaded: {one_line(error)}") from error
     _require_layers(model, name)
     language_class(config, name)
     return config
@@ -168,8 +186,3 @@ def _require_layers(model: PreTrainedModel, name: str) -> None:
         required_layers(model, dense="Name a Mixture-of-Experts model.")
     except ValueError as error:
         raise ModelError(f"{name!r}: {error}") from error
-
-
-def _first(error: Exception) -> str:
-    """The error's first lines: some of transformers' list every model type."""
-    return f"{' '.join(str(error).split()):.400}"

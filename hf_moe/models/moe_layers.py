@@ -125,6 +125,11 @@ def is_experts(module: nn.Module) -> bool:
     return all(mark in vars(module) for mark in _DECORATOR_MARKS) and hasattr(type(module), "_apply_gate")
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside PEFT, `torch.compile` and parallel wrappers."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
 def recorded_routers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose output the models inside `model` record as `router_logits`, by path."""
     return recorded_modules(model, "router_logits")

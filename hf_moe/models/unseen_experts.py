@@ -8,12 +8,11 @@ Whoever needs MoE layers takes them from `required_layers`, which tells such a m
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from .moe_layers import MoeLayer, is_experts, moe_layers, recorded_routers
+from .configuration_hf_moe import EXPERT_COUNTS
+from .moe_layers import MoeLayer, inner_model, is_experts, moe_layers, recorded_routers
 from .path_ranges import join_ranges
-
-_EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def required_layers(model: nn.Module, *, dense: str = "Pass a Mixture-of-Experts model.") -> list[MoeLayer]:
@@ -27,31 +26,27 @@ def required_layers(model: nn.Module, *, dense: str = "Pass a Mixture-of-Experts
     """
     layers = moe_layers(model)
     if not layers:
-        name = type(_inner(model)).__name__
+        name = type(inner_model(model)).__name__
         raise ValueError(unseen_experts(model, layers) or f"{name} has no MoE layer. {dense}")
     return layers
 
 
 def unseen_experts(model: nn.Module, layers: list[MoeLayer]) -> str | None:
     """A sentence about routers and experts of `model` that are not in `layers`; None if there are none."""
+    inner = inner_model(model)
     if paths := _strangers(model, layers):
         return (
-            f"{type(_inner(model)).__name__} has experts outside of transformers' experts interface "
+            f"{type(inner).__name__} has experts outside of transformers' experts interface "
             f"({join_ranges(paths)}): hf_moe does not see them, so it can neither count, trace nor train them, and "
             "choose no backend for them."
         )
-    config = getattr(_inner(model), "config", None)
+    config = getattr(inner, "config", None)
     if not layers and isinstance(config, PreTrainedConfig) and (fields := _expert_counts(config.to_dict())):
         return (
-            f"{type(_inner(model)).__name__} has no MoE layer that hf_moe sees, although its config says {fields}: "
+            f"{type(inner).__name__} has no MoE layer that hf_moe sees, although its config says {fields}: "
             "either it is built dense, or its experts do not go through transformers' experts interface."
         )
     return None
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model inside PEFT, `torch.compile` and parallel wrappers."""
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def _strangers(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
@@ -73,7 +68,7 @@ def _strangers(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
 
 
 def _expert_counts(fields: dict[str, Any]) -> str:
-    found = [f"{key}={value}" for key, value in fields.items() if key in _EXPERT_COUNT_FIELDS and _is_many(value)]
+    found = [f"{key}={value}" for key, value in fields.items() if key in EXPERT_COUNTS and _is_many(value)]
     nested = [_expert_counts(value) for value in fields.values() if isinstance(value, dict)]
     return ", ".join(dict.fromkeys(part for part in [*found, *nested] if part))
 

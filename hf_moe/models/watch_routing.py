@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
-from .moe_layers import MoeLayer
+from .moe_layers import MoeLayer, inner_model
 from .transformers_names import CACHE_NAMES
 from .unseen_experts import required_layers
 
@@ -101,7 +101,7 @@ def watch_routing(model: nn.Module, on_routing: Callable[[Routing], Instead | No
     layers = required_layers(model)
     watch = _Watch(on_routing)
     # not the outermost module: PEFT's generate calls the model that it wraps
-    called = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    called = inner_model(model)
     hooks = [called.register_forward_pre_hook(watch.begin, with_kwargs=True)]
     try:
         for layer in layers:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from hf_moe.experts.backends import BACKENDS, refusals
 from hf_moe.experts.contract import foreign_storage
@@ -14,16 +14,15 @@ from hf_moe.experts.engines import choose
 from hf_moe.models.config_files import config_errors
 from hf_moe.models.configuration_hf_moe import refuse_huge
 from hf_moe.models.loading import build_empty, read_config
-from hf_moe.models.moe_layers import MoeLayer, is_experts, moe_layers
+from hf_moe.models.moe_layers import MoeLayer, inner_model, is_experts, moe_layers
 from hf_moe.models.path_ranges import join_ranges, split_path
 from hf_moe.models.unseen_experts import unseen_experts
-from hf_moe.observability.unquantised_experts import unquantised_experts
+from hf_moe.observability.unquantised_experts import PLAIN_DTYPES, unquantised_experts
 
 ACTIVE_RULE = (
     "active = all parameters outside of the routed experts (embeddings and output head counted whole, tied ones once) "
     "+ top_k / num_experts of the routed experts and of adapters on them"
 )
-_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def explain(model: nn.Module) -> Explanation:
             f"folder use explain_config()."
         )
     layers = moe_layers(model)
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    inner = inner_model(model)
     config = getattr(inner, "config", None)
     total, active = _count_parameters(model, layers)
     refused, warnings = _refusals(layers)
@@ -236,7 +235,7 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     warnings: dict[str, list[str]] = {}
     for layer in layers:
         weight, backend = _storage(layer), _backend(layer)
-        if weight is None or weight.dtype not in _PLAIN_DTYPES:
+        if weight is None or weight.dtype not in PLAIN_DTYPES:
             kind = "in a form of their own" if weight is None else f"as {weight.dtype}"
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)

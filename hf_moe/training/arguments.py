@@ -51,16 +51,13 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
     """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
 
     datasets: list[str] = field(
         default_factory=list,
         metadata={"help": "Files (.jsonl .json .csv, also .gz; .parquet .txt .md), folders, or Hub names."},
     )
-    row_length: int = field(default=1024, metadata={"help": "Tokens of a training row."})
-    packing: bool = field(default=True, metadata={"help": "Several examples a row, kept apart by position ids."})
-    assistant_only: bool = field(default=True, metadata={"help": "Learn only the assistant's turns of conversations."})
     held_out: float = field(default=0.05, metadata={"help": "Share of each data set kept for evaluation."})
     held_out_records: int = field(default=64, metadata={"help": "At most this many records of each."})
     on_bad_row: str = field(
@@ -70,12 +67,24 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.datasets:
             raise RecipeError("no data: give at least one data set (datasets, --datasets).")
-        if self.row_length < 8:
-            raise RecipeError(f"row_length must be at least 8 tokens, got {self.row_length}.")
         if not 0 < self.held_out < 1:
             raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
         if self.held_out_records < 1:
             raise RecipeError(f"held_out_records must be at least 1, got {self.held_out_records}.")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """What it learns from, and how it is put into rows."""
+
+    row_length: int = field(default=1024, metadata={"help": "Tokens of a training row."})
+    packing: bool = field(default=True, metadata={"help": "Several examples a row, kept apart by position ids."})
+    assistant_only: bool = field(default=True, metadata={"help": "Learn only the assistant's turns of conversations."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.row_length < 8:
+            raise RecipeError(f"row_length must be at least 8 tokens, got {self.row_length}.")
 
 
 @dataclass

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +28,7 @@ from transformers import (
 
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, save_router_hash, verify_adapter_without_router
 from hf_moe.adapters.readable import UnreadableAdapterError
-from hf_moe.models.config_files import check_config
+from hf_moe.models import loading
 from hf_moe.models.loading import ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
@@ -84,8 +83,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         OSError: If it cannot be found.
     """
     try:
-        check_config(arguments.model)  # it reads the config too
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = loading.load_tokenizer(arguments.model)
     except ValueError as error:
         raise RecipeError(f"the tokenizer of {arguments.model!r} cannot be loaded: {error}") from error
     if arguments.chat_template is not None:

@@ -116,7 +116,9 @@ class DataSet:
 
     Attributes:
         where: What it is called.
+        bad: The rows that cannot.
         rows: By number.
+        total: Of both.
         unused: Columns that nothing reads.
     """
 

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_moe.adapters.expert_lora import rounding_share
 from hf_moe.training.arguments import RecipeError
 
 # four rows of four examples
 _ROWS, _EXAMPLES, _LENGTH = 4, 4, 16
 # config fields that say how far attention, convolutions or compression reach
 _REACH = re.compile(r".*(window|top_?k|budget|chunk|block|kernel|conv|compress|pool).*")
-# what merge_and_check takes for rounding: 8 independent operations a layer, and 4 for luck
-_ROUNDINGS_PER_LAYER = 8
-_SAFETY = 4
 
 
 def check_packing(model: PreTrainedModel, row_length: int) -> None:
@@ -50,7 +48,7 @@ def check_packing(model: PreTrainedModel, row_length: int) -> None:
     if not all(map(math.isfinite, changes)):
         raise RecipeError(f"{name} computes logits that are not finite: look at the checkpoint, or use float32.")
     layers = model.config.get_text_config().num_hidden_layers
-    bound = _SAFETY * torch.finfo(model.dtype).eps / 2 * (_ROUNDINGS_PER_LAYER * layers) ** 0.5
+    bound = rounding_share(model.dtype, layers)
     if max(changes) > bound:
         raise RecipeError(
             f"{name} does not keep packed examples apart (its layers carry state over, or its attention mask takes no "

@@ -7,13 +7,12 @@ cuts and packs; DPO, which takes no tokens, gets conversations as JSON, of which
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from hf_moe.training.arguments import RecipeError
+from hf_moe.training.arguments import RecipeError, SourceArguments
 from hf_moe.training.bad_rows import DataError, RowError
 from hf_moe.training.chat_text import ChatWriter
 from hf_moe.training.encoding import Encoder, Example, cut
@@ -24,25 +23,8 @@ from hf_moe.training.sources import Source, hold_out, read_source
 NOT_OURS = {"chat_template_path": None, "dataset_kwargs": None, "dataset_text_field": "text", "eos_token": None}
 
 
-@dataclass
-class TrlDataArguments:
-    """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
-
-    datasets: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Files (.jsonl .json .csv, also .gz; .parquet .txt .md), folders, or Hub names."},
-    )
-    held_out: float = field(default=0.05, metadata={"help": "Share of each data set kept for evaluation."})
-    held_out_records: int = field(default=64, metadata={"help": "At most this many records of each."})
-    on_bad_row: str = field(
-        default="error", metadata={"help": "Of rows that cannot be used: error, or skip to leave them out."}
-    )
-
-    def __post_init__(self) -> None:
-        if not self.datasets:
-            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
-        if not 0 < self.held_out < 1:
-            raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
+class TrlDataArguments(SourceArguments):
+    """What it learns from; cutting and packing are TRL's."""
 
 
 def read_for_sft(

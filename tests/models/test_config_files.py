@@ -75,6 +75,22 @@ def test_a_damaged_config_is_one_line_of_the_command(case, ours, tmp_path):
         assert "cannot be used: " in result.output
 
 
+@pytest.mark.parametrize("command", ["trace", "compare", "evaluate"])
+def test_a_damaged_config_is_said_before_the_tokenizer_reads_it(command, tmp_path):
+    """Conversations need the tokenizer first, and transformers reads the config for it: a traceback."""
+    model, data = write(tmp_path, ours=False, hidden_size=[1]), tmp_path / "chat.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    more = {
+        "trace": ["--data", str(data), "--output", str(tmp_path / "out")],
+        "compare": ["--data", str(data), "--dtype-new", "float32"],
+        "evaluate": ["--domains", str(data), "--output", str(tmp_path / "out")],
+    }
+    result = CliRunner().invoke(cli.app, [command, str(model), *more[command]])
+    assert result.exit_code == 2, result.output
+    assert "the config of" in result.output
+    assert "Field 'hidden_size' expected int" in result.output
+
+
 @pytest.mark.parametrize("text", ["[1]", '{"a":' + "[" * 10**5, "{", "\0"])
 def test_what_is_no_config(text, tmp_path):
     (tmp_path / "config.json").write_text(text)

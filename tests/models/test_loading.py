@@ -91,7 +91,7 @@ def refusing(error):
 def test_a_name_is_asked_for_once(error, said, monkeypatch, tmp_path):
     """transformers asks six times and waits longer each time: 45 seconds without a network."""
     monkeypatch.setattr(HfApi, "model_info", refusing(error))
-    monkeypatch.setattr("hf_moe.models.loading.AutoConfig", None)
+    monkeypatch.setattr("hf_moe.models.config_files.AutoConfig", None)
     with pytest.raises(ModelNotFoundError, match=f"no folder here is called 'nobody/nothing', and {said}"):
         find_model("nobody/nothing")
     with pytest.raises(OSError, match="Check the spelling"):  # what transformers raises is one as well
@@ -109,6 +109,19 @@ def test_an_adapter_is_asked_for_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(AdapterError, match="'nobody/nothing', and the Hub cannot be reached"):
         load_adapter(build_tiny("qwen3_moe")[0], "nobody/nothing")
+
+
+def test_a_cached_commit_is_found_without_the_hub(monkeypatch, tmp_path):
+    """Of a pinned revision the cache knows the commit, and of no branch."""
+    commit = "c0ffee" * 6 + "c0ff"
+    folder = tmp_path / "models--nobody--nothing" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HfApi, "model_info", refusing(OfflineModeIsEnabled("off")))
+    find_model("nobody/nothing", file="adapter_config.json", revision=commit)
+    with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set"):
+        find_model("nobody/nothing", file="adapter_config.json")
 
 
 def test_dtype_and_backend_reach_the_loader(tmp_path):

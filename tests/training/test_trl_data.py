@@ -96,6 +96,8 @@ def test_nothing_to_train_on_is_refused(tmp_path):
         sft([{"path": path, "weight": 0}], tmp_path)
     with pytest.raises(RecipeError, match="no data"):
         TrlDataArguments()
+    with pytest.raises(RecipeError, match="held_out_records must be at least 1, got 0"):
+        TrlDataArguments([path], held_out_records=0)
     with pytest.raises(DataError, match="Choose longer rows"):
         sft([write(tmp_path, "long", [{"prompt": "word " * 50, "completion": "a"}] * 3)], tmp_path, max_length=8)
 
