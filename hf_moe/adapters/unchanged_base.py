@@ -198,7 +198,8 @@ class BaseOutputs:
     @torch.no_grad()
     def _run(self, model: nn.Module) -> Tensor:
         with _flags_kept(model):
-            return model.eval()(**(self._inputs or {}))[0].clone()
+            # PEFT freezes a base, and torch has other kernels for frozen weights (conv1d) even where nothing is trained
+            return model.eval().requires_grad_(False)(**(self._inputs or {}))[0].clone()
 
 
 def _probe_inputs(base: PreTrainedModel) -> dict[str, Tensor] | None:

@@ -126,9 +126,11 @@ def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], A
     def load() -> Any:
         from transformers import AutoTokenizer
 
+        from hf_moe.training.chat_text import read_chat_template
+
         tokenizer = AutoTokenizer.from_pretrained(path)
         if chat_template is not None:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            tokenizer.chat_template = read_chat_template(chat_template)
         return tokenizer
 
     return load
