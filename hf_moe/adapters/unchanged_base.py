@@ -198,7 +198,7 @@ class BaseOutputs:
     @torch.no_grad()
     def _run(self, model: nn.Module) -> Tensor:
         with _flags_kept(model):
-            # PEFT freezes a base, and torch has other kernels for frozen weights (conv1d) even where nothing is trained
+            # PEFT freezes a base, and for frozen weights torch may have other kernels (conv1d), also without gradients
             return model.eval().requires_grad_(False)(**(self._inputs or {}))[0].clone()
 
 

@@ -23,14 +23,13 @@ def read_chat_template(path: str | Path) -> str:
     Raises:
         DataError: If it cannot be read, or is not UTF-8 text.
     """
+    what = f"the chat template {str(path)!r}"
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"the chat template {str(path)!r} cannot be read: {error.strerror}. Check the path.") from error
+        raise DataError(f"{what} cannot be read: {error.strerror}. Check the path.") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"the chat template {str(path)!r} is not UTF-8 text (byte {error.start}). Name a Jinja file."
-        ) from error
+        raise DataError(f"{what} is not UTF-8 text (byte {error.start}). Name a Jinja file.") from error
 
 
 class ChatText(str):
@@ -53,8 +52,8 @@ class ChatWriter:
         self.tokenizer, self.options = tokenizer, dict(options or {})
         if tokenizer.chat_template is None:
             raise DataError(
-                "the tokenizer has no chat template, which conversations need. Give one (chat_template), or put it into "
-                "the model's folder as chat_template.jinja."
+                "the tokenizer has no chat template, which conversations need. Give one (chat_template), or put it "
+                "into the model's folder as chat_template.jinja."
             )
 
     def marks_turns(self, chat: Chat) -> bool:
