@@ -289,7 +289,8 @@ def _turn_off_auxiliary_losses(model: nn.Module) -> None:
             owner.output_router_logits = False
     if changed:
         logger.warning(
-            "auxiliary losses are off, because the router is frozen (was: %s). keep_aux_loss=True keeps them.",
+            "auxiliary losses are off, because the router is frozen (was: %s); a trainer of TRL that is built already "
+            "keeps its own. keep_aux_loss=True keeps them.",
             ", ".join(f"{name}={value}" for name, value in changed.items()),
         )
 

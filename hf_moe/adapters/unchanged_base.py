@@ -202,7 +202,8 @@ class BaseOutputs:
     @torch.no_grad()
     def _run(self, model: nn.Module) -> Tensor:
         with _flags_kept(model):
-            return model.eval()(**(self._inputs or {}))[0].clone()
+            # PEFT freezes a base, and for frozen weights torch may have other kernels (conv1d), also without gradients
+            return model.eval().requires_grad_(False)(**(self._inputs or {}))[0].clone()
 
 
 def _probe_inputs(base: PreTrainedModel) -> dict[str, Tensor] | None:

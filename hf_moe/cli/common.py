@@ -125,10 +125,11 @@ def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], A
     @cache
     def load() -> Any:
         from hf_moe.models.loading import load_tokenizer
+        from hf_moe.training.chat_text import read_chat_template
 
         tokenizer: Any = load_tokenizer(path)
         if chat_template is not None:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            tokenizer.chat_template = read_chat_template(chat_template)
         return tokenizer
 
     return load

@@ -70,4 +70,5 @@ class BadRows:
 
     def _reason(self) -> str:
         first = min(self.reasons)
-        return f"{self.unit.capitalize()} {first}: {self.reasons[first]}"
+        reason = self.reasons[first]
+        return f"{self.unit.capitalize()} {first}: {reason}{'' if reason.endswith('.') else '.'}"

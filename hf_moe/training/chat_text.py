@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,21 @@ Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 # of Unicode's private use: no text has it
 MARK = "\uf4c1\uf4c2"
+
+
+def read_chat_template(path: str | Path) -> str:
+    """A chat template from a file.
+
+    Raises:
+        DataError: If it cannot be read, or is not UTF-8 text.
+    """
+    what = f"the chat template {str(path)!r}"
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{what} cannot be read: {error.strerror}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what} is not UTF-8 text (byte {error.start}). Name a Jinja file.") from error
 
 
 class ChatText(str):
@@ -35,7 +51,10 @@ class ChatWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None):
         self.tokenizer, self.options = tokenizer, dict(options or {})
         if tokenizer.chat_template is None:
-            raise DataError("the tokenizer has no chat template, which conversations need. Give one (chat_template).")
+            raise DataError(
+                "the tokenizer has no chat template, which conversations need. Give one (chat_template), or put it "
+                "into the model's folder as chat_template.jinja."
+            )
 
     def marks_turns(self, chat: Chat) -> bool:
         """Whether the template marks the assistant's turns with `{% generation %}`."""
@@ -47,14 +66,17 @@ class ChatWriter:
 
         Raises:
             RowError: If the template refuses it.
+            DataError: If the template itself is broken.
         """
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         written = list(chat.messages if messages is None else messages)
         try:
             return self.tokenizer.apply_chat_template(
                 written, tools=chat.tools, **{**self.options, **chat.options, **options}
             )
+        except TemplateSyntaxError as error:  # no row can mend it
+            raise DataError(f"the chat template is not valid Jinja: {error} (line {error.lineno}).") from error
         except (TemplateError, KeyError, TypeError, AttributeError, ValueError) as error:
             shown = json.dumps(written, default=str, ensure_ascii=False)[:200]
             raise RowError(f"the chat template refuses the messages ({error}): {shown}") from error

@@ -32,6 +32,7 @@ from hf_moe.models import loading
 from hf_moe.models.loading import ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
 from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeError, RecipeTrainingArguments
+from hf_moe.training.chat_text import read_chat_template
 from hf_moe.training.corpus import TextError
 from hf_moe.training.encoding import Encoder, Encoding, Example, cut
 from hf_moe.training.memory import StepMemory, step_memory
@@ -80,6 +81,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
     Raises:
         RecipeError: If it is damaged.
+        DataError: If the chat template of the arguments cannot be read.
         OSError: If it cannot be found.
     """
     try:
@@ -87,7 +89,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     except ValueError as error:
         raise RecipeError(f"the tokenizer of {arguments.model!r} cannot be loaded: {error}") from error
     if arguments.chat_template is not None:
-        tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_chat_template(arguments.chat_template)
     return tokenizer
 
 

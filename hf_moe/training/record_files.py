@@ -20,7 +20,7 @@ GZIPPED = tuple(f"{suffix}.gz" for suffix in SUFFIXES)
 CONVERSATIONS = {"messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools"}
 """Columns that hold lists of objects: a JSON object with one of these is a record."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-csv.field_size_limit(2**31 - 1)  # Python's is 128 KiB, less than a long text
+_LONGEST_FIELD = 2**31 - 1  # Python's is 128 KiB, less than a long text
 
 
 def kind_of(path: Path) -> str:
@@ -121,14 +121,22 @@ def _checked(records: list[Any], bad: BadRows) -> Iterator[tuple[int, dict[str, 
 
 
 def _csv(text: str, path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    (_, columns), *rows = _csv_lines(text, path)
+    for line, cells in rows:
+        with bad.at(line):
+            if cells and len(cells) != len(columns):
+                raise RowError(f"it has {len(cells)} fields, the header {len(columns)}. Quote fields with commas.")
+            if cells:
+                yield line, dict(zip(columns, cells, strict=True))
+
+
+def _csv_lines(text: str, path: Path) -> list[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # the limit is one of the whole program, in which others rely on theirs
+    before = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        columns = next(reader)
-        for cells in reader:
-            with bad.at(reader.line_num):
-                if cells and len(cells) != len(columns):
-                    raise RowError(f"it has {len(cells)} fields, the header {len(columns)}. Quote fields with commas.")
-                if cells:
-                    yield reader.line_num, dict(zip(columns, cells, strict=True))
+        return [(reader.line_num, cells) for cells in reader]
     except csv.Error as error:
         raise DataError(f"the data file {str(path)!r} cannot be read: line {reader.line_num}: {error}.") from error
+    finally:
+        csv.field_size_limit(before)

@@ -385,6 +385,7 @@ def test_a_frozen_router_turns_the_auxiliary_losses_off(family, wrapped, caplog)
     assert after[0] == after[1] < min(before) - 0.4
     said = [record.message for record in caplog.records if record.name.startswith("hf_moe")]
     assert [message[:25] for message in said] == ["auxiliary losses are off,"]
+    assert "a trainer of TRL that is built already keeps its own" in said[0]
     assert "router_aux_loss_coef=0.5" in caplog.text
     assert model.config.get_text_config().router_aux_loss_coef == 0
     assert not report_auxiliary_losses(tuned)

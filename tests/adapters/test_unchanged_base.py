@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_moe.adapters.load_adapter import AdapterError, load_adapter
-from hf_moe.adapters.unchanged_base import BaseState, KeyedHash
+from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState, KeyedHash
 from tiny_moe import hf_moe_model
 
 IDS = torch.arange(12).view(2, 6)
@@ -146,3 +146,16 @@ def test_what_cancels_in_a_sum_counts():
     square = values.view(512, -1)
     assert keyed.of(square.T) == keyed.of(square.T.contiguous()) != keyed.of(square)
     assert KeyedHash().of(values) != whole, "the key is new"
+
+
+def test_a_base_whose_kernels_are_others_once_it_is_frozen_is_unchanged(folder):
+    """Jamba was refused on processors where torch computes a frozen conv1d in another way."""
+    model = hf_moe_model()
+    norm = model.model.norm
+    norm.register_forward_hook(lambda module, args, output: output + 1e-6 * module.weight.requires_grad)
+    loaded = load_adapter(model, folder)
+    assert not norm.weight.requires_grad
+    outputs = BaseOutputs(loaded, loaded.get_base_model())
+    norm.requires_grad_(True)
+    assert outputs.are_those_of(loaded)
+    assert norm.weight.requires_grad

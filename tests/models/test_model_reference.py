@@ -46,7 +46,7 @@ def use_reference(block: HfMoeSparseMoeBlock, mask: Tensor, routes: list[Route])
     config = block.gate.config
     spec = RouterSpec(**{field.name: getattr(config, field.name) for field in fields(RouterSpec)})
 
-    def forward(hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(hidden_states: Tensor, token_mask: Tensor | None = None, late_gradient: None = None) -> Tensor:
         shared = block.shared_experts
         weights = MoeWeights(
             block.gate.weight,

@@ -6,7 +6,7 @@ import pytest
 
 from chat_cases import ADD, CALL, TEMPLATES, assistant, called, chat_tokenizer, user
 from hf_moe.training.bad_rows import DataError, RowError
-from hf_moe.training.chat_text import ChatText, ChatWriter, text_of
+from hf_moe.training.chat_text import ChatText, ChatWriter, read_chat_template, text_of
 from hf_moe.training.formats import Chat, Instruction, Pair, Text
 from hf_moe.training.tokenizer import encode_documents
 from tiny_moe import tiny_tokenizer
@@ -178,6 +178,16 @@ def test_what_a_template_refuses_is_said_with_the_messages():
         ChatWriter(chat_tokenizer("{{ raise_exception('no') }}")).text(Chat([user("two?")]))
     with pytest.raises(DataError, match="no chat template"):
         ChatWriter(tiny_tokenizer())
+
+
+def test_a_broken_template_is_not_blamed_on_the_rows(tmp_path):
+    with pytest.raises(DataError, match=r"is not valid Jinja: .*end of print statement.* \(line 2\)") as caught:
+        ChatWriter(chat_tokenizer("{% for m in messages %}\n{{ m.content ")).text(Chat([user("two?")]))
+    assert not isinstance(caught.value, RowError)  # nor left out by on_bad_row: skip
+    (tmp_path / "weights.jinja").write_bytes(b"\xd0\x0a")
+    for name, message in {"weights.jinja": r"not UTF-8 text \(byte 0\)", "nope.jinja": "No such file"}.items():
+        with pytest.raises(DataError, match=f"{name}' .*{message}"):
+            read_chat_template(tmp_path / name)
 
 
 def test_a_call_is_kept_as_it_was_given():
