@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_moe.adapters import per_expert
 from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS
+from hf_moe.adapters.frozen_router import HASH_FILE
 from hf_moe.adapters.per_expert import FUSED_PATTERN, Experts, Layout, PerExpertError, Stack
 from hf_moe.json_files import read_object
 from hf_moe.models.loading import ModelError, read_config
@@ -54,7 +56,7 @@ class AdapterExportError(ValueError):
 def export_adapter(
     path: str | Path, output: str | Path, format: str = "per_expert", *, model_type: str | None = None
 ) -> Path:
-    """Write the PEFT adapter in `path` anew, in another format, and leave everything else in it as it is.
+    """Write the PEFT adapter in `path` anew, in another format, with its record of the routers if it has one.
 
     `per_expert` gives every expert factors of its own, under the names of the family's checkpoints; gate and up share
     A and have half of B each. Stock PEFT reads it with the rank of the fused projection doubled, which changes no
@@ -92,6 +94,8 @@ def export_adapter(
     with whole_folder(output) as temporary:
         save_file(written, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, dict(sorted(exported.items())))
+        if (folder / HASH_FILE).is_file():
+            shutil.copy(folder / HASH_FILE, temporary)
         _read_back(temporary, layout, experts, others)
         base = _base(config, model_type)
         if base is not None:

@@ -99,24 +99,17 @@ def load_adapter(
         from peft import PeftModel
     except ImportError as error:
         raise ImportError('adapters need peft. Install it with: pip install "hf-moe[recipes]"') from error
-    from hf_moe.adapters.per_expert import PerExpertError, fused, is_per_expert
+    from hf_moe.adapters.per_expert import is_per_expert
 
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):
         raise AdapterError(f"an adapter's name is 1 to 64 letters, digits, '_' and '-', got {adapter_name!r:.80}.")
     files = check_adapter(_local(adapter, revision))
     _refuse_taken(model, adapter_name)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if is_per_expert(files.folder):
-        options: dict[str, Any] = {
-            "is_trainable": is_trainable,
-            "strict_router": strict_router,
-            "accelerate": accelerate,
-        }
-        try:
-            with fused(files.folder, base) as folded:
-                return load_adapter(model, folded, adapter_name, **options)
-        except PerExpertError as error:
-            raise AdapterError(f"the adapter in {str(files.folder)!r}: {error}") from error
+    _check_record(files.folder, strict_router)
+    if files.config["peft_type"] == "LORA" and is_per_expert(files.folder):
+        options = {"is_trainable": is_trainable, "strict_router": strict_router, "accelerate": accelerate}
+        return _load_fused(files, model, base, adapter_name, options)
     _check_copies(files, base)
     state, outputs = BaseState(model), BaseOutputs(model, base)
     try:
@@ -134,6 +127,19 @@ def load_adapter(
             raise AdapterError(f"{error} That could not be undone, and {lost}: load the base anew.") from error
         raise
     return loaded
+
+
+def _load_fused(
+    files: AdapterFiles, model: Any, base: PreTrainedModel, adapter_name: str, options: dict
+) -> "PeftModel":
+    """Load an adapter of single experts in the form of fused ones; errors name the folder that it came from."""
+    from hf_moe.adapters.per_expert import fused
+
+    with _fitting(files, model), fused(files.folder, base) as folded:
+        try:
+            return load_adapter(model, folded, adapter_name, **options)
+        except AdapterError as error:
+            raise type(error)(str(error).replace(str(folded), str(files.folder))) from error
 
 
 def _refuse_taken(model: Any, adapter_name: str) -> None:
@@ -272,8 +278,8 @@ def _check_base(files: AdapterFiles, loaded: "PeftModel", state: BaseState, outp
         raise AdapterError(f"the adapter in {str(files.folder)!r} is refused, because it changes its base: {changed}.")
 
 
-def _check_routers(folder: Path, loaded: "PeftModel", strict: bool) -> None:
-    """Compare the base's routers with the adapter's record of them, if it has one."""
+def _check_record(folder: Path, strict: bool) -> None:
+    """The adapter's record of its routers can be read, and is there if it must be."""
     path = folder / HASH_FILE
     if not os.path.lexists(path):
         if strict:
@@ -284,11 +290,17 @@ def _check_routers(folder: Path, loaded: "PeftModel", strict: bool) -> None:
         return
     if not path.is_file():
         raise AdapterError(f"{str(path)!r} is no file that can be read: take it from the adapter again.")
+    read_bounded_json(path, LARGEST_RECORD)
+
+
+def _check_routers(folder: Path, loaded: "PeftModel", strict: bool) -> None:
+    """Compare the base's routers with the adapter's record of them, if it has one."""
+    if not (folder / HASH_FILE).is_file():
+        return
     if loaded.device.type == "meta":
         if strict:
             raise AdapterRouterError("a model on the meta device has no routers to compare. Leave out strict_router.")
         return
-    read_bounded_json(path, LARGEST_RECORD)
     try:
         verify_adapter_base(folder, loaded, strict=strict)
     except RouterNotFrozenError as error:

@@ -29,6 +29,7 @@ FUSED = ("gate_up_proj", "up_proj", "down_proj")
 # what export adds for PEFT where PEFT does not know the family
 FUSED_PATTERN = r".*\.gate_up_proj"
 _PREFIX = "base_model.model."
+_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.lora_[AB]\.")
 
 
 class PerExpertError(ValueError):
@@ -121,9 +122,10 @@ def fold(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Exper
     """The inverse of `unfold`: factors by the path of the experts in the model, and the other tensors.
 
     Raises:
-        PerExpertError: If a pair is missing, or the parts of the up projection do not share A.
+        PerExpertError: If a pair is missing or unlike the others, or the parts of the up projection do not share A.
     """
-    pattern = re.compile(rf"(.+\.experts)\.(\d+)\.({'|'.join(layout.names)})\.lora_([AB])\.weight")
+    names = "|".join(layout.names)
+    pattern = re.compile(rf"(.+\.experts)\.(0|[1-9][0-9]{{0,8}})\.({names})\.lora_([AB])\.weight")
     found: dict[str, dict[tuple[str, str, int], Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
@@ -137,10 +139,14 @@ def fold(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Exper
 
 def _fold(root: str, pairs: Mapping[tuple[str, str, int], Tensor], layout: Layout) -> Experts:
     num_experts = 1 + max(expert for _, _, expert in pairs)
-    wanted = {(name, factor, expert) for name in layout.names for factor in "AB" for expert in range(num_experts)}
-    if missing := sorted(wanted - set(pairs)):
-        name, factor, expert = missing[0]
-        raise PerExpertError(f"{root} lacks lora_{factor} of expert {expert}'s {name} ({len(missing)} in all).")
+    # one after the other: a file may give its only expert any number
+    wanted = (
+        (name, factor, expert) for name in sorted(layout.names) for factor in "AB" for expert in range(num_experts)
+    )
+    for name, factor, expert in wanted:
+        if (name, factor, expert) not in pairs:
+            raise PerExpertError(f"{root} lacks lora_{factor} of expert {expert}'s {name}.")
+    _refuse_unlike(root, pairs, layout)
 
     def stack(name: str, factor: str) -> Tensor:
         return torch.stack([pairs[name, factor, expert] for expert in range(num_experts)])
@@ -152,6 +158,14 @@ def _fold(root: str, pairs: Mapping[tuple[str, str, int], Tensor], layout: Layou
             "both: load it with PeftModel.from_pretrained, which doubles the rank."
         )
     return Experts(_stack(a, b), _stack(stack(layout.down, "A"), stack(layout.down, "B")))
+
+
+def _refuse_unlike(root: str, pairs: Mapping[tuple[str, str, int], Tensor], layout: Layout) -> None:
+    """All factors are matrices of one rank, and those of one kind have one shape and dtype."""
+    ranks = {pair.shape[factor == "B"] if pair.dim() == 2 else None for (_, factor, _), pair in pairs.items()}
+    kinds = {(name, factor, pair.shape, pair.dtype) for (name, factor, _), pair in pairs.items()}
+    if None in ranks or len(ranks) > 1 or len(kinds) > 2 * len(layout.names):
+        raise PerExpertError(f"the factors of {root} must be matrices of one rank, alike in shape and dtype.")
 
 
 def _stack(a: Tensor, b: Tensor) -> Stack:
@@ -196,7 +210,7 @@ def is_of_experts(parameter: str) -> bool:
 def is_per_expert(folder: Path) -> bool:
     """Whether an adapter's file has pairs for single experts."""
     with safe_open(str(folder / WEIGHTS), framework="pt") as opened:
-        return any(re.search(r"\.experts\.\d+\.\w+\.lora_[AB]\.", key) for key in opened.keys())  # noqa: SIM118
+        return any(_OF_ONE_EXPERT.search(key) for key in opened.keys())  # noqa: SIM118
 
 
 @contextmanager
@@ -211,7 +225,11 @@ def fused(folder: Path, model: nn.Module) -> Iterator[Path]:
     layout = layout_of(model_type)
     if layout is None:
         raise PerExpertError(f"{model_type!r} has no checkpoints of single experts, which the adapter is for.")
+    if isinstance(config.get("target_modules"), str):
+        raise PerExpertError("target_modules is one pattern, which cannot be joined with pairs for every expert.")
     experts, others = fold(load_file(folder / WEIGHTS), layout)
+    if odd := sorted(filter(_OF_ONE_EXPERT.search, others)):
+        raise PerExpertError(f"{odd[0]!r:.200} names no projection of an expert of {model_type!r}.")
     for name in ("rank_pattern", "alpha_pattern"):
         if unknown := sorted(set(config.get(name) or ()) - {FUSED_PATTERN}):
             raise PerExpertError(

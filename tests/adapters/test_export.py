@@ -17,6 +17,7 @@ import hf_moe
 from hf_moe.adapters import per_expert
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.export import AdapterExportError, export_adapter
+from hf_moe.adapters.frozen_router import HASH_FILE, save_router_hash
 from hf_moe.adapters.load_adapter import AdapterError
 from hf_moe.adapters.per_expert import layout_of
 from tiny_lora import RANK, adapted, build, fill, outputs
@@ -249,6 +250,45 @@ def test_a_broken_export_is_refused(case, tmp_path):
         hf_moe.load_adapter(model, tmp_path / "out")
 
 
+def renamed(to):
+    return lambda tensors: tensors | {ONE.replace(".7.", to): tensors[ONE].clone()}
+
+
+ONE = "base_model.model.model.layers.0.mlp.experts.7.up_proj.lora_A.weight"
+HOSTILE_EXPORTS = {
+    "a number that takes all memory": (renamed(".900000000."), "lacks lora_A of expert 8's down_proj"),
+    "a number that is none": (renamed(f".{'9' * 5000}."), "names no projection of an expert"),
+    "an expert twice": (renamed(".07."), r"experts\.07\.up_proj.*names no projection of an expert"),
+    "one of another shape": (lambda tensors: tensors | {ONE: torch.ones(3, 32)}, "matrices of one rank"),
+    "no matrices": (lambda tensors: {key: value.flatten() for key, value in tensors.items()}, "matrices of one rank"),
+    "values": (lambda tensors: {key: value / 0 for key, value in tensors.items()}, "out/adapter.*holds NaN or inf"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_EXPORTS)
+def test_a_hostile_export_is_refused_before_it_costs_anything(case, tmp_path):
+    model, _, _ = saved(tmp_path)
+    out = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    change, message = HOSTILE_EXPORTS[case]
+    save_file(change(load_file(out / WEIGHTS)), out / WEIGHTS)
+    with pytest.raises(AdapterError, match=message):
+        hf_moe.load_adapter(model, out)
+
+
+def test_an_export_has_the_record_of_the_routers(tmp_path):
+    model, inputs, expected = saved(tmp_path)
+    save_router_hash(tmp_path / "adapter", model)
+    out = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(outputs(hf_moe.load_adapter(model, out, strict_router=True), inputs), expected)
+    other = build("qwen3_moe", seed=1)[0]
+    with pytest.raises(AdapterError, match=f"the routers differ from those that '{out}'"):
+        hf_moe.load_adapter(other, out, strict_router=True)
+    (out / HASH_FILE).unlink()
+    (out / HASH_FILE).mkdir()
+    with pytest.raises(AdapterError, match="is no file that can be read"):
+        hf_moe.load_adapter(other, out)
+
+
 def test_pairs_with_an_a_of_their_own_are_refused(tmp_path):
     model, _, _ = saved(tmp_path)
     export_adapter(tmp_path / "adapter", tmp_path / "out")
@@ -266,6 +306,9 @@ def test_other_models_and_patterns_are_refused(tmp_path):
         hf_moe.load_adapter(build("qwen3_moe", num_hidden_layers=2)[0], tmp_path / "out")
     edit_config(rank_pattern={"q_proj": 2})(tmp_path / "out")
     with pytest.raises(AdapterError, match="rank_pattern 'q_proj' cannot be joined"):
+        hf_moe.load_adapter(build("qwen3_moe")[0], tmp_path / "out")
+    edit_config(rank_pattern={}, target_modules=".*experts.*")(tmp_path / "out")
+    with pytest.raises(AdapterError, match="target_modules is one pattern"):
         hf_moe.load_adapter(build("qwen3_moe")[0], tmp_path / "out")
 
 
