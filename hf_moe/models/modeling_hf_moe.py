@@ -515,7 +515,7 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
         """The same, with gradients for decisions that reentrant gradient checkpointing computed without."""
         moe_layers = [index for index in range(self.config.num_hidden_layers) if self.config.is_moe_layer(index)]
         hidden_states, decisions = outputs.last_hidden_state, []
-        for index, decision in zip(moe_layers, outputs.router_decisions, strict=True):
+        for index, decision in zip(moe_layers, outputs.router_decisions or (), strict=True):
             if not decision.scores.requires_grad:
                 hidden_states, (logits, scores) = late[index].attach(hidden_states, decision[:2])
                 decision = RoutingDecision(logits, scores, decision.choice)
