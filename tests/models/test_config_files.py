@@ -78,6 +78,8 @@ def test_a_damaged_config_is_one_line_of_the_command(case, ours, tmp_path):
 @pytest.mark.parametrize("command", ["trace", "compare", "evaluate"])
 def test_a_damaged_config_is_said_before_the_tokenizer_reads_it(command, tmp_path):
     """Conversations need the tokenizer first, and transformers reads the config for it: a traceback."""
+    if command == "evaluate":
+        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install hf-moe[eval]")
     model, data = write(tmp_path, ours=False, hidden_size=[1]), tmp_path / "chat.jsonl"
     data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     more = {
