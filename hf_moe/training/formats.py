@@ -237,6 +237,8 @@ def _preference(record: Mapping[str, Any], *, names: tuple[str, ...]) -> Prefere
     values = {name: _parsed(record.get(name)) for name in names}
     if missing := next((name for name, value in values.items() if value is None), None):
         raise RowError(f"it has no {missing!r}.")
+    if "prompt" not in names and record.get("prompt") is not None:
+        raise RowError("it has a 'prompt', and most rows have none. Write all rows one way.")
     if all(isinstance(value, str) for value in values.values()):
         read = {name: record[name] if name == "prompt" else _filled(record, name) for name in names}
     elif all(isinstance(value, list) for value in values.values()):
