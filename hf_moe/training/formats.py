@@ -304,7 +304,8 @@ def _checked(messages: list[Any], name: str) -> list[dict[str, Any]]:
         content = message.get("content")
         if not isinstance(content, str | list | None):
             raise RowError(f"a message's content must be a string or a list of parts, got {_short(content)}.")
-    return messages
+    # as transformers does from some version on: before it, a template writes a null content as None
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _tools(record: Mapping[str, Any]) -> list[Any] | None:
