@@ -239,6 +239,8 @@ def _preference(record: Mapping[str, Any], *, names: tuple[str, ...]) -> Prefere
     values = {name: _parsed(record.get(name)) for name in names}
     if missing := next((name for name, value in values.items() if value is None), None):
         raise RowError(f"it has no {missing!r}.")
+    if "prompt" not in names and record.get("prompt") is not None:
+        raise RowError("it has a 'prompt', and most rows have none. Write all rows one way.")
     if all(isinstance(value, str) for value in values.values()):
         read = {name: record[name] if name == "prompt" else _filled(record, name) for name in names}
     elif all(isinstance(value, list) for value in values.values()):
@@ -304,7 +306,8 @@ def _checked(messages: list[Any], name: str) -> list[dict[str, Any]]:
         content = message.get("content")
         if not isinstance(content, str | list | None):
             raise RowError(f"a message's content must be a string or a list of parts, got {_short(content)}.")
-    return messages
+    # as transformers does from some version on: before it, a template writes a null content as None
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _tools(record: Mapping[str, Any]) -> list[Any] | None:

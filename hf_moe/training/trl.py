@@ -5,7 +5,7 @@ the model's `forward` is never computed. With a frozen router nothing is lost: t
 cross entropy is the same (`tests/training/test_trl.py` holds TRL to it). With a trained router TRL computes Mixtral's
 balancing loss from the router's logits, over all layers at once: a router z-loss, balancing per layer or over the
 global batch, sigmoid scores and selection biases are dropped without a word. `MoeSFTTrainer` takes the model's own
-loss there; DPO with a trained router has no such way out.
+loss there; before `DPOTrainer`, with `router_aux_loss_coef=0.0` in its config, `BalancingMixin` adds losses instead.
 """
 
 from collections.abc import Mapping

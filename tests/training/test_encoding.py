@@ -154,6 +154,14 @@ def test_tools_and_template_variables_reach_the_tokens(as_text):
     assert text.startswith(f"{json.dumps([ADD])}calm")
 
 
+def test_a_null_key_of_a_message_is_none_on_every_version():
+    """transformers 5.17 gives it to the template, which writes "None"."""
+    template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.x is defined }}{% endfor %}"
+    record = {"messages": [{"role": "assistant", "content": None, "x": None}]}
+    (example,) = encode(chat_tokenizer(template), [record], assistant_only=False).examples
+    assert tiny_tokenizer().decode(example.input_ids).startswith("assistantFalse")
+
+
 def test_an_instruction_is_a_conversation_where_there_is_a_template(tokenizer):
     record = {"instruction": "Add.", "input": "1 and 2", "output": "three"}
     (chat,) = encode(tokenizer, [record]).examples

@@ -73,6 +73,11 @@ def test_weights_mix_the_training_records(tmp_path):
             r"\(line 3\)",
         ),
         (
+            [{"chosen": "a", "rejected": "b"}] * 2 + [{"prompt": "a", "chosen": "a", "rejected": "b"}],
+            [],
+            r"\(line 3\). Line 3: it has a 'prompt', and most rows have none",
+        ),
+        (
             [{"chosen": "a", "rejected": "b"}, {"chosen": [user("a")], "rejected": [user("a"), assistant("b")]}],
             [],
             r"\(line 2\). Line 2: an answer is sometimes a string and sometimes a list of messages",
