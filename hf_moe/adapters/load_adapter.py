@@ -252,8 +252,8 @@ def _fitting(files: AdapterFiles, model: Any) -> Iterator[None]:
         base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         if offloaded := _offloaded(base):
             raise AdapterError(
-                f"the adapter in {str(files.folder)!r} cannot be loaded while {offloaded} is offloaded: PEFT cannot "
-                f"put factors on fused experts there. Load {type(base).__name__} without 'cpu' and 'disk' in its "
+                f"the adapter in {str(files.folder)!r} cannot be loaded while {offloaded} is offloaded: PEFT does "
+                f"not work with fused experts there. Load {type(base).__name__} without 'cpu' and 'disk' in its "
                 "device_map, for instance in a smaller dtype."
             ) from error
         raise AdapterError(
