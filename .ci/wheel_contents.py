@@ -1,4 +1,4 @@
-"""Check that the wheel in the given folder holds tracked files alone: hf_moe/, its command, the recipes, their configs."""
+"""Check that the wheel in the given folder holds tracked files alone: hf_moe/, its command, recipes, their configs."""
 
 import subprocess
 import sys
