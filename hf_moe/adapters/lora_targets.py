@@ -36,7 +36,7 @@ class Choice:
         named: `target_modules` of the caller.
 
     Raises:
-        ValueError: If a layer does not exist, or a module is named by its whole path, which PEFT adapts in any layer.
+        ValueError: If no layer is named or one does not exist, or a module is named by its whole path, which PEFT adapts in any layer.
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any], named: Iterable[str] = ()):
@@ -44,6 +44,10 @@ class Choice:
         self.options = {name: options[name] for name in names if options.get(name) is not None}
         paths = [plain_path(path) for path, _ in model.named_modules()]
         layers = self.options.get("layers_to_transform", [])
+        if "layers_to_transform" in self.options and layers == []:
+            raise ValueError(
+                "layers_to_transform=[] names no layer, and PEFT takes it for all. Leave it out, or name some."
+            )
         for layer in [layers] if isinstance(layers, int) else layers:
             if not any(f".{layer}." in f".{path}." for path in paths):
                 raise ValueError(

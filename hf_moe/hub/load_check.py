@@ -31,11 +31,13 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _NOT_LOADED = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
     RuntimeError,
     TypeError,
     ImportError,
     AttributeError,
+    AssertionError,
+    MemoryError,
     SafetensorError,
 )
 

@@ -250,6 +250,9 @@ class HfMoeConfig(PreTrainedConfig):
         names = [name for value in values for name in (value if isinstance(value, list) else [value])]
         if wrong := [name for name in names if name is not None and not isinstance(name, str)]:
             raise ValueError(f"auto_map must map Auto classes to 'module.Class', got {wrong[0]!r:.80}.")
+        labels = kwargs.get("num_labels")
+        if isinstance(labels, int) and labels < 0:
+            raise ValueError(f"num_labels must not be negative, got {labels}.")
         if (padding := self.pad_token_id) is not None and not -self.vocab_size <= padding < self.vocab_size:
             raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {padding!r:.80}.")
 

@@ -517,6 +517,7 @@ BAD_CONFIGS = {
     "a_copy_of_the_router": ({"modules_to_save": ["gate"]}, "would train the router"),
     "a_copy_of_a_block": ({"modules_to_save": ["layers.0.mlp"]}, "would train the router"),
     "a_copy_of_the_experts": ({"modules_to_save": ["experts"]}, "a whole copy of model.layers.0.mlp.experts"),
+    "no_layer": ({"layers_to_transform": []}, r"layers_to_transform=\[\] names no layer"),
     "no_such_layer": ({"layers_to_transform": [1, 7]}, "names layer 7, which Qwen3MoeForCausalLM has not"),
     "no_experts_left": ({"exclude_modules": ["experts"]}, r"exclude_modules=\['experts'\] leave no experts"),
     "a_module_of_another_layer": (

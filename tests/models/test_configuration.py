@@ -89,6 +89,7 @@ BAD = {
     "attention_from_the_hub_within": ({"_attn_implementation_internal": "evil/repo@main"}, ["evil/repo@main"]),
     "experts_from_the_hub": ({"experts_implementation": "evil/repo"}, ["experts_implementation", "evil/repo"]),
     "dtype_not_a_dtype": ({"dtype": "os"}, ["dtype", "bfloat16", "os"]),
+    "labels_below_none": ({"num_labels": -3}, ["num_labels", "negative", "-3"]),
     "labels_of_a_bomb": ({"num_labels": 10**12}, ["num_labels", "131,072", ALLOW_HUGE]),
     "layers_of_a_bomb": ({"num_hidden_layers": 10**6}, ["num_hidden_layers", "1,024", ALLOW_HUGE]),
     "dense_layers_of_a_bomb": ({"mlp_only_layers": [0] * 2000}, ["mlp_only_layers", "1,024 entries", "2000"]),
