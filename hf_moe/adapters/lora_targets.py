@@ -36,7 +36,8 @@ class Choice:
         named: `target_modules` of the caller.
 
     Raises:
-        ValueError: If no layer is named or one does not exist, or a module is named by its whole path, which PEFT adapts in any layer.
+        ValueError: If no layer is named or one does not exist, or a module is named by its whole path, which PEFT
+            adapts in any layer.
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any], named: Iterable[str] = ()):
