@@ -392,6 +392,8 @@ class HfMoeModel(HfMoePreTrainedModel):
         self.norm = HfMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HfMoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        # the model's own: an argument of that name changes the config while the forward runs (continuous batching)
+        self.is_causal = config.is_causal
         self.post_init()
 
     @merge_with_config_defaults
@@ -424,9 +426,12 @@ class HfMoeModel(HfMoePreTrainedModel):
         """
         refuse_unread(self, kwargs, _RECORDED if position_ids is None else _RECORDED | REPEATS_POSITIONS)
         cache = one_cache(past_key_values, cache)
+        if CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
+            # of continuous batching, whose attention reads it under this name
+            kwargs["cache"], cache = cache, None
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if not self.config.is_causal and (use_cache or cache is not None):
+        if not self.is_causal and (use_cache or cache is not None):
             raise ValueError(
                 "A key/value cache needs causal attention, and this model has is_causal=False; pass use_cache=False."
             )

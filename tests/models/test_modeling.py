@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GenerationConfig,
     StaticCache,
 )
 
@@ -128,6 +129,19 @@ def test_generated_tokens_are_those_without_a_cache(options):
         warnings.filterwarnings("error", message=".*past_key_values")
         tokens = model.generate(ids, **options)
     assert torch.equal(tokens, model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.slow
+def test_continuous_batching_gives_the_same_tokens():
+    model = build(attn_implementation="sdpa")
+    prompts = [row[: 4 + length].tolist() for length, row in enumerate(random_ids())]
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([prompt]), generation_config=options)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    outputs = model.generate_batch(prompts, generation_config=options)
+    assert [output.generated_tokens for output in outputs.values()] == expected
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}])
