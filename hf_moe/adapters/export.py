@@ -34,6 +34,7 @@ from peft.utils.transformers_weight_conversion import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_moe.adapters import per_expert
 from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS
@@ -125,10 +126,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _model_type(config: dict[str, Any], folder: Path) -> str:
     """Of the adapted model, from what PEFT noted of its class, or from the base's own config."""
     adapted = _adapted_class(config)
-    if adapted is not None and adapted.config_class is not None:
-        return adapted.config_class.model_type
     library = (config.get("auto_mapping") or {}).get("parent_library") or ""
-    if found := _LIBRARY.fullmatch(library):
+    if adapted is not None and adapted.config_class is not None:
+        # another family may run on the class (Sarvam on GLM-4-MoE's): then only the base can tell
+        if [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()].count(adapted.__name__) < 2:
+            return adapted.config_class.model_type
+    elif found := _LIBRARY.fullmatch(library):
         return found[1]
     base = config.get("base_model_name_or_path")
     if base:
