@@ -128,7 +128,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_a_wrong_implementation_is_not_timed_and_fails_the_run(wrong, dtype, tmp_path, monkeypatch):
     monkeypatch.setitem(ExpertsInterface._global_mapping, OURS, WRONG[wrong])
     arguments = ("--tokens", "16", "--dtypes", dtype, "--modes", "train")
