@@ -10,6 +10,7 @@ A config that holds configs: each part is shrunk as `tiny_models` does it, and w
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCAB - 8, "audio_end_token_id": VOCAB - 9},
     "unlimited_ocr_sam_vision_model": {"output_channels": 16, "downsample_channels": [16, 16], "mlp_dim": 16},
 }
+# what transformers imports for a family
+_NEEDS = {"inkling_mm_model": "scipy"}
 _FOLDERS = {family.module.split(".")[2] for family in _FAMILIES.values()}
 _KINDS = {
     **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -61,7 +64,9 @@ def _discover() -> tuple[str, ...]:
     return tuple(
         kind
         for kind, config_class in known.items()
-        if config_class.__module__.split(".")[2] in _FOLDERS and "text_config" in config_class.sub_configs
+        if config_class.__module__.split(".")[2] in _FOLDERS
+        and "text_config" in config_class.sub_configs
+        and (kind not in _NEEDS or find_spec(_NEEDS[kind]) is not None)
     )
 
 

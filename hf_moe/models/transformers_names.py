@@ -18,6 +18,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 READ_BELOW_THE_MODEL = frozenset(
     {
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"),
+        *("max_seqlen_q", "max_seqlen_k"),  # of 5.17
         *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),
         "kernel_options",
         *("debug_io", "debug_io_dir", "prune_layers"),
