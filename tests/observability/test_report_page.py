@@ -154,9 +154,11 @@ def test_one_expert_can_be_shown_in_the_text_of_one_domain(show, data):
 def test_numbers_stand_in_tables_too(show, data):
     page = show(data)
     page.locator("#load-table summary").click()
+    page.locator("#load-table tbody tr").nth(2).wait_for()  # the browser says that it opened a moment later
     row = page.locator("#load-table tbody tr").nth(2).locator("td").all_text_contents()
     assert row == [str(int(count)) for count in data.layers[2].counts]
     page.locator("#layer-table summary").click()
+    page.locator("#layer-table tbody tr").first.wait_for()
     choose_layer(page, 1)
     counts = page.locator("#layer-table tbody tr td:nth-child(2)").all_text_contents()
     assert counts == [str(int(count)) for count in data.layers[1].counts]
