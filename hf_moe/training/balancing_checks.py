@@ -10,6 +10,7 @@ from transformers.utils import is_peft_available
 from hf_moe.adapters.frozen_router import active_auxiliary_losses
 from hf_moe.models.moe_layers import MoeLayer
 from hf_moe.models.unseen_experts import required_layers
+from hf_moe.training.autograd_graph import graph_leaves
 from hf_moe.training.balancing_config import BalancingConfig
 from hf_moe.training.bias_update import CORRECTION_BIASES, correction_bias
 
@@ -125,15 +126,4 @@ def _refuse_own_losses(model: nn.Module, config: BalancingConfig) -> None:
 def reaches(output: Tensor, leaves: Sequence[Tensor]) -> bool:
     """Whether the gradient of `output` flows into one of `leaves`, by the graph that computed it."""
     wanted = {id(leaf) for leaf in leaves}
-    if id(output) in wanted:
-        return True
-    pending, seen = [output.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        pending += [following for following, _ in node.next_functions]
-    return False
+    return id(output) in wanted or any(id(leaf) in wanted for leaf in graph_leaves(output))

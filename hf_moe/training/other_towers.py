@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import (
     AUDIO_TOKENIZER_NAME,
@@ -14,6 +14,8 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
     cached_file,
 )
+
+from hf_moe.training.autograd_graph import graph_leaves
 
 # what turns images, video and sound into a model's inputs; the tokenizer is saved by itself
 _PROCESSOR_FILES = (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME)
@@ -38,7 +40,7 @@ def freeze_what_text_does_not_reach(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in frozen]
 
 
-def _reached_by_text(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+def _reached_by_text(model: PreTrainedModel) -> Iterator[Tensor]:
     """The parameters in the graph of a loss on a few tokens; no gradient is computed."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(_TOKENS, device=model.device).remainder(vocabulary)[None]
@@ -49,15 +51,7 @@ def _reached_by_text(model: PreTrainedModel) -> Iterator[nn.Parameter]:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     finally:
         model.train(was_training)
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # the node that adds to a parameter's gradient
-            yield node.variable
-        pending += [next_node for next_node, _ in node.next_functions]
+    return graph_leaves(loss)
 
 
 def copy_processor(source: str, folder: Path) -> list[str]:
