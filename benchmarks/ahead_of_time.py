@@ -37,8 +37,8 @@ from kernel_gate.compilation import CHIPS, Resources, broken_rules, compile_laun
 from kernel_gate.launches import Launch, entry_kernels, recording
 from rich.progress import track
 
-from hf_moe.kernels import tiles
-from hf_moe.kernels.tiles import TABLES, Entry, Tile
+from hf_moe.kernels.triton import tiles
+from hf_moe.kernels.triton.tiles import TABLES, Entry, Tile
 
 RESULT = Path(__file__).parent / "results" / "ahead_of_time.json"
 DEFAULT_CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")

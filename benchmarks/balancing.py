@@ -41,18 +41,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, ProgressCallback, TrainingArguments, set_seed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from hf_moe.data.corpus import embedded_corpus
+from hf_moe.data.packing import PackedRows, mix
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
+from hf_moe.finetuning.surroundings import one_thread, quiet
+from hf_moe.io.whole_files import write_json
+from hf_moe.layers.moe_layers import moe_layers
+from hf_moe.layers.watch_routing import watch_routing
 from hf_moe.models.losses import load_balancing_loss
-from hf_moe.models.moe_layers import moe_layers
 from hf_moe.models.routing import RoutingDecision
-from hf_moe.models.watch_routing import watch_routing
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
-from hf_moe.training.balancing import BalancingConfig
-from hf_moe.training.corpus import embedded_corpus
-from hf_moe.training.packing import PackedRows, mix
-from hf_moe.training.surroundings import one_thread, quiet
+from hf_moe.training.balancing.mixin import BalancingConfig
 from hf_moe.training.trainer import MoeTrainer
-from hf_moe.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "balancing.json"

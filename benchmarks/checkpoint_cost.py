@@ -20,9 +20,9 @@ from expert_layers.results import environment  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-from hf_moe.training.checkpoints import flaw, seal  # noqa: E402
-from hf_moe.training.host_copy import HostCopy  # noqa: E402
-from hf_moe.training.non_finite import non_finite_weight  # noqa: E402
+from hf_moe.training.checkpointing.checkpoints import flaw, seal  # noqa: E402
+from hf_moe.training.checkpointing.non_finite import non_finite_weight  # noqa: E402
+from hf_moe.training.device_copy import HostCopy  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "checkpoint_cost.json"
 GIGABYTE = 10**9

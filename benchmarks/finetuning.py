@@ -33,13 +33,13 @@ from hf_moe.adapters.esft import fold_selected_experts, train_selected_experts
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.select_experts import select_experts
-from hf_moe.evaluation.fine_tuned import FineTuning
-from hf_moe.hub.finetune_card import write_results
-from hf_moe.training.arguments import DataArguments, ModelArguments, RecipeTrainingArguments
+from hf_moe.data.corpus import byte_count
+from hf_moe.finetuning.arguments import DataArguments, ModelArguments, RecipeTrainingArguments
+from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.prepare import save_adapter, save_model, versions
+from hf_moe.finetuning.report import FineTuning
+from hf_moe.io.whole_files import write_json
 from hf_moe.training.callbacks import RouterFreezeCallback
-from hf_moe.training.corpus import byte_count
-from hf_moe.training.finetuning import save_adapter, save_model, versions
-from hf_moe.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "finetuning.json"

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hf_moe.training.corpus import Domain, byte_count, embedded_corpus
+from hf_moe.data.corpus import Domain, byte_count, embedded_corpus
 
 NEW = ("stories", "spanish", "french", "german", "law", "python", "maths")
 OLD = ("code", "docs", "readme", "arithmetic")

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     )
     from hf_moe.adapters.load_adapter import load_adapter
     from hf_moe.adapters.select_experts import select_experts
+    from hf_moe.comparison.compare_models import ModelChoice, compare_models
+    from hf_moe.comparison.routing import compare_traces
+    from hf_moe.comparison.routing_agreement import record_choices, routing_agreement
+    from hf_moe.comparison.text_probe import TextProbe
     from hf_moe.evaluation.bits_per_byte import bits_per_byte
-    from hf_moe.evaluation.compare_models import ModelChoice, compare_models
     from hf_moe.evaluation.masking import mask_experts
-    from hf_moe.evaluation.text_probe import TextProbe
-    from hf_moe.hub.card import model_card
+    from hf_moe.hub.cards.card import model_card
+    from hf_moe.layers.moe_layers import MoeLayer, check_index_range, checked_routing, moe_layers
     from hf_moe.models.modeling_hf_moe import (
         HfMoeForCausalLM,
         HfMoeForQuestionAnswering,
@@ -37,24 +40,21 @@ if TYPE_CHECKING:
         HfMoeForTokenClassification,
         HfMoeModel,
     )
-    from hf_moe.models.moe_layers import MoeLayer, check_index_range, checked_routing, moe_layers
     from hf_moe.observability.expert_load import count_expert_load
     from hf_moe.observability.explain import explain, explain_config
-    from hf_moe.observability.gate import Gate
     from hf_moe.observability.health import diagnose
     from hf_moe.observability.recording import record_routing
     from hf_moe.observability.replay import replay_routing
-    from hf_moe.observability.routing_agreement import record_choices, routing_agreement
-    from hf_moe.observability.routing_comparison import compare_traces
     from hf_moe.observability.routing_trace import RoutingTrace
+    from hf_moe.observability.thresholds import Gate
     from hf_moe.observability.trace_texts import trace_texts
-    from hf_moe.training.balancing import BalancingCallback, BalancingMixin
-    from hf_moe.training.balancing_checks import BalancingError
-    from hf_moe.training.balancing_config import BalancingConfig
+    from hf_moe.training.balancing.checks import BalancingError
+    from hf_moe.training.balancing.config import BalancingConfig
+    from hf_moe.training.balancing.mixin import BalancingCallback, BalancingMixin
     from hf_moe.training.callbacks import RouterFreezeCallback
+    from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
     from hf_moe.training.rollback import GatedRollbackCallback
     from hf_moe.training.routing_metrics import CollapseCallback, RoutingMetricsCallback
-    from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
     from hf_moe.training.same_weights import SameWeightsCallback
     from hf_moe.training.trainer import MoeTrainer
 
@@ -62,35 +62,35 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterExpertsConfig": "hf_moe.adapters.adapter_experts",
-    "BalancingCallback": "hf_moe.training.balancing",
-    "BalancingConfig": "hf_moe.training.balancing_config",
-    "BalancingError": "hf_moe.training.balancing_checks",
-    "BalancingMixin": "hf_moe.training.balancing",
+    "BalancingCallback": "hf_moe.training.balancing.mixin",
+    "BalancingConfig": "hf_moe.training.balancing.config",
+    "BalancingError": "hf_moe.training.balancing.checks",
+    "BalancingMixin": "hf_moe.training.balancing.mixin",
     "CollapseCallback": "hf_moe.training.routing_metrics",
     "ExpertSelection": "hf_moe.adapters.expert_selection",
-    "Gate": "hf_moe.observability.gate",
+    "Gate": "hf_moe.observability.thresholds",
     "GatedRollbackCallback": "hf_moe.training.rollback",
     "HfMoeForCausalLM": "hf_moe.models.modeling_hf_moe",
     "HfMoeForQuestionAnswering": "hf_moe.models.modeling_hf_moe",
     "HfMoeForSequenceClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeForTokenClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeModel": "hf_moe.models.modeling_hf_moe",
-    "ModelChoice": "hf_moe.evaluation.compare_models",
-    "MoeLayer": "hf_moe.models.moe_layers",
+    "ModelChoice": "hf_moe.comparison.compare_models",
+    "MoeLayer": "hf_moe.layers.moe_layers",
     "MoeTrainer": "hf_moe.training.trainer",
     "RouterFreezeCallback": "hf_moe.training.callbacks",
     "RouterNotFrozenError": "hf_moe.adapters.frozen_router",
     "RoutingMetricsCallback": "hf_moe.training.routing_metrics",
     "RoutingTrace": "hf_moe.observability.routing_trace",
-    "SafeCheckpointMixin": "hf_moe.training.safe_checkpoint",
+    "SafeCheckpointMixin": "hf_moe.training.checkpointing.safe_checkpoint",
     "SameWeightsCallback": "hf_moe.training.same_weights",
-    "TextProbe": "hf_moe.evaluation.text_probe",
+    "TextProbe": "hf_moe.comparison.text_probe",
     "accelerate_adapters": "hf_moe.adapters.expert_lora",
     "bits_per_byte": "hf_moe.evaluation.bits_per_byte",
-    "check_index_range": "hf_moe.models.moe_layers",
-    "checked_routing": "hf_moe.models.moe_layers",
-    "compare_models": "hf_moe.evaluation.compare_models",
-    "compare_traces": "hf_moe.observability.routing_comparison",
+    "check_index_range": "hf_moe.layers.moe_layers",
+    "checked_routing": "hf_moe.layers.moe_layers",
+    "compare_models": "hf_moe.comparison.compare_models",
+    "compare_traces": "hf_moe.comparison.routing",
     "count_expert_load": "hf_moe.observability.expert_load",
     "diagnose": "hf_moe.observability.health",
     "expert_lora_config": "hf_moe.adapters.expert_lora",
@@ -103,13 +103,13 @@ _HOMES = {
     "mask_expert_lora": "hf_moe.adapters.esft",
     "mask_experts": "hf_moe.evaluation.masking",
     "merge_and_check": "hf_moe.adapters.expert_lora",
-    "model_card": "hf_moe.hub.card",
-    "moe_layers": "hf_moe.models.moe_layers",
-    "record_choices": "hf_moe.observability.routing_agreement",
+    "model_card": "hf_moe.hub.cards.card",
+    "moe_layers": "hf_moe.layers.moe_layers",
+    "record_choices": "hf_moe.comparison.routing_agreement",
     "record_routing": "hf_moe.observability.recording",
     "replay_routing": "hf_moe.observability.replay",
     "router_hash": "hf_moe.adapters.frozen_router",
-    "routing_agreement": "hf_moe.observability.routing_agreement",
+    "routing_agreement": "hf_moe.comparison.routing_agreement",
     "save_router_hash": "hf_moe.adapters.frozen_router",
     "select_experts": "hf_moe.adapters.select_experts",
     "trace_texts": "hf_moe.observability.trace_texts",

@@ -7,7 +7,7 @@
 Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages, these with `tools` if they need
 them. The reference is the base itself, with the adapter switched off: no second model in memory. With a frozen router,
 policy and reference choose experts by the same rule, and the preference loss is all that is trained; a router that is
-trained would get Mixtral's balancing loss from TRL, whatever its own is (`hf_moe/training/trl.py` says more).
+trained would get Mixtral's balancing loss from TRL, whatever its own is (`hf_moe/finetuning/trl.py` says more).
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
 TRL's model card. `--resume_from_checkpoint auto` goes on after an interruption; `--smoke` takes four steps.
@@ -19,30 +19,30 @@ from typing import Any
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
-from hf_moe.training.callbacks import RouterFreezeCallback
-from hf_moe.training.finetuning import (
+from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
+from hf_moe.finetuning.prepare import (
     MetricsFile,
-    command_line,
     known_config,
     load_model,
     load_tokenizer,
     recipe_errors,
     refuse_used_folder,
 )
-from hf_moe.training.run_lock import frees_folders
+from hf_moe.io.names import command_line
+from hf_moe.io.run_lock import frees_folders
+from hf_moe.training.callbacks import RouterFreezeCallback
 
 
 @frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    from hf_moe.training.trl import (  # first: it names the extra if TRL is missing
+    from hf_moe.finetuning.trl import (  # first: it names the extra if TRL is missing
         DpoArguments,
         SafeDPOTrainer,
         refuse_broken_trackio,
         train_and_save,
     )
-    from hf_moe.training.trl_data import TrlDataArguments, read_for_dpo
+    from hf_moe.finetuning.trl_data import TrlDataArguments, read_for_dpo
 
     # 1. choices, model, data: whatever cannot be used is refused here
     kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, DpoArguments)

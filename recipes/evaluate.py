@@ -25,10 +25,11 @@ from hf_moe.evaluation.paired import compare_results
 from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.runner import evaluate
 from hf_moe.evaluation.tables import print_comparison, print_results
-from hf_moe.training.arguments import RecipeError
-from hf_moe.training.finetuning import command_line, recipe_errors
-from hf_moe.training.stages import RunRefusedError
-from hf_moe.whole_files import write_json
+from hf_moe.finetuning.arguments import RecipeError
+from hf_moe.finetuning.prepare import recipe_errors
+from hf_moe.io.names import command_line
+from hf_moe.io.stages import RunRefusedError
+from hf_moe.io.whole_files import write_json
 
 
 @dataclass

@@ -21,12 +21,13 @@ from peft import get_peft_model
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.evaluation.fine_tuned import FineTuning, print_domains
-from hf_moe.hub.finetune_card import write_results
-from hf_moe.training.arguments import RECIPE, ExpertLoraArguments, parse_recipe
+from hf_moe.finetuning.arguments import RECIPE, ExpertLoraArguments, parse_recipe
+from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.prepare import recipe_errors, save_adapter
+from hf_moe.finetuning.report import FineTuning, print_domains
+from hf_moe.io.names import command_line
+from hf_moe.io.run_lock import frees_folders
 from hf_moe.training.callbacks import RouterFreezeCallback
-from hf_moe.training.finetuning import command_line, recipe_errors, save_adapter
-from hf_moe.training.run_lock import frees_folders
 
 
 @frees_folders

@@ -51,24 +51,24 @@ from hf_moe.adapters.frozen_router import (
     verify_adapter_without_router,
     verify_router_frozen,
 )
+from hf_moe.comparison.routing_agreement import RoutingChoices, record_choices, routing_agreement
+from hf_moe.data.corpus import EMBEDDED, Domain, TextError, embedded_corpus
+from hf_moe.data.packing import PackedRows, mix, pack
+from hf_moe.data.text_files import read_domains
+from hf_moe.data.tokenizer import encode_documents, train_tokenizer
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
-from hf_moe.hub.run_card import run_card
+from hf_moe.finetuning.surroundings import one_thread, quiet
+from hf_moe.hub.cards.run_card import run_card
+from hf_moe.io.stages import ResumableRun, RunRefusedError
+from hf_moe.io.whole_files import whole_folder, write_json, write_text
 from hf_moe.models.configuration_hf_moe import HfMoeConfig
 from hf_moe.observability.explain import explain
 from hf_moe.observability.plots import plot_bits_per_byte, plot_expert_load, plot_loss
 from hf_moe.observability.recording import record_routing
-from hf_moe.observability.routing_agreement import RoutingChoices, record_choices, routing_agreement
 from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.trace_texts import trace_texts
 from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback
-from hf_moe.training.corpus import EMBEDDED, Domain, TextError, embedded_corpus
-from hf_moe.training.packing import PackedRows, mix, pack
-from hf_moe.training.stages import ResumableRun, RunRefusedError
-from hf_moe.training.surroundings import one_thread, quiet
-from hf_moe.training.text_files import read_domains
-from hf_moe.training.tokenizer import encode_documents, train_tokenizer
 from hf_moe.training.trainer import MoeTrainer
-from hf_moe.whole_files import whole_folder, write_json, write_text
 
 LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "tokenizers")
 

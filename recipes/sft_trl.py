@@ -7,7 +7,7 @@
 For who has TRL's tools around it already: data are read as in the other recipes (recipes/README.md), cut and packed by
 TRL, and every field of SFTConfig is an option (`assistant_only_loss`, `completion_only_loss`, `packing`). What TRL
 does to the loss of a Mixture-of-Experts, and what it drops where the router is trained, is written in
-`hf_moe/training/trl.py`; here the router is frozen, and nothing is dropped. `finetune_expert_lora.py` does the same
+`hf_moe/finetuning/trl.py`; here the router is frozen, and nothing is dropped. `finetune_expert_lora.py` does the same
 with the plain Trainer and measures more: bits per byte and routing agreement of every domain.
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
@@ -20,31 +20,31 @@ from typing import Any
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.training.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
-from hf_moe.training.callbacks import RouterFreezeCallback
-from hf_moe.training.finetuning import (
+from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
+from hf_moe.finetuning.packing_check import check_packing
+from hf_moe.finetuning.prepare import (
     MetricsFile,
-    command_line,
     known_config,
     load_model,
     load_tokenizer,
     recipe_errors,
     refuse_used_folder,
 )
-from hf_moe.training.packing_check import check_packing
-from hf_moe.training.run_lock import frees_folders
+from hf_moe.io.names import command_line
+from hf_moe.io.run_lock import frees_folders
+from hf_moe.training.callbacks import RouterFreezeCallback
 
 
 @frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    from hf_moe.training.trl import (  # first: it names the extra if TRL is missing
+    from hf_moe.finetuning.trl import (  # first: it names the extra if TRL is missing
         SafeSFTTrainer,
         SftArguments,
         refuse_broken_trackio,
         train_and_save,
     )
-    from hf_moe.training.trl_data import TrlDataArguments, read_for_sft
+    from hf_moe.finetuning.trl_data import TrlDataArguments, read_for_sft
 
     # 1. choices, model, data: whatever cannot be used is refused here
     kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, SftArguments)

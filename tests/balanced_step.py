@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from hf_moe.training.balancing import BalancingConfig
+from hf_moe.training.balancing.mixin import BalancingConfig
 from hf_moe.training.trainer import MoeTrainer
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, qwen_model

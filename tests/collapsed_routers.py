@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hf_moe.models.moe_layers import MoeLayer, moe_layers
-from hf_moe.models.watch_routing import watch_routing
+from hf_moe.layers.moe_layers import MoeLayer, moe_layers
+from hf_moe.layers.watch_routing import watch_routing
 from hf_moe.observability.layer_statistics import LayerStatistics
 from tiny_models import VOCAB, build_tiny
 from tiny_moe import hf_moe_model

@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 from transformers import TrainerCallback
 
-from hf_moe.training.checkpoints import flaw
-from hf_moe.training.termination import EXIT_CODE
+from hf_moe.training.checkpointing.checkpoints import flaw
+from hf_moe.training.checkpointing.termination import EXIT_CODE
 from safe_runs import SAVE_EVERY, STEPS, make_trainer, state
 
 KILLED_SAVE = 4

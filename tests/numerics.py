@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_moe.ops import reference
+from hf_moe import reference
 
 MAX_SILU_SLOPE = 1.1  # of silu: |silu(x)| <= |x| and |silu'(x)| < 1.0999
 

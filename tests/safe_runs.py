@@ -3,7 +3,7 @@
 import torch
 from transformers import TrainingArguments
 
-from hf_moe.training.packing import PackedRows
+from hf_moe.data.packing import PackedRows
 from hf_moe.training.trainer import MoeTrainer
 from tiny_moe import hf_moe_model
 

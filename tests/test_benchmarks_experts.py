@@ -41,7 +41,7 @@ from benchmarks.expert_layers.timing import (
     saved_bytes,
     time_rounds,
 )
-from hf_moe.ops import reference
+from hf_moe import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Layer("tiny", "qwen3_moe", 64, 32, 4, 2)

@@ -20,10 +20,10 @@ def _benchmarks_path():
 
 
 def test_the_recipe_holds_out_the_pieces_that_are_meant(tmp_path):
-    from finetuning import SIZES
     from finetuning_texts import HELD_OUT_PIECES, write_data_set
 
-    from hf_moe.training.sources import Source, hold_out, read_records
+    from finetuning import SIZES
+    from hf_moe.data.sources import Source, hold_out, read_records
 
     train, held_out = ([f"{kind} {i}" for i in range(n)] for kind, n in (("train", 131), ("held", HELD_OUT_PIECES)))
     write_data_set(tmp_path / "law.jsonl", train, held_out)
@@ -81,8 +81,9 @@ def fake_result():
 
 
 def test_the_report_has_the_means(tmp_path):
-    from finetuning import METHODS
     from finetuning_report import write_report
+
+    from finetuning import METHODS
 
     rates = {name: method.learning_rate for name, method in METHODS.items()}
     result = fake_result()

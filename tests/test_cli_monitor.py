@@ -15,7 +15,7 @@ import hf_moe.cli.monitor  # noqa: F401
 import hf_moe_command
 from hf_moe.cli import app
 from hf_moe.cli.common import READER_GONE
-from hf_moe.observability.expert_histograms import json_line, prometheus_text
+from hf_moe.comparison.served_counts import json_line, prometheus_text
 from hf_moe.observability.layer_statistics import empty_statistics
 from hf_moe.observability.routing_trace import RoutingTrace
 

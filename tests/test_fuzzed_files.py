@@ -23,7 +23,7 @@ from hf_moe.observability.layer_statistics import LayerStatistics, empty_statist
 from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.trace_files import MANIFEST as TRACE
 from hf_moe.observability.trace_files import STATISTICS
-from hf_moe.training.checkpoints import MANIFEST, flaw, newest_sealed, seal
+from hf_moe.training.checkpointing.checkpoints import MANIFEST, flaw, newest_sealed, seal
 from tiny_moe import EXPERT_PARAMETERS, qwen_model
 
 IDS = torch.arange(12).view(2, 6)

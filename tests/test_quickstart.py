@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.training.corpus import TextError
-from hf_moe.training.stages import RunRefusedError
+from hf_moe.data.corpus import TextError
+from hf_moe.io.stages import RunRefusedError
 from tiny_moe import hf_moe_model, words
 from tiny_quickstart import smoke
 

@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from hf_moe.data.tokenizer import train_tokenizer
 from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM
-from hf_moe.training.tokenizer import train_tokenizer
 from tiny_hf_moe import tiny_config
 
 EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

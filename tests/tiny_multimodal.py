@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_moe.models.auto_classes import whole_auto_class
+from hf_moe.loading.auto_classes import whole_auto_class
 from tiny_models import _FAMILIES, EXPERTS, HIDDEN, TOP_K, VOCAB, WIDTH, tiny_kwargs
 from tiny_models import OVERRIDES as TEXT_OVERRIDES
 

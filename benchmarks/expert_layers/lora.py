@@ -65,7 +65,7 @@ class LoraLayer:
 
     def through_op(self) -> tuple[Forward, nn.Module, Callable[[], dict[str, Tensor | None]]]:
         """`triton_experts_lora` on factors of its own layout."""
-        op = importlib.import_module("hf_moe.kernels.ops").triton_experts_lora
+        op = importlib.import_module("hf_moe.kernels.triton.ops").triton_experts_lora
         values = self.factors(lambda parameter: parameter.detach())
         own = nn.ParameterDict({name: nn.Parameter(value.contiguous()) for name, value in values.items()})
         up_weight, down_weight = self.experts.gate_up_proj.detach(), self.experts.down_proj.detach()
@@ -99,7 +99,7 @@ class LoraLayer:
 def lora_op_absent() -> str | None:
     """Why `LORA_OP` cannot be called here, or None."""
     try:
-        ops = importlib.import_module("hf_moe.kernels.ops")
+        ops = importlib.import_module("hf_moe.kernels.triton.ops")
     except ImportError as error:
-        return f"hf_moe.kernels.ops cannot be imported: {error}"
-    return None if hasattr(ops, "triton_experts_lora") else "hf_moe.kernels.ops has no triton_experts_lora"
+        return f"hf_moe.kernels.triton.ops cannot be imported: {error}"
+    return None if hasattr(ops, "triton_experts_lora") else "hf_moe.kernels.triton.ops has no triton_experts_lora"

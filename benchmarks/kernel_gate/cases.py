@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe.kernels.backward_activation import launch_backward_activation
-from hf_moe.kernels.combine import launch_sum_k
-from hf_moe.kernels.decode import launch_decode
-from hf_moe.kernels.glue import (
+from hf_moe.kernels.triton.backward_activation import launch_backward_activation
+from hf_moe.kernels.triton.between_products import (
     launch_activation,
     launch_activation_backward,
     launch_combine_rows,
     launch_gather_rows,
     launch_row_of_slot,
 )
-from hf_moe.kernels.grouped_linear import launch_grouped_linear
-from hf_moe.kernels.layer import Gate
-from hf_moe.kernels.routing import RowOrder, require_ids, sort_rows
-from hf_moe.kernels.up import launch_up
-from hf_moe.kernels.weight_gradient import launch_bias_gradient, launch_weight_gradient
+from hf_moe.kernels.triton.combine import launch_sum_k
+from hf_moe.kernels.triton.decode import launch_decode
+from hf_moe.kernels.triton.grouped_linear import launch_grouped_linear
+from hf_moe.kernels.triton.layer import Gate
+from hf_moe.kernels.triton.routing import RowOrder, require_ids, sort_rows
+from hf_moe.kernels.triton.up import launch_up
+from hf_moe.kernels.triton.weight_gradient import launch_bias_gradient, launch_weight_gradient
 
 E, K, R = 64, 8, 16
 PLAIN = {"activation": "silu", "alpha": 1.0, "limit": math.inf, "offset": 0.0}

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, native_specialize_impl
 
-from hf_moe.kernels import tiles
+from hf_moe.kernels.triton import tiles
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_moe.json_files import read_json
+from hf_moe.io.json_files import read_json
 from hf_moe.models.checkpoint_files import FLOATING, CheckpointError, StoredTensor, read_headers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_moe.adapters.expert_selection import ExpertSelection, LayerSelection
 from hf_moe.experts.backends import BACKENDS
-from hf_moe.models.moe_layers import MoeLayer
+from hf_moe.layers.moe_layers import MoeLayer
 
 logger = logging.getLogger(__name__)
 

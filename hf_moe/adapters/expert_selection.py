@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from hf_moe.json_files import read_json
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.unseen_experts import required_layers
-from hf_moe.whole_files import write_json
+from hf_moe.io.json_files import read_json
+from hf_moe.io.whole_files import write_json
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.unseen_experts import required_layers
 
 METHODS = ("gate", "frequency")
 GIVEN = "given"  # chosen by hand: no scores

@@ -40,9 +40,9 @@ from hf_moe.adapters import per_expert
 from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS
 from hf_moe.adapters.frozen_router import HASH_FILE
 from hf_moe.adapters.per_expert import FUSED_PATTERN, Experts, Layout, PerExpertError, Stack
-from hf_moe.json_files import read_object
-from hf_moe.models.loading import ModelError, read_config
-from hf_moe.whole_files import whole_folder, write_json
+from hf_moe.io.json_files import read_object
+from hf_moe.io.whole_files import whole_folder, write_json
+from hf_moe.loading.pretrained import ModelError, read_config
 
 FORMATS = ("per_expert",)
 _REPORT = "Report this with the adapter's config."

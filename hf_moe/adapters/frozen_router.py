@@ -18,10 +18,10 @@ from transformers.utils import is_peft_available
 
 from hf_moe.adapters.router_values import VERSION, first_hashes, values_hash
 from hf_moe.adapters.sharded import is_sharded, refuse_flat_shards, reshard, whole_tensor
-from hf_moe.json_files import read_json
-from hf_moe.models.moe_layers import MoeLayer, moe_layers, plain_name
-from hf_moe.models.unseen_experts import required_layers
-from hf_moe.whole_files import write_json
+from hf_moe.io.json_files import read_json
+from hf_moe.io.whole_files import write_json
+from hf_moe.layers.moe_layers import MoeLayer, moe_layers, plain_name
+from hf_moe.layers.unseen_experts import required_layers
 
 logger = logging.getLogger(__name__)
 

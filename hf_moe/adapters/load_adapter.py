@@ -26,8 +26,8 @@ from hf_moe.adapters.frozen_router import (
     verify_adapter_base,
 )
 from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState
-from hf_moe.error_text import one_line
-from hf_moe.models.loading import ModelError, find_model
+from hf_moe.io.error_text import one_line
+from hf_moe.loading.pretrained import ModelError, find_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

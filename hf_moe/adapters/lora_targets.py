@@ -12,7 +12,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from hf_moe.experts.contract import up_name
-from hf_moe.models.moe_layers import MoeLayer, recorded_modules
+from hf_moe.layers.moe_layers import MoeLayer, recorded_modules
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from hf_moe.adapters import lora_targets
 from hf_moe.adapters.adapter_files import CONFIG, WEIGHTS
 from hf_moe.adapters.frozen_router import HASH_FILE
-from hf_moe.json_files import read_object
-from hf_moe.models.unseen_experts import required_layers
-from hf_moe.whole_files import write_json
+from hf_moe.io.json_files import read_object
+from hf_moe.io.whole_files import write_json
+from hf_moe.layers.unseen_experts import required_layers
 
 FUSED = ("gate_up_proj", "up_proj", "down_proj")
 # what export adds for PEFT where PEFT does not know the family

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_moe.adapters.expert_selection import METHODS, ExpertSelection, LayerSelection, check_budget, listed
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.unseen_experts import required_layers
-from hf_moe.models.watch_routing import Routing, watch_routing
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.unseen_experts import required_layers
+from hf_moe.layers.watch_routing import Routing, watch_routing
 
 logger = logging.getLogger(__name__)
 

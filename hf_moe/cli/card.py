@@ -33,8 +33,8 @@ def card(
     emissions.csv beside the training report. Results of full, unmodified benchmark runs go to .eval_results as well.
     """
     require("recipes", "jinja2", *(["matplotlib"] if training or trace else []))
-    from hf_moe.hub.card import write_card
-    from hf_moe.hub.facts import CardError
+    from hf_moe.hub.cards.card import write_card
+    from hf_moe.hub.cards.facts import CardError
 
     try:
         written = write_card(

@@ -124,8 +124,8 @@ def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], A
 
     @cache
     def load() -> Any:
-        from hf_moe.models.loading import load_tokenizer
-        from hf_moe.training.chat_text import read_chat_template
+        from hf_moe.data.chat_text import read_chat_template
+        from hf_moe.loading.pretrained import load_tokenizer
 
         tokenizer: Any = load_tokenizer(path)
         if chat_template is not None:

@@ -37,7 +37,7 @@ def compare(
 ) -> None:
     """Compare two models on the same texts: routing, weights, bits per byte, latency. A gate makes it a test."""
     require("recipes", "datasets", "jinja2", "peft", "pyarrow")
-    from hf_moe.evaluation.compare_models import ModelChoice
+    from hf_moe.comparison.compare_models import ModelChoice
 
     if not data:
         fail("give text to compare on, such as --data law.txt --data code.jsonl, or --data embedded.")
@@ -60,8 +60,8 @@ def compare(
 
 
 def _read(data: list[str], max_bytes: int, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
+    from hf_moe.comparison.text_probe import evenly_spread
     from hf_moe.evaluation.domains import read_domains
-    from hf_moe.evaluation.text_probe import evenly_spread
 
     if max_bytes < 1:
         fail(f"--max-bytes must be at least 1, got {max_bytes}.")
@@ -72,8 +72,8 @@ def _read(data: list[str], max_bytes: int, tokenizer: Any, on_bad_row: str) -> d
 def _run(
     models: Any, texts: dict[str, list[str]], options: dict[str, Any], gate: Path | None, output: Path | None
 ) -> bool:
-    from hf_moe.evaluation.comparison_table import print_comparison, print_verdict
-    from hf_moe.observability.gate import Gate
+    from hf_moe.comparison.table import print_comparison, print_verdict
+    from hf_moe.observability.thresholds import Gate
 
     checks = Gate.load(gate) if gate is not None else None
     if checks is not None:
@@ -93,7 +93,7 @@ def _measure(models: Any, texts: dict[str, list[str]], options: dict[str, Any]) 
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_moe.evaluation.compare_models import compare_models
+    from hf_moe.comparison.compare_models import compare_models
 
     disable_progress_bar()
     total = sum(len(text.encode()) for documents in texts.values() for text in documents)
@@ -110,8 +110,8 @@ def _measure(models: Any, texts: dict[str, list[str]], options: dict[str, Any]) 
 
 
 def _write(output: Path, comparison: Any, verdict: Any) -> None:
-    from hf_moe.evaluation.comparison_page import write_page
-    from hf_moe.whole_files import write_json
+    from hf_moe.comparison.page import write_page
+    from hf_moe.io.whole_files import write_json
 
     output.mkdir(parents=True, exist_ok=True)
     record = comparison.to_dict()

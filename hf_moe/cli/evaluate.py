@@ -132,10 +132,10 @@ def _options(text: str) -> dict[str, Any]:
 
 def _command() -> str:
     """How the command was called, without folders of this machine."""
-    from hf_moe.training.finetuning import shown
+    from hf_moe.io.names import without_folders
 
-    def without_folders(argument: str) -> str:
+    def shortened(argument: str) -> str:
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        return f"{option}{equals}{','.join(map(shown, value.split(',')))}"
+        return f"{option}{equals}{','.join(map(without_folders, value.split(',')))}"
 
-    return " ".join(["hf-moe", *map(without_folders, sys.argv[1:])])
+    return " ".join(["hf-moe", *map(shortened, sys.argv[1:])])

@@ -30,13 +30,13 @@ def monitor(
     output: Annotated[Path | None, typer.Option(help="A JSON file for the figures, which is replaced.")] = None,
 ) -> None:
     """Gate the expert counts that a serving process exports against a stored routing trace."""
-    from hf_moe.evaluation.comparison_table import print_notes, print_verdict, routing_table
-    from hf_moe.evaluation.monitor import check_gate
-    from hf_moe.evaluation.monitor import monitor as compare
-    from hf_moe.observability.expert_histograms import read_histograms
-    from hf_moe.observability.gate import Gate
+    from hf_moe.comparison.monitor import check_gate
+    from hf_moe.comparison.monitor import monitor as compare
+    from hf_moe.comparison.served_counts import read_histograms
+    from hf_moe.comparison.table import print_notes, print_verdict, routing_table
+    from hf_moe.io.whole_files import write_json
     from hf_moe.observability.routing_trace import RoutingTrace
-    from hf_moe.whole_files import write_json
+    from hf_moe.observability.thresholds import Gate
 
     try:
         checks = Gate.load(gate) if gate is not None else None

@@ -39,8 +39,8 @@ def push(
     After a break, the same command sends only what is missing. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from hf_moe.hub import push as hub
+    from hf_moe.hub.cards.facts import CardError
     from hf_moe.hub.errors import HubError
-    from hf_moe.hub.facts import CardError
     from hf_moe.hub.upload_files import LoadsBackError, PushRefusedError
 
     try:

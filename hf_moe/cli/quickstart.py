@@ -25,9 +25,9 @@ def quickstart(
 ) -> None:
     """Train a small MoE on real text, adapt it to a new domain with its router frozen, evaluate, save, load back."""
     require("recipes", "accelerate", "peft", "tokenizers", "matplotlib", "jinja2")
+    from hf_moe.data.corpus import TextError
+    from hf_moe.io.stages import RunRefusedError
     from hf_moe.recipes import quickstart as recipe
-    from hf_moe.training.corpus import TextError
-    from hf_moe.training.stages import RunRefusedError
 
     chosen = recipe.Quickstart(output=output, data=data or [], domain=domain, minutes=minutes, seed=seed)
     try:

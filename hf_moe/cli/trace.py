@@ -50,7 +50,7 @@ def trace(
 ) -> None:
     """Run a model over text and see its routing: a page to look at, a verdict, figures and plots."""
     require("recipes", "datasets", "jinja2", "matplotlib", "peft", "pyarrow")
-    from hf_moe.evaluation.compare_models import ModelChoice
+    from hf_moe.comparison.compare_models import ModelChoice
 
     if not data:
         fail("give text to trace, such as --data law.txt --data code.jsonl, or --data embedded.")
@@ -103,7 +103,7 @@ def _read(paths: Sequence[str], by_domain: bool, tokenizer: Any, on_bad_row: str
 
 def _files(path: str) -> list[str]:
     """All files of a folder that are read, but .json: many of these hold no data."""
-    from hf_moe.training.sources import FILES
+    from hf_moe.data.sources import FILES
 
     if not Path(path).is_dir():
         return [path]
@@ -119,7 +119,7 @@ def _trace(
 ) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_moe.evaluation.compare_models import load_model
+    from hf_moe.comparison.compare_models import load_model
     from hf_moe.observability.trace_texts import trace_texts
 
     disable_progress_bar()
@@ -149,9 +149,9 @@ def _progress(model: Any, most_tokens: int) -> Iterator[None]:
 
 def _write(output: Path, found: Any, name: str) -> None:
     """All files or none."""
+    from hf_moe.io.whole_files import whole_folder, write_json
     from hf_moe.observability.report.from_trace import report_data
     from hf_moe.observability.report.page import write_report
-    from hf_moe.whole_files import whole_folder, write_json
 
     with whole_folder(output) as folder:
         found.save(folder / TRACE)

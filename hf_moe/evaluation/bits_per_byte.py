@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_moe.training.tokenizer import encode_documents
+from hf_moe.data.tokenizer import encode_documents
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_moe.data.bad_rows import RowError
+from hf_moe.data.chat_text import ChatText, text_of
+from hf_moe.data.corpus import DOMAIN_NAME, embedded_corpus
+from hf_moe.data.formats import FINE_TUNING, read_rows
+from hf_moe.data.sources import Source, read_records
 from hf_moe.evaluation.bits_per_byte import BitsPerByte, bits_by_document
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.evaluation.samples import Sample
-from hf_moe.training.bad_rows import RowError
-from hf_moe.training.chat_text import ChatText, text_of
-from hf_moe.training.corpus import DOMAIN_NAME, embedded_corpus
-from hf_moe.training.formats import FINE_TUNING, read_rows
-from hf_moe.training.sources import Source, read_records
 
 Tokenizer = Callable[[], PreTrainedTokenizerBase]
 EMBEDDED = "embedded"

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from hf_moe.adapters.load_adapter import load_adapter
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.models.config_files import check_config
-from hf_moe.models.loading import find_model, language_class
+from hf_moe.loading.config_files import check_config
+from hf_moe.loading.pretrained import find_model, language_class
 
 LARGEST_CPU_BATCH = 16
 

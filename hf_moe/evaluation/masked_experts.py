@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from hf_moe.evaluation.expert_figures import most_used
+from hf_moe.evaluation.expert_metrics import most_used
 from hf_moe.evaluation.harness import HfMoeLM
 from hf_moe.evaluation.masking import MaskError, mask_experts
 from hf_moe.evaluation.paired import paired_differences
 from hf_moe.evaluation.samples import Sample
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.layers.moe_layers import moe_layers
 
 
 def masked_figures(

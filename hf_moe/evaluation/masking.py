@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.watch_routing import Routing, watch_routing
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.watch_routing import Routing, watch_routing
 
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 

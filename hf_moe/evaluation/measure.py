@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe.evaluation.domains import documents_sha256, measure_domain
-from hf_moe.evaluation.expert_figures import count_expert_use
+from hf_moe.evaluation.expert_metrics import count_expert_use
 from hf_moe.evaluation.harness import HfMoeLM, Work
 from hf_moe.evaluation.local_data import file_sha256
 from hf_moe.evaluation.masked_experts import masked_figures, refusal

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_moe.evaluation.harness import HfMoeLM
+from hf_moe.io.names import without_folders
 from hf_moe.observability.explain import explain
-from hf_moe.training.finetuning import shown
 
 SAMPLED = 4096
 
@@ -20,8 +20,8 @@ def model_facts(lm: HfMoeLM, model: str | PreTrainedModel, adapter: str | None) 
     template = lm.tokenizer.chat_template
     name = model if isinstance(model, str) else model.name_or_path or type(model).__name__
     return {
-        "name": shown(name),
-        "adapter": None if adapter is None else shown(adapter),
+        "name": without_folders(name),
+        "adapter": None if adapter is None else without_folders(adapter),
         "model_type": found.model_type,
         "parameters": found.total_parameters,
         "active_parameters": found.active_parameters,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.json_files import read_json
+from hf_moe.io.json_files import read_json
 
 FORMAT = "hf_moe.evaluation/1"
 NAME = "results.json"

@@ -25,10 +25,10 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.results import FORMAT, NAME, check_results, harness_identity, versions
 from hf_moe.evaluation.scoring import group_figures, prepare
 from hf_moe.evaluation.tasks import Tasks
-from hf_moe.models.loading import load_tokenizer
+from hf_moe.io.stages import ResumableRun
+from hf_moe.io.whole_files import write_json
+from hf_moe.loading.pretrained import load_tokenizer
 from hf_moe.observability.explain import explain
-from hf_moe.training.stages import ResumableRun
-from hf_moe.whole_files import write_json
 
 
 def evaluate(evaluation: Evaluation, output: Path, *, command: str = "") -> dict[str, Any]:

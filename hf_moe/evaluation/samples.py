@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.json_files import parse_json
-from hf_moe.whole_files import write_text
+from hf_moe.io.json_files import parse_json
+from hf_moe.io.whole_files import write_text
 
 Sample = dict[str, Any]
 """`doc`: SHA-256 of the document; `filter`; `values`: by metric a number or a pair (log-likelihood, weight);

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_moe.experts.gates import Gate, find_gate
+from hf_moe.experts.activation import Gate, find_gate
 
 
 class ExpertWeights(NamedTuple):

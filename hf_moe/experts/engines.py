@@ -244,13 +244,13 @@ def _load(name: str) -> None:
     if name in ENGINES:
         return
     if name == "hybrid":
-        hybrid = importlib.import_module("hf_moe.kernels.hybrid")
+        hybrid = importlib.import_module("hf_moe.kernels.triton.hybrid")
         ENGINES[name] = Engine(grouped_linear, hybrid.triton_hybrid_experts)
     elif name == "hf_moe_cpu":
         importlib.import_module("hf_moe.kernels.cpu.build").load_kernels()
         ops = importlib.import_module("hf_moe.kernels.cpu.ops")
-        lora = importlib.import_module("hf_moe.kernels.cpu.lora")
+        lora = importlib.import_module("hf_moe.kernels.cpu.low_rank")
         ENGINES[name] = Engine(ops.cpu_grouped_linear, ops.cpu_experts, lora.cpu_experts_lora)
     elif name == "hf_moe_triton":
-        ops = importlib.import_module("hf_moe.kernels.ops")
+        ops = importlib.import_module("hf_moe.kernels.triton.ops")
         ENGINES[name] = Engine(ops.triton_grouped_linear, ops.triton_experts, ops.triton_experts_lora)

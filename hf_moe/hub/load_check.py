@@ -15,12 +15,12 @@ from torch import nn
 
 from hf_moe.adapters.frozen_router import HASH_FILE, RouterNotFrozenError, verify_adapter_base
 from hf_moe.adapters.load_adapter import load_adapter
-from hf_moe.error_text import one_line
 from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, LoadsBackError, PushRefusedError, Upload, read_json
-from hf_moe.models.auto_classes import named_auto_class
+from hf_moe.io.error_text import one_line
+from hf_moe.loading.auto_classes import named_auto_class
+from hf_moe.loading.config_files import load_config
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, check_folder, check_index, read_headers, read_index
 from hf_moe.models.checkpoint_layout import is_finite
-from hf_moe.models.config_files import load_config
 
 _HEADROOM = 1.5  # of the weights' bytes: loading and a forward pass of a few tokens
 _TOKENS = 8

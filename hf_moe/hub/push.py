@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from hf_moe.hub.card import model_card
+from hf_moe.hub.cards.card import model_card
 from hf_moe.hub.errors import plain_errors
 from hf_moe.hub.load_check import check_loads, check_sent
 from hf_moe.hub.remote import Change, Remote, changes, read_remote, sha256

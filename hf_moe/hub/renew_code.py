@@ -6,9 +6,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from hf_moe.hub.upload_files import CONFIG, LeftOut, Upload, read_json
+from hf_moe.io.whole_files import write_text
 from hf_moe.models.checkpoint_files import refuse_links
 from hf_moe.models.shipped_code import MODELING_FILE, code_note, other_files, shipped_files
-from hf_moe.whole_files import write_text
 
 
 def renew_code(folder: str | Path) -> list[str]:

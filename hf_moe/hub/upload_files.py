@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_moe import json_files
+from hf_moe.io import json_files
 
 ADAPTER_CONFIG, CONFIG, CARD = "adapter_config.json", "config.json", "README.md"
 # what an untouched template of the host is full of

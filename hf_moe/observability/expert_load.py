@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_moe.models.watch_routing import Routing, watch_routing
+from hf_moe.layers.watch_routing import Routing, watch_routing
 
 
 class ExpertLoad:

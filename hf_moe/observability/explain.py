@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig
 from hf_moe.experts.backends import BACKENDS, refusals
 from hf_moe.experts.contract import foreign_storage
 from hf_moe.experts.engines import choose
-from hf_moe.models.config_files import config_errors
+from hf_moe.layers.moe_layers import MoeLayer, inner_model, is_experts, moe_layers
+from hf_moe.layers.path_ranges import join_ranges, split_path
+from hf_moe.layers.unseen_experts import unseen_experts
+from hf_moe.loading.config_files import config_errors
+from hf_moe.loading.pretrained import build_empty, read_config
 from hf_moe.models.configuration_hf_moe import refuse_huge
-from hf_moe.models.loading import build_empty, read_config
-from hf_moe.models.moe_layers import MoeLayer, inner_model, is_experts, moe_layers
-from hf_moe.models.path_ranges import join_ranges, split_path
-from hf_moe.models.unseen_experts import unseen_experts
 from hf_moe.observability.unquantised_experts import PLAIN_DTYPES, unquantised_experts
 
 ACTIVE_RULE = (

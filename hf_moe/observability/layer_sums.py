@@ -6,9 +6,9 @@ Shape suffixes: T tokens, K slots per token, E experts, X experts that the route
 import torch
 from torch import Tensor
 
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.router_scores import RouterScores, recognize_scores
-from hf_moe.models.watch_routing import Routing
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.router_scores import RouterScores, recognize_scores
+from hf_moe.layers.watch_routing import Routing
 from hf_moe.observability.layer_statistics import LayerStatistics
 
 # tokens that are gathered before they are added: decoding one by one would pay for every operation each time

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.unseen_experts import required_layers
-from hf_moe.models.watch_routing import Routing, watch_routing
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.unseen_experts import required_layers
+from hf_moe.layers.watch_routing import Routing, watch_routing
 from hf_moe.observability.explain import explain
 from hf_moe.observability.layer_statistics import empty_statistics
 from hf_moe.observability.layer_sums import LayerSums, ScoreRule

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.unseen_experts import required_layers
-from hf_moe.models.watch_routing import ModelCall, Routing, watch_routing
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.unseen_experts import required_layers
+from hf_moe.layers.watch_routing import ModelCall, Routing, watch_routing
 from hf_moe.observability.layer_sums import ScoreRule
 from hf_moe.observability.recorded_rows import RecordedRows
 from hf_moe.observability.routing_trace import RoutingTrace

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.watch_routing import ModelCall, Routing
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.watch_routing import ModelCall, Routing
 from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.token_rows import TokenRows
 from hf_moe.observability.token_table import ROWS, TOKENS, LayerSpec, TokenTable, pyarrow, rows_schema, tokens_schema

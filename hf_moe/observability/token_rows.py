@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_moe.models.watch_routing import ModelCall
+from hf_moe.layers.watch_routing import ModelCall
 
 
 class TokenRows:

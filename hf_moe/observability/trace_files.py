@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_moe.json_files import read_object
+from hf_moe.io.json_files import read_object
+from hf_moe.io.whole_files import whole_folder, write_json
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.token_table import LayerSpec, TokenTable
-from hf_moe.whole_files import whole_folder, write_json
 
 MANIFEST = "trace.json"
 STATISTICS = "statistics.safetensors"

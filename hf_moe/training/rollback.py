@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_moe.observability.gate import Figure, Gate, Verdict
-from hf_moe.whole_files import whole_folder, write_json
+from hf_moe.io.whole_files import whole_folder, write_json
+from hf_moe.observability.thresholds import Figure, Gate, Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hf_moe.models.moe_layers import moe_layers
-from hf_moe.models.watch_routing import Routing
+from hf_moe.layers.moe_layers import moe_layers
+from hf_moe.layers.watch_routing import Routing
 from hf_moe.observability.health import Finding, Health, Verdict, diagnose, enough_tokens
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.layer_sums import LayerSums, ScoreRule
-from hf_moe.training.routing_listener import RoutingListener
+from hf_moe.training.balancing.routing_listener import RoutingListener
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 from transformers import Trainer
 
-from hf_moe.training.balancing import BalancingMixin
+from hf_moe.training.balancing.mixin import BalancingMixin
+from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.routing_metrics import RoutingMetricsCallback
-from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
 
 
 class MoeTrainer(SafeCheckpointMixin, BalancingMixin, Trainer):

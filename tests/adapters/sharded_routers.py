@@ -23,7 +23,7 @@ from hf_moe.adapters.frozen_router import (
     verify_adapter_base,
     verify_router_frozen,
 )
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.layers.moe_layers import moe_layers
 from tiny_hf_moe import random_ids
 
 # transformers 5.17 knows no ep_size

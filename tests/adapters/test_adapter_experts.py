@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import hf_moe
 from hf_moe.adapters.adapter_experts import AdapterExpertsConfig, AdapterExpertsLayer, AdapterExpertsType
 from hf_moe.adapters.adapter_experts.layer import route
+from hf_moe.comparison.routing_agreement import record_choices, routing_agreement
 from hf_moe.models.modeling_hf_moe import HfMoeForSequenceClassification
-from hf_moe.observability.routing_agreement import record_choices, routing_agreement
 from numerics import assert_as_good_as
 from tiny_hf_moe import DECODERS, encoder_config
 from tiny_models import FAMILIES as NATIVE

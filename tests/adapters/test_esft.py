@@ -17,9 +17,9 @@ from hf_moe.adapters.esft import (
 from hf_moe.adapters.expert_lora import accelerate_adapters
 from hf_moe.adapters.expert_selection import ExpertSelection
 from hf_moe.adapters.frozen_router import freeze_router, verify_router_frozen
+from hf_moe.data.packing import PackedRows
 from hf_moe.experts.backends import BACKENDS
-from hf_moe.models.moe_layers import moe_layers
-from hf_moe.training.packing import PackedRows
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.training.trainer import MoeTrainer
 from tiny_hf_moe import random_ids
 from tiny_models import FAMILIES, build_tiny

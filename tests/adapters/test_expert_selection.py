@@ -7,7 +7,7 @@ import pytest
 
 from hf_moe.adapters.expert_selection import ExpertSelection, LayerSelection
 from hf_moe.adapters.select_experts import select_experts
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.layers.moe_layers import moe_layers
 from tiny_hf_moe import random_ids
 from tiny_moe import hf_moe_model
 

@@ -22,7 +22,7 @@ from hf_moe.adapters.frozen_router import (
     verify_adapter_without_router,
     verify_router_frozen,
 )
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.layers.moe_layers import moe_layers
 from tiny_hf_moe import DECODERS, tiny_config
 from tiny_models import build_tiny
 from tiny_moe import EXPERT_PARAMETERS, MODELS, hf_moe_model, with_expert_lora

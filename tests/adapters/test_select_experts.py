@@ -6,8 +6,8 @@ import torch
 from hf_moe.adapters.esft import train_selected_experts
 from hf_moe.adapters.expert_selection import ExpertSelection
 from hf_moe.adapters.select_experts import _smallest_set, select_experts
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.models.modeling_hf_moe import HfMoeModel
-from hf_moe.models.moe_layers import moe_layers
 from tiny_hf_moe import encoder_config, random_ids
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora, words

@@ -8,16 +8,16 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from chat_cases import assistant, chat_tokenizer, user
+from hf_moe.comparison.text_probe import evenly_spread
+from hf_moe.data.bad_rows import DataError
+from hf_moe.data.chat_text import ChatText
+from hf_moe.data.corpus import Domain
+from hf_moe.data.encoding import Encoder
+from hf_moe.data.sources import Source, read_source
+from hf_moe.data.tokenizer import encode_documents
 from hf_moe.evaluation.bits_per_byte import bits_by_document, bits_per_byte
 from hf_moe.evaluation.domains import measure_domain, ratio_stderr, read_documents, read_domains
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.evaluation.text_probe import evenly_spread
-from hf_moe.training.bad_rows import DataError
-from hf_moe.training.chat_text import ChatText
-from hf_moe.training.corpus import Domain
-from hf_moe.training.encoding import Encoder
-from hf_moe.training.sources import Source, read_source
-from hf_moe.training.tokenizer import encode_documents
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
 
 DOCUMENTS = [words(30, 1), words(8, 2), "", words(15, 3)]

@@ -18,7 +18,7 @@ from hf_moe.evaluation.harness import HfMoeLM, cpu_batch_size, without_right_pad
 from hf_moe.evaluation.plan import Evaluation  # noqa: E402
 from hf_moe.evaluation.scoring import prepare, score  # noqa: E402
 from hf_moe.evaluation.tasks import Tasks  # noqa: E402
-from hf_moe.models.loading import ModelError  # noqa: E402
+from hf_moe.loading.pretrained import ModelError  # noqa: E402
 from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora  # noqa: E402
 from tiny_multimodal import build_multimodal  # noqa: E402
 

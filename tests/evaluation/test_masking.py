@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_moe.evaluation.masking import MaskError, mask_experts
-from hf_moe.models.moe_layers import moe_layers
-from hf_moe.models.watch_routing import watch_routing
+from hf_moe.layers.moe_layers import moe_layers
+from hf_moe.layers.watch_routing import watch_routing
 from tiny_hf_moe import random_ids
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, qwen_model

@@ -13,6 +13,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install hf-m
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
+from hf_moe.data.bad_rows import DataError  # noqa: E402
 from hf_moe.evaluation import measure, tasks  # noqa: E402
 from hf_moe.evaluation.errors import EvaluationError  # noqa: E402
 from hf_moe.evaluation.masking import MaskError  # noqa: E402
@@ -21,8 +22,7 @@ from hf_moe.evaluation.plan import Evaluation  # noqa: E402
 from hf_moe.evaluation.results import HARNESS, read_results  # noqa: E402
 from hf_moe.evaluation.runner import evaluate  # noqa: E402
 from hf_moe.evaluation.samples import read_samples  # noqa: E402
-from hf_moe.training.bad_rows import DataError  # noqa: E402
-from hf_moe.training.stages import RunRefusedError  # noqa: E402
+from hf_moe.io.stages import RunRefusedError  # noqa: E402
 from tiny_benchmarks import write_mirror  # noqa: E402
 from tiny_moe import tiny_tokenizer, words  # noqa: E402
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import triton_interpreter
+from hf_moe.experts.activation import find_gate
 from hf_moe.experts.contract import has_post_expert_norm
-from hf_moe.experts.gates import find_gate
 from numerics import assert_as_good_as
 from tiny_models import FAMILIES, build_tiny, experts_class
 

@@ -183,7 +183,7 @@ def test_an_adapter_is_pushed_on_its_public_base(hub, adapter, tmp_path, monkeyp
     base = tuned.unload()
     by_name = partial(huggingface_hub.snapshot_download, endpoint=hub.url, token=ALICE, cache_dir=tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", by_name)
-    monkeypatch.setattr("hf_moe.models.loading.HfApi", hub.api)
+    monkeypatch.setattr("hf_moe.loading.pretrained.HfApi", hub.api)
     loaded = load_adapter(base, "alice/adapter", revision=pushed.commit, accelerate=False)
     assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
     with pytest.raises(AdapterError, match="alice/adapter has no branch, tag or commit 'v9'"):

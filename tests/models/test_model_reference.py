@@ -1,6 +1,6 @@
 """Whole models against the float64 reference: logits, training loss and the gradient of every parameter.
 
-The exact model is the same model with each MoE block computed by `hf_moe.ops.reference` (loops over tokens and slots)
+The exact model is the same model with each MoE block computed by `hf_moe.reference` (loops over tokens and slots)
 and the balancing losses by the reference too; attention, norms and the task's loss (computed in float32)
 are the host's on both sides.
 """
@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_moe import reference
 from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM, HfMoeForTokenClassification, HfMoeSparseMoeBlock
-from hf_moe.ops import reference
-from hf_moe.ops.reference import MoeWeights, Route, RouterSpec
+from hf_moe.reference import MoeWeights, Route, RouterSpec
 from tiny_hf_moe import DECODERS, ENCODERS, encoder_config, left_padded, random_ids, tiny_config
 
 # sums in another order, in float64

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_moe import reference
 from hf_moe.models.configuration_hf_moe import HfMoeConfig
 from hf_moe.models.losses import load_balancing_loss, router_z_loss
 from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM, HfMoeRouter, HfMoeSparseMoeBlock
-from hf_moe.ops import reference
-from hf_moe.ops.reference import MoeWeights, Route, RouterSpec
+from hf_moe.reference import MoeWeights, Route, RouterSpec
 from numerics import assert_as_good_as, assert_within, block_bounds, plain_experts
 
 ENCODER = {"routing": "expert_choice", "is_causal": False, "use_cache": False}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.observability.expert_load import count_expert_load, load_entropy, max_violation
 from tiny_moe import MODELS, hf_moe_model
 

@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.models.configuration_hf_moe import HfMoeConfig
 from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM
-from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.explain import explain, explain_config
 from tiny_hf_moe import tiny_config as tiny_hf_moe_config
 from tiny_models import EXPERTS, FAMILIES, HIDDEN, TOP_K, WIDTH, build_tiny

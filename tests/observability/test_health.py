@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from collapsed_routers import FAMILIES, neighbours, observe, steer, tiny, tokens
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.observability.health import diagnose
 from hf_moe.observability.layer_statistics import LayerStatistics
 

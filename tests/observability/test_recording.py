@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.models.modeling_hf_moe import HfMoeModel
-from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.recording import record_routing
 from hf_moe.observability.replay import replay_routing
 from hf_moe.observability.routing_trace import RoutingTrace

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.models.modeling_hf_moe import HfMoeModel
-from hf_moe.models.moe_layers import moe_layers
 from hf_moe.observability.recording import record_routing
 from hf_moe.observability.replay import replay_routing
 from hf_moe.observability.routing_trace import RoutingTrace

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.observability.explain import explain, explain_config
 from hf_moe.observability.unquantised_experts import LINEAR_ONLY, stored_bytes
 from tiny_models import build_tiny, tiny_config
@@ -134,8 +134,8 @@ def test_bytes_of_a_tensor_subclass():
 
 def test_bitsandbytes(tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
-    from hf_moe.training.arguments import ModelArguments
-    from hf_moe.training.finetuning import load_model
+    from hf_moe.finetuning.arguments import ModelArguments
+    from hf_moe.finetuning.prepare import load_model
 
     model, _ = build_tiny("qwen3_moe")
     model.save_pretrained(tmp_path)

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trl import DPOConfig, SFTConfig
 
 from hf_moe.adapters.frozen_router import freeze_router
-from hf_moe.training.balancing import BalancingCallback, BalancingConfig, BalancingMixin
+from hf_moe.data.packing import PackedRows
+from hf_moe.finetuning.trl import SafeDPOTrainer, SafeSFTTrainer
+from hf_moe.training.balancing.mixin import BalancingCallback, BalancingConfig, BalancingMixin
 from hf_moe.training.callbacks import RouterFreezeCallback
-from hf_moe.training.packing import PackedRows
 from hf_moe.training.same_weights import SameWeightsCallback, SameWeightsError
 from hf_moe.training.trainer import MoeTrainer
-from hf_moe.training.trl import SafeDPOTrainer, SafeSFTTrainer
 from tiny_moe import tiny_tokenizer, words
 
 ROWS = torch.randint(1, 60, (8, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)

@@ -8,9 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ProgressCallback, TrainingArguments
 
 from hf_moe.adapters.frozen_router import HASH_FILE, RouterNotFrozenError, freeze_router, verify_adapter_base
-from hf_moe.models.moe_layers import moe_layers
+from hf_moe.data.packing import PackedRows
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.training.callbacks import BalanceProgress, RouterFreezeCallback
-from hf_moe.training.packing import PackedRows
 from hf_moe.training.trainer import MoeTrainer
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, with_expert_lora

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_moe.evaluation.text_probe import TextProbe
-from hf_moe.models.moe_layers import moe_layers
-from hf_moe.observability.gate import Figure, Gate, GateError
+from hf_moe.comparison.text_probe import TextProbe
+from hf_moe.layers.moe_layers import moe_layers
+from hf_moe.observability.thresholds import Figure, Gate, GateError
 from hf_moe.training.rollback import BEST_FOLDER, STATE, GatedRollbackCallback, _restore
 from tiny_hf_moe import random_ids
 from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora, words

@@ -7,8 +7,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from collapsed_routers import neighbours, steer, tiny, tokens
-from hf_moe.models.moe_layers import moe_layers
-from hf_moe.models.watch_routing import watch_routing
+from hf_moe.layers.moe_layers import moe_layers
+from hf_moe.layers.watch_routing import watch_routing
 from hf_moe.training.routing_metrics import CollapseCallback, RoutingMetricsCallback
 from tiny_models import build_tiny
 

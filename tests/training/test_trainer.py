@@ -7,13 +7,13 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_moe.adapters.frozen_router import freeze_router
+from hf_moe.comparison.routing_agreement import record_choices
+from hf_moe.data.packing import PackedRows
+from hf_moe.finetuning.arguments import RecipeError
+from hf_moe.finetuning.prepare import refuse_shards
 from hf_moe.observability.expert_load import load_entropy, max_violation
-from hf_moe.observability.routing_agreement import record_choices
-from hf_moe.training.arguments import RecipeError
-from hf_moe.training.checkpoints import CheckpointError
-from hf_moe.training.finetuning import refuse_shards
-from hf_moe.training.packing import PackedRows
-from hf_moe.training.safe_checkpoint import SafeCheckpointMixin
+from hf_moe.training.checkpointing.checkpoints import CheckpointError
+from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.trainer import MoeTrainer
 from tiny_moe import MODELS, hf_moe_model, qwen_model, with_expert_lora
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from hf_moe.adapters.adapter_experts.config import AdapterExpertsConfig, AdapterExpertsType
 from hf_moe.adapters.adapter_experts.layer import NO_MERGE, AdapterExpertsLayer
-from hf_moe.models.moe_layers import MoeLayer
-from hf_moe.models.unseen_experts import required_layers
+from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.unseen_experts import required_layers
 
 PREFIX = "adapter_experts_"  # the host builds it from the type's name when it deletes an adapter
 

@@ -20,7 +20,7 @@ Why the host's implementations are slow, and what is done instead (measured on t
 """
 
 from .build import why_not
-from .lora import cpu_experts_lora
+from .low_rank import cpu_experts_lora
 from .ops import cpu_experts, cpu_grouped_linear
 
 __all__ = ["cpu_experts", "cpu_experts_lora", "cpu_grouped_linear", "why_not"]

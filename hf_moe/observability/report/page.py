@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from hf_moe.io.whole_files import write_text
 from hf_moe.observability.health import Finding, Health, diagnose
 from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
 from hf_moe.observability.report import text
 from hf_moe.observability.report.data import ReportData
 from hf_moe.observability.report.packing import pack_coactivation, pack_layers, pack_tokens
-from hf_moe.whole_files import write_text
 
 SCRIPTS = ("data.js", "charts.js", "sections.js", "tokens.js", "main.js")
 

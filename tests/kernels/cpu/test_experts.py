@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import numerics
+from hf_moe import reference
 from hf_moe.kernels.cpu import cpu_experts, cpu_experts_lora, cpu_grouped_linear, why_not
-from hf_moe.ops import reference
 from numerics import ROUTINGS
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

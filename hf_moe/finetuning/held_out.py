@@ -1,0 +1,70 @@
+"""Loss and bits per byte of held-out rows, whatever their format: of the tokens that have a label."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from hf_moe.data.encoding import IGNORED
+from hf_moe.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Negative log-likelihood of the labelled tokens in nats, and what it is divided by."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "loss": self.loss, "bits_per_byte": self.bits_per_byte}
+
+
+@torch.no_grad()
+def evaluate_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, batch_size: int = 8) -> HeldOut:
+    """Measure every labelled token once; logits in float32, the sum in float64.
+
+    Raises:
+        ValueError: If no token has a label, or the labelled tokens are no text.
+    """
+    num_bytes = text_bytes(tokenizer, rows)
+    if not rows.loss_tokens or not num_bytes:
+        raise ValueError("no held-out token has a label: there is nothing to measure. Hold out more records.")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats = 0.0
+    try:
+        for begin in range(0, len(rows), batch_size):
+            end = begin + batch_size
+            batch = {name: column[begin:end].long().to(device) for name, column in rows.columns.items()}
+            labels = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            keep = labels != IGNORED
+            loss = F.cross_entropy(logits[keep].float(), labels[keep], reduction="none")
+            nats += float(loss.double().sum())
+    finally:
+        model.train(was_training)
+    return HeldOut(nats, int((rows.columns["labels"][:, 1:] != IGNORED).sum()), num_bytes)
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> int:
+    """UTF-8 bytes of the labelled text, without special tokens."""
+    total = 0
+    for labels in rows.columns["labels"]:
+        ids = labels[labels != IGNORED].tolist()
+        total += len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    return total

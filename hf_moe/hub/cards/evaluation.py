@@ -1,0 +1,142 @@
+"""The part of a card with benchmarks, what they lose without single experts, and bits per byte by domain."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hf_moe.hub.cards.facts import tables, take
+from hf_moe.hub.cards.markdown import NOT_MEASURED, cell, fenced, image, plain, table
+from hf_moe.hub.cards.training_facts import Domain, TrainingFacts
+
+_BITS_NOTE = (
+    "Bits per byte: the negative log2-likelihood of held-out text, divided by its UTF-8 bytes; lower is better. "
+    "Without error bars."
+)
+_MASKED_NOTE = (
+    "One expert masked at a time, the most used ones: the change of the metric on the same documents, with the 95 % "
+    "interval of the paired difference."
+)
+
+_MOST_MASKED = 20  # rows
+
+
+def evaluation(results: Mapping[str, Any], training: TrainingFacts, plots: Sequence[str]) -> str:
+    """Benchmarks with n and standard error, and bits per byte by domain."""
+    benchmarks, bits = _benchmarks(results), _bits(results, training)
+    if not benchmarks and not bits:
+        return f"Standard benchmarks: {NOT_MEASURED}. Bits per byte: {NOT_MEASURED}."
+    parts = [benchmarks or f"Standard benchmarks: {NOT_MEASURED}.", bits, _masked(results), _told(results)]
+    shown = image(plots, "plots/bits_per_byte.png", "Bits per byte by domain")
+    return "\n\n".join(part for part in (*parts, shown) if part)
+
+
+def _benchmarks(results: Mapping[str, Any]) -> str:
+    rows: list[Sequence[Any]] = []
+    for name, task in tables(results, "tasks").items():
+        version, shots = take(task, "version", float), take(task, "num_fewshot", int)
+        told = None if version is None else f"{version:g}"
+        rows += [(name, told, shots, metric, value, _documents(task)) for metric, value in _metrics(task)]
+    for name, group in tables(results, "groups").items():
+        part = f"{len(take(group, 'tasks', list) or []):,} tasks"
+        rows += [(f"{name} (all its tasks)", "-", "-", metric, value, part) for metric, value in _metrics(group)]
+    if not rows:
+        return ""
+    return table(["task", "version", "few-shot", "metric", "value ± standard error", "documents"], rows)
+
+
+def _metrics(entry: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    for metric, figure in tables(entry, "metrics").items():
+        value, stderr = take(figure, "value", float), take(figure, "stderr", float)
+        shown = None if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+        yield metric.removesuffix(",none"), shown
+
+
+def _documents(task: Mapping[str, Any]) -> Any:
+    count, available = take(task, "num_samples", int), take(task, "num_available", int)
+    return count if count is None or count == available else f"first {count:,} of {cell(available)}"
+
+
+def _told(results: Mapping[str, Any]) -> str:
+    """How it was measured, and what the figures suffer from."""
+    said = [
+        f"{what} {cell(value)}"
+        for what, value in (
+            ("with", _harness(results)),
+            ("on", take(results, "device", str)),
+            ("on", take(results, "date", str)),
+        )
+        if value is not None
+    ]
+    cut = {name: take(task, "truncated_prompts", int) for name, task in tables(results, "tasks").items()}
+    listed = ", ".join(f"{cell(name)} {count:,}" for name, count in cut.items() if count)
+    command = take(results, "command", str)
+    parts = [
+        f"Evaluated {', '.join(said)}." if said else "",
+        f"Prompts longer than the model's context lost their beginning: {listed}." if listed else "",
+        fenced(plain(command)) if command else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _harness(results: Mapping[str, Any]) -> str | None:
+    name, version = take(results, "harness.name", str), take(results, "harness.version", str)
+    return None if name is None or version is None or not tables(results, "tasks") else f"{name} {version}"
+
+
+def _bits(results: Mapping[str, Any], training: TrainingFacts) -> str:
+    rows = [
+        (name, take(domain, "bytes", int), take(domain, "metrics.bits_per_byte.value", float))
+        for name, domain in tables(results, "domains").items()
+    ]
+    evaluated = table(["text", "bytes", "bits per byte"], rows) if rows else ""
+    parts = [part for part in (_before_and_after(training), evaluated) if part]
+    return "\n\n".join([*parts, _BITS_NOTE]) if parts else ""
+
+
+def _before_and_after(training: TrainingFacts) -> str:
+    measured = [domain for domain in training.domains if any(value is not None for value in domain.bits.values())]
+    if not measured:
+        return ""
+    variants = list(dict.fromkeys(variant for domain in measured for variant in domain.bits))
+    has_change = {"before", "after"} <= set(variants)
+    header = ["domain", "held-out bytes", *variants, *(["change"] if has_change else [])]
+    rows = [
+        (
+            f"{domain.name} (new)" if domain.name == training.new_domain else domain.name,
+            domain.held_out_bytes,
+            *(domain.bits.get(variant) for variant in variants),
+            *([_change(domain)] if has_change else []),
+        )
+        for domain in measured
+    ]
+    return table(header, rows)
+
+
+def _change(domain: Domain) -> str | None:
+    return None if domain.change is None else f"{domain.change:+.3f}"
+
+
+def _masked(results: Mapping[str, Any]) -> str:
+    """What each task and domain loses without its most used experts, by its first metric."""
+    rows = []
+    for name, entry in (*tables(results, "tasks").items(), *tables(results, "domains").items()):
+        for masked in take(entry, "experts.masked", list) or []:
+            share, documents = take(masked, "share", float), take(masked, "documents", int)
+            expert = f"{_short(take(masked, 'layer', str))}, expert {take(masked, 'expert', int)}"
+            for metric, found in list(tables(masked, "metrics").items())[:1]:
+                change, low, high = (take(found, part, float) for part in ("difference", "low", "high"))
+                if change is None or low is None or high is None:
+                    continue
+                shown = f"{change:+.4f} ({low:+.4f} to {high:+.4f})"
+                used = None if share is None else f"{share:.1%}"
+                rows.append((name, expert, used, metric.removesuffix(",none"), shown, documents))
+    if not rows:
+        return ""
+    header = ["task or text", "masked", "share of the layer's load", "metric", "change (interval)", "documents"]
+    left_out = f" The first {_MOST_MASKED} of {len(rows)}; results.json holds all." if len(rows) > _MOST_MASKED else ""
+    return f"{table(header, rows[:_MOST_MASKED])}\n\n{_MASKED_NOTE}{left_out}"
+
+
+def _short(layer: str | None) -> str:
+    """`layer 3` for `model.layers.3.mlp`; the whole name where it holds more numbers than one."""
+    numbers = [part for part in (layer or "").split(".") if part.isdigit()]
+    return f"layer {numbers[0]}" if len(numbers) == 1 else str(layer)

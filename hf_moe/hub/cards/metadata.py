@@ -1,0 +1,130 @@
+"""The head of a card, and results where the Hub looks for them: only what was measured, on data that has a name."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_moe.hub.cards.benchmarks import HARNESS_URL, revision, source
+from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts
+from hf_moe.hub.cards.emissions_facts import Emissions
+from hf_moe.hub.cards.facts import CardError, tables, take
+from hf_moe.hub.cards.markdown import plain
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}", re.ASCII)
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual", re.ASCII)
+
+
+def is_repo(name: str | None) -> bool:
+    """Whether it reads as owner/name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None and "/" in name
+
+
+def check_choices(
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    datasets: Sequence[str] = (),
+) -> None:
+    """Raises CardError for a value that the Hub would not take."""
+    for what, name in (("repo_id", repo_id), ("base_model", base_model), *(("dataset", each) for each in datasets)):
+        if name is not None and not is_repo(name):
+            raise CardError(f"{what} must be a name on the Hub, owner/name, got {name!r}.")
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise CardError(
+            f"license must be an identifier of the Hub such as apache-2.0, or other, got {license!r}. They are listed "
+            "at https://huggingface.co/docs/hub/repositories-licenses."
+        )
+    if language is not None and not _LANGUAGE.fullmatch(language):
+        raise CardError(f"language must be an ISO 639 code such as en, code or multilingual, got {language!r}.")
+
+
+def card_data(
+    checkpoint: CheckpointFacts,
+    results: Mapping[str, Any],
+    *,
+    name: str,
+    base_model: str | None,
+    license: str | None,
+    language: str | None,
+    datasets: Sequence[str],
+    emissions: Emissions | None = None,
+    training_type: str | None = None,
+) -> ModelCardData:
+    """Metadata that the Hub accepts; a base or data set without a name there is left out.
+
+    Args:
+        training_type: `pre-training` or `fine-tuning`, for the emissions.
+    """
+    evaluations = eval_results(results)
+    is_lora = checkpoint.adapter.get("peft_type") == "LORA"
+    return ModelCardData(
+        language=language,
+        license=license,
+        library_name="peft" if checkpoint.is_adapter else "transformers",
+        pipeline_tag="text-generation" if checkpoint.is_causal_lm else None,
+        base_model=base_model if is_repo(base_model) else None,
+        base_model_relation="adapter" if checkpoint.is_adapter and is_repo(base_model) else None,
+        datasets=[each for each in datasets if is_repo(each)] or None,
+        tags=["moe", "mixture-of-experts", "hf-moe", *(["lora"] if is_lora else [])],
+        model_name=plain(name) if evaluations else None,
+        eval_results=evaluations or None,
+        co2_eq_emissions=co2_eq_emissions(emissions, training_type),
+    )
+
+
+def co2_eq_emissions(found: Emissions | None, training_type: str | None) -> dict[str, Any] | None:
+    """As the Hub documents it: emissions in grams of CO2 equivalents; None where they are of an assumed place."""
+    if found is None or not found.is_location_known:
+        return None
+    fields = {
+        "emissions": float(f"{1000 * found.emissions:.4g}"),
+        "source": "codecarbon",
+        "training_type": training_type,
+        "geographical_location": found.location,
+        "hardware_used": found.hardware,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """One entry for each metric of each task whose data set has a name on the Hub: for `model-index`."""
+    found = []
+    for task_name, task in tables(results, "tasks").items():
+        dataset = take(task, "data.dataset", str)
+        for metric, figure in tables(task, "metrics").items():
+            value = take(figure, "value", float)
+            if value is not None and is_repo(dataset):
+                found.append(_eval_result(results, task_name, task, str(dataset), metric, value))
+    return found
+
+
+def _eval_result(
+    results: Mapping[str, Any], name: str, task: Mapping[str, Any], dataset: str, metric: str, value: float
+) -> EvalResult:
+    metric_name, _, filter_name = metric.partition(",")
+    count, available = take(task, "num_samples", int), take(task, "num_available", int)
+    shots = take(task, "num_fewshot", int)
+    part = f"n={count}" if count == available else f"first {count} of {available}"
+    how = ", ".join([*([filter_name] if filter_name != "none" else []), f"{shots}-shot", part])
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=plain(name),
+        dataset_config=take(task, "data.config", str),
+        dataset_split=take(task, "data.split", str),
+        dataset_revision=revision(task),
+        metric_type=plain(metric_name),
+        metric_name=plain(f"{metric_name} ({how})"),
+        metric_value=value,
+        source_name=source(results),
+        source_url=HARNESS_URL,
+    )

@@ -1,0 +1,50 @@
+"""Facts of another model do not belong on a card: they are refused, as far as the facts tell."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts
+from hf_moe.hub.cards.facts import CardError, take
+from hf_moe.hub.cards.routing_facts import RoutingFacts
+from hf_moe.hub.cards.training_facts import TrainingFacts
+
+
+def refuse_other_results(checkpoint: CheckpointFacts, results: Mapping[str, Any]) -> None:
+    """Raises CardError if the results are of another model, or of an adapter's base alone."""
+    name, parameters = take(results, "model.name", str), take(results, "model.parameters", int)
+    what = f"the evaluation results ({name!r})"
+    if take(results, "model.adapter", str) and not checkpoint.is_adapter:
+        raise CardError(f"{what} are of the model with an adapter. Name the adapter's folder, or evaluate without it.")
+    _compare(what, checkpoint, take(results, "model.model_type", str), parameters)
+    if checkpoint.is_adapter and checkpoint.trained and parameters is not None and parameters == checkpoint.total:
+        raise CardError(f"{what} are of the base without this adapter. Run hf-moe evaluate with --adapter.")
+
+
+def refuse_other_training(checkpoint: CheckpointFacts, training: TrainingFacts) -> None:
+    """Raises CardError if the report is of another model."""
+    what = "the training report"
+    _compare(what, checkpoint, training.model_type, training.total)
+    _refuse(what, "routers with the SHA-256", training.router_after, checkpoint.router_sha256)
+
+
+def refuse_other_trace(checkpoint: CheckpointFacts, routing: RoutingFacts) -> None:
+    """Raises CardError if the trace is of another model."""
+    what, model = "the routing trace", routing.model
+    _compare(what, checkpoint, take(model, "model_type", str), take(model, "parameters", int))
+    _refuse(what, "MoE layers", len(routing.layers) or None, checkpoint.num_moe_layers)
+
+
+def _compare(what: str, checkpoint: CheckpointFacts, model_type: str | None, parameters: int | None) -> None:
+    _refuse(what, "the type", model_type, checkpoint.model_type)
+    base, added = checkpoint.total, checkpoint.trained if checkpoint.is_adapter else None
+    if parameters is not None and base is not None and not base <= parameters <= base + (added or 0):
+        _refuse(what, "parameters", parameters, base + (added or 0))
+
+
+def _refuse(what: str, figure: str, theirs: Any, ours: Any) -> None:
+    """If both are known and differ."""
+    if theirs is not None and ours is not None and theirs != ours:
+        raise CardError(
+            f"{what} and the checkpoint are of different models: {figure}: {theirs} and {ours}. Give what belongs to "
+            "this checkpoint, or leave it out."
+        )

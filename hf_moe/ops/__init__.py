@@ -1,1 +1,0 @@
-"""Pure tensor functions on torch alone."""

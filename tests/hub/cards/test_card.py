@@ -1,0 +1,265 @@
+"""Cards hold the facts, each where it belongs, and nothing made up."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from typer.testing import CliRunner
+
+import hf_moe.cli.card  # noqa: F401 (adds the command)
+from hf_moe import HfMoeForCausalLM
+from hf_moe.cli.common import app
+from hf_moe.cli.trace import _write
+from hf_moe.finetuning.card import finetune_card, write_results
+from hf_moe.hub import model_card, write_card
+from hf_moe.hub.cards.card import card_from_facts
+from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts, checkpoint_facts
+from hf_moe.hub.cards.run_card import run_card
+from hf_moe.hub.cards.training_facts import Stage, TrainingFacts, training_facts
+from hf_moe.observability.recording import record_routing
+
+from .card_facts import FINETUNE, QUICKSTART, RESULTS, SHA
+
+
+def test_a_card_of_a_bare_model_says_what_was_not_measured(saved):
+    card = str(model_card(saved))
+    for words in (
+        "| parameters, trained | not measured |",
+        "| router SHA-256 before | not measured |",
+        "| base model | not stated |",
+        "Standard benchmarks: not measured",
+        "Health: not measured",
+        "Routing agreement with the base model: not measured",
+        "Energy: not measured",
+        "8 experts, top-2, width 16",
+        'from_pretrained("model", trust_remote_code=True)',
+    ):
+        assert words in card, words
+    assert "model-index" not in card
+
+
+def test_the_numbers_of_a_model_are_its_own(saved):
+    model = HfMoeForCausalLM.from_pretrained(saved)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"| parameters, total | {total:,} |" in str(model_card(saved))
+    size = (saved / "model.safetensors").stat().st_size
+    assert f"| bytes of weights | {size:,} |" in str(model_card(saved))
+
+
+def test_the_quickstarts_card_holds_its_figures():
+    card = run_card(QUICKSTART)
+    for figure in (
+        "3,900,000 parameters (1,100,000 active",
+        "-0.500 on legal, +0.125 on code",
+        "| code | 678 | 2.500 | 2.625 | 2.500 | +0.125 |",
+        "| legal (new) | 678 | 3.500 | 3.000 | 3.500 | -0.500 |",
+        "| layer | code | legal |",
+        "| 1 | 0.750 | 0.500 |",
+        "| 1 | 0.800 | 2.500 |",
+        "router SHA-256 after (equal) | " + "ab" * 32,
+        "| base model | 11 | 2,816 | 0.004 | 150 | 3.625 |",
+        "| adapter | 11 | 2,816 | 0.003 | not measured | 3.625 |",
+        "| base model | model, trained from scratch in the same run |",
+        "| legal | licence texts of Python packages | 50% | 9 | 4,321 |",
+        "hf-moe quickstart --domain legal --minutes 5 --seed 0",
+        "| logits after loading back | equal |",
+        "````text\na ```x``` b\n````",
+        "{{ 7 * 7 }}",
+    ):
+        assert figure in card, figure
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["library_name"], head["language"]) == ("peft", "en")
+    own = run_card(QUICKSTART | {"choices": QUICKSTART["choices"] | {"data": ["notes.txt"]}})
+    assert "language" not in yaml.safe_load(own.split("---\n")[1]), "a user's text may be in any language"
+    assert "model-index" not in head, "figures on private text are no benchmark results"
+
+
+def report_of(saved: Path, adapter: Path | None = None) -> dict:
+    """The recipe's report, as if it were of this checkpoint."""
+    checkpoint = checkpoint_facts(adapter or saved)
+    parameters = {"total": checkpoint.total, "active": checkpoint.active, "trained": checkpoint.trained or 99}
+    return FINETUNE | {"model_type": "hf_moe", "parameters": parameters}
+
+
+def test_a_recipes_card_holds_its_figures(adapter):
+    card = finetune_card(adapter.parent, FINETUNE, saved="adapter")
+    for figure in (
+        "held-out text: -0.250 on law (lower is better)",
+        "# Expert LoRA: allenai/OLMoE-1B-7B-0924 fine-tuned on law",
+        "continuing text of the kinds it was trained on: law",
+        "router SHA-256 after (DIFFERENT) | " + "cd" * 32,
+        "| law | 70 | 1.500 | 1.250 | -0.250 |",
+        "| Expert LoRA | 10 | 2,560 | 0.0003 | 25 | 3.625 |",
+        'from_pretrained("allenai/OLMoE-1B-7B-0924", trust_remote_code=True)',
+        "| law | 50% | 3 | 99 |",
+        "| 0 | 0.500 |",
+        "8 experts, top-2, width 16",
+        "Health after training: Routing is healthy",
+        "peft_type LORA, r 2",
+        "Hardware: NVIDIA H100, x86_64, 4 threads, 8 processes.",
+        "Settings: r 8, learning_rate 0.0003.",
+    ):
+        assert figure in card, figure
+    assert ModelCard(card).data.base_model == "allenai/OLMoE-1B-7B-0924"
+
+
+def test_an_adapter_of_our_own_kind_says_that_it_needs_hf_moe():
+    checkpoint = CheckpointFacts("x", is_adapter=True, adapter={"peft_type": "ADAPTER_EXPERTS"})
+    card = str(card_from_facts(checkpoint, TrainingFacts()))
+    assert "Without hf_moe this kind of adapter does not load" in card
+    assert "trust_remote_code" not in card
+
+
+def test_an_adapters_card_tells_of_its_base(adapter, saved):
+    """From the base's config, which lies beside it; a local folder is no name on the Hub."""
+    card = model_card(adapter)
+    total = sum(parameter.numel() for parameter in HfMoeForCausalLM.from_pretrained(saved).parameters())
+    assert f"An adapter for a Mixture-of-Experts model of {total:,} parameters" in str(card)
+    assert "| base model | model |" in str(card)
+    assert 'Put the path of your copy in the place of "adapter" and "model".' in str(card)
+    assert card.data.base_model is None
+    named = model_card(adapter, base_model="me/base", repo_id="me/adapter")
+    assert (named.data.base_model, named.data.base_model_relation) == ("me/base", "adapter")
+    assert "Put the path" not in str(named)
+    assert "url = {https://huggingface.co/me/adapter}" in str(named)
+
+
+def test_a_base_named_from_the_adapters_folder_is_at_hand(adapter, saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copied = tmp_path / "run" / "adapter"
+    shutil.copytree(adapter, copied)
+    shutil.copytree(saved, tmp_path / "run" / "model")
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../model"}))
+    assert checkpoint_facts(copied).total == checkpoint_facts(saved).total
+    # reads as owner/name, and is a folder
+    shutil.copytree(saved, tmp_path / "out" / "model")
+    (copied / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "out/model"}))
+    assert model_card(copied).data.base_model is None
+
+
+def test_a_base_in_the_hubs_cache_is_at_hand(adapter, saved, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--me--base" / "snapshots" / SHA
+    shutil.copytree(saved, snapshot)
+    (tmp_path / "models--me--base" / "refs").mkdir()
+    (tmp_path / "models--me--base" / "refs" / "main").write_text(SHA)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "me/base"}))
+    found = checkpoint_facts(copied)
+    assert (found.total, found.base_is_local) == (checkpoint_facts(saved).total, False)
+    assert model_card(copied).data.base_model == "me/base"
+
+
+def test_the_quickstarts_base_has_a_card_without_the_adapters_figures(saved):
+    total = checkpoint_facts(saved).total
+    report = QUICKSTART | {"base": QUICKSTART["base"] | {"parameters": {"total": total}, "router_sha256": "ef" * 32}}
+    card = str(model_card(saved, training=report))
+    for figure in (
+        "| base model | trained from scratch |",
+        f"| parameters, trained | {total:,} |",
+        "| router SHA-256 after | " + "ef" * 32,
+        "| legal (new) | 678 | 3.500 |",
+        "| legal | licence texts of Python packages | 0% | 9 | 4,321 |",
+        "| code | source of Python's standard library | 100% | 9 | 4,321 |",
+    ):
+        assert figure in card, figure
+    for foreign in ("327,680", "ab" * 32, "With the adapter", "2.625", "| adapter | 11 |"):
+        assert foreign not in card, foreign
+
+
+def test_a_results_folder_is_written_whole(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    write_results(tmp_path, FINETUNE, saved="adapter")
+    card = (tmp_path / "README.md").read_text()
+    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert plots == ["bits_per_byte.png", "loss.png"]
+    assert all(f"(plots/{name})" in card for name in plots)
+
+
+def test_results_become_a_table_and_metadata_that_the_hub_reads_back(saved, tmp_path):
+    card = model_card(saved, results=RESULTS, repo_id="me/model", license="apache-2.0", language="en")
+    text = str(card)
+    assert "| gsm8k | 3 | 5 | exact_match,strict-match | 0.1250 ± 0.0100 | 1,319 |" in text
+    assert "first 6 of 2,376" in text
+    assert "| private | 3 | 5 | acc | 0.5000 ± 0.0100 | 1,319 |" in text
+    assert "| mmlu (all its tasks) | - | - | acc | 0.2500 ± 0.0200 | 2 tasks |" in text
+    assert "| private | layer 1, expert 3 | 25.0% | acc | -0.1250 (-0.2500 to +0.0100) | 50 |" in text
+    assert "lost their beginning: private 7." in text
+    assert "| notes | 1,000 | 2.250 |" in text
+    card.save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.to_dict() == card.data.to_dict()
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
+    found = {(result.dataset_type, result.metric_type, result.metric_value) for result in data.eval_results}
+    assert found == {("openai/gsm8k", "exact_match", 0.125), ("allenai/ai2_arc", "acc", 0.25)}
+    assert {result.dataset_revision for result in data.eval_results} == {SHA}
+    assert all(result.source_name == "lm-evaluation-harness 0.4.13" for result in data.eval_results)
+
+
+def test_full_runs_go_where_the_leaderboards_look(saved, tmp_path):
+    written = write_card(saved, output=tmp_path, results=RESULTS)
+    assert {path.relative_to(tmp_path).as_posix() for path in written} == {"README.md", ".eval_results/gsm8k.yaml"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "gsm8k.yaml").read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 12.5)
+    assert (entry.dataset_revision, entry.date) == (SHA, "2026-11-22")
+
+
+def test_a_trainers_state_is_a_training_report():
+    state = {"global_step": 84, "best_model_checkpoint": "/home/jane/out", "num_input_tokens_seen": 0}
+    log = [{"loss": 2.0, "step": 1, "learning_rate": 0.1}, {"loss": float("nan")}, {"train_runtime": 9}]
+    (stage,) = training_facts({**state, "log_history": log}).stages
+    assert stage == Stage("training", 84, tokens=None, learning_rate=0.1, seconds=9.0, last_loss=2.0)
+
+
+def test_a_recorded_trace_is_judged_and_drawn(saved, tmp_path):
+    model = HfMoeForCausalLM.from_pretrained(saved)
+    with record_routing(model) as trace, torch.no_grad():
+        model(torch.randint(1, 64, (8, 100)))
+    trace.save(tmp_path / "trace")
+    write_card(saved, output=tmp_path / "card", trace=tmp_path / "trace", training=report_of(saved))
+    card = (tmp_path / "card" / "README.md").read_text()
+    plots = sorted(path.name for path in (tmp_path / "card" / "plots").iterdir())
+    assert plots == ["bits_per_byte.png", "expert_load.png", "loss.png"]
+    assert all(f"(plots/{name})" in card for name in plots)
+    entropy = trace.metrics()["load_entropy/model.layers.0.mlp"]
+    assert f"| model.layers.0.mlp | {entropy:.3f} |" in card
+    assert "Health: not measured" not in card
+
+
+def test_what_hf_moe_trace_writes_is_read(saved, tmp_path):
+    """Its folder, and the metrics.json in it."""
+    model = HfMoeForCausalLM.from_pretrained(saved)
+    with record_routing(model) as trace, torch.no_grad():
+        model(torch.randint(1, 64, (8, 100)))
+    _write(tmp_path / "out", trace, "model")
+    folder, file = (model_card(saved, trace=path) for path in (tmp_path / "out", tmp_path / "out" / "metrics.json"))
+    assert str(folder) == str(file)
+    assert "Health: not measured" not in str(file)
+    assert f"| model.layers.0.mlp | {trace.metrics()['load_entropy/model.layers.0.mlp']:.3f} |" in str(file)
+
+
+def test_the_command(saved, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    arguments = ["card", str(saved), "--results", str(tmp_path / "results.json"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--repo-id", "me/model", "--dataset", "me/data"])
+    assert done.exit_code == 0, done.output
+    assert str(tmp_path / "out" / "README.md") in done.output
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.datasets == ["me/data"]
+    for wrong in (tmp_path / "nothing.json", saved / "model.safetensors"):
+        refused = CliRunner().invoke(app, ["card", str(saved), "--results", str(wrong)])
+        assert refused.exit_code == 2
+    assert CliRunner().invoke(app, ["card", str(tmp_path / "nothing")]).exit_code == 2
+
+
+def test_without_jinja_the_extra_is_named(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r'pip install "hf-moe\[recipes\]"'):
+        model_card(saved)

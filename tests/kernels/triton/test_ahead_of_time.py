@@ -1,0 +1,65 @@
+"""The gate of benchmarks/ahead_of_time.py: passes what is shipped, refuses what spills, and no kernel escapes it.
+
+It runs in processes of its own: where the interpreter is on, nothing compiles. The whole gate is a stage of .ci/run.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+def gate(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/ahead_of_time.py", "--workers", "1", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+def test_a_shipped_kernel_passes_and_its_needs_are_written(tmp_path):
+    chosen = ("--chip", "sm_80", "--chip", "gfx942", "--kernel", "combine", "--kernel", "bias_gradient")
+    done = gate(*chosen, "--output", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {row["chip"] for row in result["kernels"]} == {"sm_80", "gfx942"}
+    assert {row["kernel"] for row in result["kernels"]} == {"sum_k_kernel", "bias_gradient_kernel"}
+    assert all(row["registers"] > 0 and not row["spilled"] for row in result["kernels"])
+    assert "triton" in result["versions"]
+
+
+@pytest.mark.slow
+def test_a_tile_that_spills_is_refused_with_its_name():
+    """Two accumulators of 128 x 128 need more registers than an A100's threads have."""
+    done = gate("--chip", "sm_80", "--kernel", "up", "--features", "training", "--tile", "128,128,64,8,3")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "sm_80 up (training, bfloat16) up_kernel 128x128x64, 8 warps, 3 stages" in done.stderr
+    assert "must keep its values in registers" in done.stderr
+    assert "hf_moe/kernels/tiles/sm_80.json" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_tile_larger_than_shared_memory_is_refused():
+    done = gate("--chip", "sm_120", "--kernel", "up", "--features", "inference", "--tile", "64,128,64,8,5")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "may use 101376 bytes of shared memory" in done.stderr
+
+
+def test_every_kernel_is_launched_by_a_case():
+    done = gate("--coverage")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_interpreter_is_refused():
+    command = [sys.executable, "benchmarks/ahead_of_time.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "unset it" in done.stderr
