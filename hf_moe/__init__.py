@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from hf_moe.observability.recording import record_routing
     from hf_moe.observability.replay import replay_routing
     from hf_moe.observability.routing_trace import RoutingTrace
-    from hf_moe.observability.thresholds import Gate
+    from hf_moe.observability.thresholds import RoutingThresholds
     from hf_moe.observability.trace_texts import trace_texts
     from hf_moe.training.balancing.checks import BalancingError
     from hf_moe.training.balancing.config import BalancingConfig
     from hf_moe.training.balancing.mixin import BalancingCallback, BalancingMixin
     from hf_moe.training.callbacks import RouterFreezeCallback
     from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
-    from hf_moe.training.rollback import GatedRollbackCallback
+    from hf_moe.training.rollback import RollbackCallback
     from hf_moe.training.routing_metrics import CollapseCallback, RoutingMetricsCallback
     from hf_moe.training.same_weights import SameWeightsCallback
     from hf_moe.training.trainer import MoeTrainer
@@ -68,8 +68,8 @@ _HOMES = {
     "BalancingMixin": "hf_moe.training.balancing.mixin",
     "CollapseCallback": "hf_moe.training.routing_metrics",
     "ExpertSelection": "hf_moe.adapters.expert_selection",
-    "Gate": "hf_moe.observability.thresholds",
-    "GatedRollbackCallback": "hf_moe.training.rollback",
+    "RoutingThresholds": "hf_moe.observability.thresholds",
+    "RollbackCallback": "hf_moe.training.rollback",
     "HfMoeForCausalLM": "hf_moe.models.modeling_hf_moe",
     "HfMoeForQuestionAnswering": "hf_moe.models.modeling_hf_moe",
     "HfMoeForSequenceClassification": "hf_moe.models.modeling_hf_moe",
@@ -139,8 +139,6 @@ __all__ = [
     "BalancingMixin",
     "CollapseCallback",
     "ExpertSelection",
-    "Gate",
-    "GatedRollbackCallback",
     "HfMoeConfig",
     "HfMoeForCausalLM",
     "HfMoeForQuestionAnswering",
@@ -150,9 +148,11 @@ __all__ = [
     "ModelChoice",
     "MoeLayer",
     "MoeTrainer",
+    "RollbackCallback",
     "RouterFreezeCallback",
     "RouterNotFrozenError",
     "RoutingMetricsCallback",
+    "RoutingThresholds",
     "RoutingTrace",
     "SafeCheckpointMixin",
     "SameWeightsCallback",

@@ -108,7 +108,7 @@ def test_bad_input_exits_with_2(folder, monkeypatch, arguments, message):
 def test_the_example_gate_can_be_read():
     from pathlib import Path
 
-    from hf_moe.observability.thresholds import Gate
+    from hf_moe.observability.thresholds import RoutingThresholds
 
-    gate = Gate.load(Path(__file__).parent.parent / "recipes" / "configs" / "gate.yaml")
+    gate = RoutingThresholds.load(Path(__file__).parent.parent / "recipes" / "configs" / "gate.yaml")
     assert "bits_per_byte.worst_domain" in [check.metric for check in gate.checks]

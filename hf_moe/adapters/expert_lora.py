@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hf_moe.adapters import lora_options, lora_targets
 from hf_moe.experts.backends import BACKENDS
-from hf_moe.experts.contract import LowRank, LowRankPair, foreign_storage, read_weights, up_name
+from hf_moe.experts.contract import foreign_storage, read_weights, up_name
 from hf_moe.experts.engines import ADAPTERS_NEED_PLAIN
+from hf_moe.kernels.layer_call import LowRank, LowRankPair
 from hf_moe.layers.moe_layers import MoeLayer, is_experts, moe_layers
 from hf_moe.layers.unseen_experts import required_layers
 

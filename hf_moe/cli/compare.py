@@ -73,9 +73,9 @@ def _run(
     models: Any, texts: dict[str, list[str]], options: dict[str, Any], gate: Path | None, output: Path | None
 ) -> bool:
     from hf_moe.comparison.table import print_comparison, print_verdict
-    from hf_moe.observability.thresholds import Gate
+    from hf_moe.observability.thresholds import RoutingThresholds
 
-    checks = Gate.load(gate) if gate is not None else None
+    checks = RoutingThresholds.load(gate) if gate is not None else None
     if checks is not None:
         checks.require_domains(list(texts))
     comparison = _measure(models, texts, options)

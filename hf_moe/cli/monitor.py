@@ -29,17 +29,17 @@ def monitor(
     ] = 100.0,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the figures, which is replaced.")] = None,
 ) -> None:
-    """Gate the expert counts that a serving process exports against a stored routing trace."""
+    """Hold the expert counts that a serving process exports to thresholds against a stored routing trace."""
     from hf_moe.comparison.monitor import check_gate
     from hf_moe.comparison.monitor import monitor as compare
     from hf_moe.comparison.served_counts import read_histograms
     from hf_moe.comparison.table import print_notes, print_verdict, routing_table
     from hf_moe.io.whole_files import write_json
     from hf_moe.observability.routing_trace import RoutingTrace
-    from hf_moe.observability.thresholds import Gate
+    from hf_moe.observability.thresholds import RoutingThresholds
 
     try:
-        checks = Gate.load(gate) if gate is not None else None
+        checks = RoutingThresholds.load(gate) if gate is not None else None
         if checks is not None:
             check_gate(checks)
         counts = read_histograms(exports, format=format, metric=metric)

@@ -7,7 +7,7 @@ from hf_moe.comparison.measurement import Measurement
 from hf_moe.comparison.routing import RoutingComparison, compare_traces
 from hf_moe.comparison.weight_drift import LayerDrift, is_exact, weight_drift
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.observability.thresholds import Figure, json_number
+from hf_moe.observability.thresholds import MetricValue, json_number
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ModelComparison:
         before, after = (_latency(side, domain) for side in (self.base, self.new))
         return None if before is None or after is None else after / before
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, MetricValue]:
         """What a gate can bound."""
         domains = list(self.base.bits)
         bits = {name: self.bits_change(name) for name in domains}
@@ -52,27 +52,27 @@ class ModelComparison:
         worst = max(bits, key=lambda name: (bits[name] != bits[name], bits[name]))
         found = {
             **self.routing.figures(),
-            "bits_per_byte.all": Figure(self.bits_change()),
-            "bits_per_byte.worst_domain": Figure(bits[worst], worst),
-            **{f"bits_per_byte.domain.{name}": Figure(value) for name, value in bits.items()},
+            "bits_per_byte.all": MetricValue(self.bits_change()),
+            "bits_per_byte.worst_domain": MetricValue(bits[worst], worst),
+            **{f"bits_per_byte.domain.{name}": MetricValue(value) for name, value in bits.items()},
             "weight_drift.router.max": self._worst_drift("router"),
             "weight_drift.experts.max": self._worst_drift("experts"),
         }
         ratios = {name: self.latency_ratio(name) for name in domains}
         if known := {name: ratio for name, ratio in ratios.items() if ratio is not None}:
             slowest = max(known, key=lambda name: known[name])
-            found["latency.all"] = Figure(self.latency_ratio())
-            found["latency.worst_domain"] = Figure(known[slowest], slowest)
-            found |= {f"latency.domain.{name}": Figure(ratio) for name, ratio in known.items()}
+            found["latency.all"] = MetricValue(self.latency_ratio())
+            found["latency.worst_domain"] = MetricValue(known[slowest], slowest)
+            found |= {f"latency.domain.{name}": MetricValue(ratio) for name, ratio in known.items()}
         return found
 
-    def _worst_drift(self, part: str) -> Figure:
+    def _worst_drift(self, part: str) -> MetricValue:
         named = zip(self.routing.layers, self.drift, strict=bool(self.drift))
         values = {layer.name: getattr(drift, part) for layer, drift in named}
         if not values or None in values.values():
-            return Figure(None, " ".join(self.left_out) or "no weights were taken")
+            return MetricValue(None, " ".join(self.left_out) or "no weights were taken")
         worst = max(values, key=lambda name: values[name])
-        return Figure(values[worst], worst)
+        return MetricValue(values[worst], worst)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

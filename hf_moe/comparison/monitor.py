@@ -12,7 +12,7 @@ from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.observability.health import ENOUGH_PER_EXPERT
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.routing_trace import RoutingTrace
-from hf_moe.observability.thresholds import Figure, Gate
+from hf_moe.observability.thresholds import MetricValue, RoutingThresholds
 
 # counts tell the load, and nothing else
 MEASURED = frozenset(
@@ -41,7 +41,7 @@ class Monitoring:
     comparison: RoutingComparison
     notes: tuple[str, ...]
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, MetricValue]:
         return {name: figure for name, figure in self.comparison.figures().items() if name in MEASURED}
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,11 +53,11 @@ class Monitoring:
         }
 
 
-def check_gate(gate: Gate) -> None:
+def check_gate(gate: RoutingThresholds) -> None:
     """Refuse a gate that bounds what counts cannot tell.
 
     Raises:
-        GateError: Naming the first such check.
+        ThresholdsError: Naming the first such check.
     """
     gate.require(lambda metric: metric in MEASURED, "by expert counts alone (`hf-moe compare` measures it)")
 

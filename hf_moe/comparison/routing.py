@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
 from hf_moe.observability.routing_trace import RoutingTrace
-from hf_moe.observability.thresholds import Figure, json_number
+from hf_moe.observability.thresholds import MetricValue, json_number
 from hf_moe.observability.token_table import LayerTokens
 
 _CHUNK = 65_536  # tokens compared at a time
@@ -109,7 +109,7 @@ class RoutingComparison:
     layers: tuple[LayerComparison, ...]
     left_out: tuple[str, ...] = ()
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, MetricValue]:
         """What a gate can bound, by the names of `hf_moe.observability.threshold_metrics.METRICS`."""
         why = " ".join(self.left_out) or "no layer has it"
         dead = {layer.name: len(layer.new.dead_experts) for layer in self.layers}
@@ -117,7 +117,7 @@ class RoutingComparison:
             **_spread("agreement", self._of(lambda layer: layer.agreement), min, why),
             **_spread("overlap", self._of(lambda layer: layer.overlap), min, why),
             **_spread("load_shift", self._of(lambda layer: layer.load_shift), max, why),
-            "dead_experts": Figure(float(sum(dead.values())), _places(dead)),
+            "dead_experts": MetricValue(float(sum(dead.values())), _places(dead)),
             "newly_dead_experts": self._total(lambda layer: layer.newly_dead, why),
             "revived_experts": self._total(lambda layer: layer.revived, why),
             "load_cv.max": _worst(self._of(lambda layer: layer.new.load_cv), max, why),
@@ -139,12 +139,12 @@ class RoutingComparison:
     def _of(self, read: Callable[[LayerComparison], float | None]) -> dict[str, float | None]:
         return {layer.name: read(layer) for layer in self.layers}
 
-    def _total(self, read: Callable[[LayerComparison], tuple[int, ...] | None], why: str) -> Figure:
+    def _total(self, read: Callable[[LayerComparison], tuple[int, ...] | None], why: str) -> MetricValue:
         found = {layer.name: read(layer) for layer in self.layers}
         counts = {name: len(experts) for name, experts in found.items() if experts is not None}
         if len(counts) < len(found):
-            return Figure(None, why)
-        return Figure(float(sum(counts.values())), _places(counts))
+            return MetricValue(None, why)
+        return MetricValue(float(sum(counts.values())), _places(counts))
 
 
 def compare_layers(
@@ -325,19 +325,19 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
 
 
-def _spread(name: str, values: Mapping[str, float | None], worst: Callable, why: str) -> dict[str, Figure]:
+def _spread(name: str, values: Mapping[str, float | None], worst: Callable, why: str) -> dict[str, MetricValue]:
     known = [value for value in values.values() if value is not None]
-    mean = Figure(sum(known) / len(known)) if known and len(known) == len(values) else Figure(None, why)
+    mean = MetricValue(sum(known) / len(known)) if known and len(known) == len(values) else MetricValue(None, why)
     return {f"{name}.{worst.__name__}": _worst(values, worst, why), f"{name}.mean": mean}
 
 
-def _worst(values: Mapping[str, float | None], worst: Callable[..., Any], why: str) -> Figure:
+def _worst(values: Mapping[str, float | None], worst: Callable[..., Any], why: str) -> MetricValue:
     """The worst layer's; unmeasured if one layer has none, so that no gate passes over it."""
     known = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
     if not known or len(known) < len(values):
-        return Figure(None, why)
+        return MetricValue(None, why)
     name = worst(known, key=lambda layer: known[layer])
-    return Figure(known[name], name)
+    return MetricValue(known[name], name)
 
 
 def _places(counts: Mapping[str, int]) -> str:

@@ -16,7 +16,7 @@ from hf_moe.data.tokenizer import encode_documents
 from hf_moe.evaluation.bits_per_byte import BitsPerByte, bits_by_document
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.observability.recording import record_routing
-from hf_moe.observability.thresholds import Figure
+from hf_moe.observability.thresholds import MetricValue
 
 WINDOW = 1024
 TIMED_ROWS, TIMED_REPEATS = 4, 5
@@ -76,7 +76,7 @@ class TextProbe:
         latency = {name: self._latency(model, name, window) for name in self.texts} if self.time_it else {}
         return Measurement(trace, bits, latency, sample_weights(model) if self.take_weights else {}, window)
 
-    def figures(self, base: Measurement, new: Measurement) -> Mapping[str, Figure]:
+    def figures(self, base: Measurement, new: Measurement) -> Mapping[str, MetricValue]:
         """What a gate can bound, of two measurements."""
         return compare_measurements(base, new).figures()
 

@@ -6,49 +6,13 @@ between calls, so nothing of them is kept.
 """
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_moe.experts.activation import Gate, find_gate
-
-
-class ExpertWeights(NamedTuple):
-    """The tensors of the experts: up `[E, P, H]`, down `[E, H, I]`, or their transposes; biases `[E, P]`, `[E, H]`."""
-
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-
-
-class LowRank(NamedTuple):
-    """What an adapter adds to the weight of every expert, `scale * b @ a`, without that product.
-
-    Attributes:
-        a: `[E, R, in]`: in is H for the up projection, I for the down projection; any strides.
-        b: `[E, out, R]`: out is P for the up projection, H for the down projection; any strides.
-        scale: Of the product.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-    def to(self, dtype: torch.dtype) -> "LowRank":
-        return LowRank(self.a.to(dtype), self.b.to(dtype), self.scale)
-
-
-class LowRankPair(NamedTuple):
-    """The adapters of one layer's projections; one of them may be None."""
-
-    up: LowRank | None
-    down: LowRank | None
-
-    def to(self, dtype: torch.dtype) -> "LowRankPair":
-        up, down = (None if factors is None else factors.to(dtype) for factors in self)
-        return LowRankPair(up, down)
+from hf_moe.kernels.layer_call import ExpertWeights
 
 
 def up_name(experts: Any) -> str:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_moe.experts.contract import LowRankPair, expert_shape, foreign_storage, read_weights
+from hf_moe.experts.contract import expert_shape, foreign_storage, read_weights
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
 from hf_moe.experts.host import HOST_REFUSALS, Refusal, accepts, delegates
 from hf_moe.experts.pipeline import Engine, run_experts
 from hf_moe.experts.reference import reference_forward
+from hf_moe.kernels.layer_call import LowRankPair
 
 logger = logging.getLogger(__name__)
 

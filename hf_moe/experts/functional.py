@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_moe.experts import engines
-from hf_moe.experts.contract import ExpertWeights
 from hf_moe.experts.pipeline import Engine, run_experts
+from hf_moe.kernels.layer_call import ExpertWeights
 
 # torch alone: what runs beside an implementation of the host neither compiles nor needs anything
 PORTABLE = "hf_moe_grouped"

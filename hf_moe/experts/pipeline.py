@@ -16,15 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_moe.experts.contract import (
-    ExpertWeights,
-    LowRank,
-    LowRankPair,
-    gate_of,
-    has_post_expert_norm,
-    num_expert_ids,
-)
+from hf_moe.experts.contract import gate_of, has_post_expert_norm, num_expert_ids
 from hf_moe.experts.dispatch import CombineRows, GatherRows, sort_by_expert
+from hf_moe.kernels.layer_call import ExpertWeights, LowRank, LowRankPair
 
 
 @dataclass(frozen=True)

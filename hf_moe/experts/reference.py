@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_moe.experts.contract import ExpertWeights, has_post_expert_norm, num_expert_ids, read_weights
+from hf_moe.experts.contract import has_post_expert_norm, num_expert_ids, read_weights
 from hf_moe.experts.dispatch import check_ids
+from hf_moe.kernels.layer_call import ExpertWeights
 
 
 def reference_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -34,12 +34,12 @@ _NUMBER = re.compile(r"(?P<sign>[+-]?)([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9
 _FORM = "Write 'metric operator number', such as 'agreement.min >= 0.9'."
 
 
-class GateError(ValueError):
+class ThresholdsError(ValueError):
     """A gate that cannot be used; names the file, the line, the rule and the way out."""
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """A measured value.
 
     Attributes:
@@ -61,8 +61,8 @@ class Check:
     line: int
     text: str
 
-    def judge(self, figures: Mapping[str, Figure]) -> "CheckResult":
-        figure = figures.get(self.metric, Figure(None, "this comparison does not measure it"))
+    def judge(self, figures: Mapping[str, MetricValue]) -> "CheckResult":
+        figure = figures.get(self.metric, MetricValue(None, "this comparison does not measure it"))
         holds = figure.value is not None and OPERATORS[self.operator](figure.value, self.threshold)
         return CheckResult(self, figure, holds)
 
@@ -72,7 +72,7 @@ class CheckResult:
     """A check and what was measured. A figure that could not be measured, or is NaN, fails its check."""
 
     check: Check
-    figure: Figure
+    figure: MetricValue
     passed: bool
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Gate:
+class RoutingThresholds:
     """Checks that must all hold.
 
     Attributes:
@@ -135,20 +135,20 @@ class Gate:
     source: str = "gate"
 
     @classmethod
-    def parse(cls, lines: Sequence[str], source: str = "gate") -> "Gate":
+    def parse(cls, lines: Sequence[str], source: str = "gate") -> "RoutingThresholds":
         """A gate from its lines, such as `["agreement.min >= 0.9"]`.
 
         Raises:
-            GateError: If a line cannot be used, or lines contradict each other.
+            ThresholdsError: If a line cannot be used, or lines contradict each other.
         """
         return _gate([(text, number) for number, text in enumerate(lines, start=1)], source)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Gate":
+    def load(cls, path: str | Path) -> "RoutingThresholds":
         """Read a gate file.
 
         Raises:
-            GateError: If the file or a line in it cannot be used.
+            ThresholdsError: If the file or a line in it cannot be used.
             OSError: If it cannot be read.
         """
         return _gate(_lines(_text(Path(path)), str(path)), str(path))
@@ -162,11 +162,11 @@ class Gate:
         """Refuse checks whose figures will never be there, before anything is measured.
 
         Raises:
-            GateError: Naming the first such check.
+            ThresholdsError: Naming the first such check.
         """
         for check in self.checks:
             if not is_measured(check.metric):
-                raise GateError(
+                raise ThresholdsError(
                     f"{self.source}, line {check.line}: {check.metric!r} is not measured {where}. Take the line out."
                 )
 
@@ -174,17 +174,17 @@ class Gate:
         """Refuse checks of domains that there are not.
 
         Raises:
-            GateError: Naming the first such check.
+            ThresholdsError: Naming the first such check.
         """
         for check in self.checks:
             name = domain_of(check.metric)
             if name is not None and name not in domains:
-                raise GateError(
+                raise ThresholdsError(
                     f"{self.source}, line {check.line}: there is no domain {name!r}; the texts are of "
                     f"{', '.join(domains)}. Name one of them, or add its text."
                 )
 
-    def judge(self, figures: Mapping[str, Figure]) -> Verdict:
+    def judge(self, figures: Mapping[str, MetricValue]) -> Verdict:
         return Verdict(self.source, tuple(check.judge(figures) for check in self.checks))
 
 
@@ -204,11 +204,13 @@ def json_number(value: float | None) -> float | str | None:
 def _text(path: Path) -> str:
     data = path.read_bytes()
     if len(data) > LARGEST_FILE:
-        raise GateError(f"{path}: a gate has at most {LARGEST_FILE:,} bytes, got {len(data):,}. Is it another file?")
+        raise ThresholdsError(
+            f"{path}: a gate has at most {LARGEST_FILE:,} bytes, got {len(data):,}. Is it another file?"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise GateError(f"{path}: not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
+        raise ThresholdsError(f"{path}: not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
 
 
 def _lines(text: str, source: str) -> list[tuple[str, int]]:
@@ -218,13 +220,15 @@ def _lines(text: str, source: str) -> list[tuple[str, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}" if mark is not None else ""
-        raise GateError(f"{source}{place}: not valid YAML: {error.problem}. Mend the line.") from error
+        raise ThresholdsError(f"{source}{place}: not valid YAML: {error.problem}. Mend the line.") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise GateError(
+        raise ThresholdsError(
             f"{source}: not valid YAML ({type(error).__name__}). A gate is 'checks:' and a list."
         ) from error
     if not isinstance(root, yaml.MappingNode):
-        raise GateError(f"{source}: a gate must be a mapping with the key 'checks', got {_kind(root)}. {_EXAMPLE}")
+        raise ThresholdsError(
+            f"{source}: a gate must be a mapping with the key 'checks', got {_kind(root)}. {_EXAMPLE}"
+        )
     return _under_checks(root, source)
 
 
@@ -238,17 +242,17 @@ def _under_checks(root: yaml.MappingNode, source: str) -> list[tuple[str, int]]:
         if key.value != "checks":
             near = get_close_matches(str(key.value), METRICS, n=1)
             hint = f"Write it as a line under 'checks:', '- {near[0]} >= ...'." if near else "The one key is 'checks'."
-            raise GateError(f"{source}, line {line}: unknown key {_shown(key)}. {hint}")
+            raise ThresholdsError(f"{source}, line {line}: unknown key {_shown(key)}. {hint}")
         if found is not None:
-            raise GateError(f"{source}, line {line}: the key 'checks' is there twice. Join the two lists.")
+            raise ThresholdsError(f"{source}, line {line}: the key 'checks' is there twice. Join the two lists.")
         found = value
     if not isinstance(found, yaml.SequenceNode):
-        raise GateError(f"{source}: 'checks' must be a list, got {_kind(found)}. {_EXAMPLE}")
+        raise ThresholdsError(f"{source}: 'checks' must be a list, got {_kind(found)}. {_EXAMPLE}")
     lines = []
     for node in found.value:
         line = node.start_mark.line + 1
         if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
-            raise GateError(f"{source}, line {line}: a check must be a text, got {_kind(node)}. {_FORM}")
+            raise ThresholdsError(f"{source}, line {line}: a check must be a text, got {_kind(node)}. {_FORM}")
         lines.append((node.value, line))
     return lines
 
@@ -263,26 +267,26 @@ def _shown(node: yaml.Node) -> str:
     return repr(node.value)[:60] if isinstance(node, yaml.ScalarNode) else f"of a {node.id}"
 
 
-def _gate(lines: list[tuple[str, int]], source: str) -> Gate:
+def _gate(lines: list[tuple[str, int]], source: str) -> RoutingThresholds:
     if not lines:
-        raise GateError(f"{source}: the gate has no check: it would pass anything. {_EXAMPLE}")
+        raise ThresholdsError(f"{source}: the gate has no check: it would pass anything. {_EXAMPLE}")
     checks = tuple(_check(text, line, f"{source}, line {line}") for text, line in lines)
     _refuse_contradictions(checks, source)
-    return Gate(checks, source)
+    return RoutingThresholds(checks, source)
 
 
 def _check(text: str, line: int, where: str) -> Check:
     parts = _CHECK.fullmatch(text.strip())
     if parts is None:
-        raise GateError(f"{where}: {text[:80]!r} is no check. {_FORM}")
+        raise ThresholdsError(f"{where}: {text[:80]!r} is no check. {_FORM}")
     name, operator = parts["metric"], parts["operator"]
     metric = metric_named(name)
     if metric is None:
         near = get_close_matches(name, METRICS, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(METRICS)}."
-        raise GateError(f"{where}: unknown metric {name[:60]!r}. {hint}")
+        raise ThresholdsError(f"{where}: unknown metric {name[:60]!r}. {hint}")
     if operator not in OPERATORS:
-        raise GateError(f"{where}: the operator must be one of {' '.join(OPERATORS)}, got {operator[:10]!r}.")
+        raise ThresholdsError(f"{where}: the operator must be one of {' '.join(OPERATORS)}, got {operator[:10]!r}.")
     check = Check(name, operator, _number(parts["number"], metric, where), line, text.strip())
     _refuse_pointless(check, metric, where)
     return check
@@ -291,14 +295,14 @@ def _check(text: str, line: int, where: str) -> Check:
 def _number(text: str, metric: Metric, where: str) -> float:
     found = _NUMBER.fullmatch(text)
     if found is None:
-        raise GateError(
+        raise ThresholdsError(
             f"{where}: the threshold must be a finite decimal number without quotes, got {text[:40]!r}. {_FORM}"
         )
     value = float(text)
     if not math.isfinite(value):
-        raise GateError(f"{where}: the threshold {text[:40]} is too large for a number. Write a smaller one.")
+        raise ThresholdsError(f"{where}: the threshold {text[:40]} is too large for a number. Write a smaller one.")
     if metric.is_change and value and not found["sign"]:
-        raise GateError(
+        raise ThresholdsError(
             f"{where}: {metric.name} is {metric.meaning}: write the sign, +{text} for at most so much more or -{text} "
             "for less."
         )
@@ -344,18 +348,20 @@ def _refuse_pointless(check: Check, metric: Metric, where: str) -> None:
     """A check that no measurement, or every measurement, keeps."""
     possible = _Interval(metric.low, metric.high)
     if metric.is_count and not check.threshold.is_integer():
-        raise GateError(f"{where}: {metric.name} is a whole number, got {check.threshold:g}. Write a whole number.")
+        raise ThresholdsError(
+            f"{where}: {metric.name} is a whole number, got {check.threshold:g}. Write a whole number."
+        )
     passing = possible.meet(_passing(check, metric))
     if passing.is_empty:
-        raise GateError(
+        raise ThresholdsError(
             f"{where}: {check.text!r} can never hold: {metric.name} is {metric.range_text}. Choose a threshold there."
         )
     if passing == possible:
-        raise GateError(
+        raise ThresholdsError(
             f"{where}: {check.text!r} always holds: {metric.name} is {metric.range_text}. Tighten it, or take it out."
         )
     if check.operator == "==" and not metric.is_count and check.threshold not in (metric.low, metric.high, 0.0):
-        raise GateError(
+        raise ThresholdsError(
             f"{where}: {metric.name} is measured, and no measurement is exactly {check.threshold:g}. Use >= or <=."
         )
 
@@ -366,9 +372,9 @@ def _refuse_contradictions(checks: Sequence[Check], source: str) -> None:
         for earlier in checks[:position]:
             pair = f"{source}, lines {earlier.line} and {check.line}: {earlier.text!r} and {check.text!r}"
             if (earlier.metric, earlier.operator) == (check.metric, check.operator):
-                raise GateError(f"{pair} bound the same thing twice. Keep one of them.")
+                raise ThresholdsError(f"{pair} bound the same thing twice. Keep one of them.")
             if _contradict(earlier, check) or _contradict(check, earlier):
-                raise GateError(f"{pair} cannot both hold. Change one of them.")
+                raise ThresholdsError(f"{pair} cannot both hold. Change one of them.")
 
 
 def _contradict(one: Check, two: Check) -> bool:

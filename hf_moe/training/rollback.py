@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_moe.io.whole_files import whole_folder, write_json
-from hf_moe.observability.thresholds import Figure, Gate, Verdict
+from hf_moe.observability.thresholds import MetricValue, RoutingThresholds, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ class Probe(Protocol):
     def measure(self, model: nn.Module) -> Any:
         """Figures of the model in its present state; leaves its mode and weights as they are."""
 
-    def figures(self, base: Any, new: Any) -> Mapping[str, Figure]:
+    def figures(self, base: Any, new: Any) -> Mapping[str, MetricValue]:
         """What a gate can bound, of two measurements."""
 
 
-class GatedRollbackCallback(TrainerCallback):
+class RollbackCallback(TrainerCallback):
     """Run a gate at every evaluation and save, keep the best weights that pass, and go back to them when later ones
     fail.
 
@@ -51,13 +51,13 @@ class GatedRollbackCallback(TrainerCallback):
         stop_after: Stop after so many failures in a row.
 
     Raises:
-        GateError: If the gate cannot be used.
+        ThresholdsError: If the gate cannot be used.
         ValueError: From the Trainer's `train`, with settings that it cannot work with.
     """
 
     def __init__(
         self,
-        gate: Gate | str | Path,
+        gate: RoutingThresholds | str | Path,
         probe: Probe,
         *,
         against: Literal["base", "best"] = "base",
@@ -68,7 +68,7 @@ class GatedRollbackCallback(TrainerCallback):
             raise ValueError(f"against must be 'base' or 'best', got {against!r}.")
         if stop_after < 1:
             raise ValueError(f"stop_after must be at least 1, got {stop_after}.")
-        self.gate = gate if isinstance(gate, Gate) else Gate.load(gate)
+        self.gate = gate if isinstance(gate, RoutingThresholds) else RoutingThresholds.load(gate)
         self.probe, self.against, self.stop_after = probe, against, stop_after
         self.reference = reference
         self.best_step: int | None = None
@@ -238,7 +238,7 @@ def _optimizer_state(optimizer: Any) -> dict[int, Any] | None:
     return None if optimizer is None else optimizer.state_dict()["state"]
 
 
-def _finite(figure: Figure | None) -> float | None:
+def _finite(figure: MetricValue | None) -> float | None:
     return None if figure is None or figure.value is None or not math.isfinite(figure.value) else figure.value
 
 

@@ -22,9 +22,9 @@ from hf_moe.adapters import expert_lora, lora_options
 from hf_moe.adapters.expert_lora import MergeError, accelerate_adapters, expert_lora_config, merge_and_check
 from hf_moe.data.packing import PackedRows
 from hf_moe.experts import pipeline
-from hf_moe.experts.contract import LowRank, LowRankPair
 from hf_moe.experts.engines import choose
 from hf_moe.experts.host import HOST_REFUSALS
+from hf_moe.kernels.layer_call import LowRank, LowRankPair
 from tiny_lora import RANK, accelerated, adapted, assert_equal, build, fill, outputs, results
 from tiny_models import FAMILIES as NATIVE
 from tiny_models import build_tiny

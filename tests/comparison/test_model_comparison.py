@@ -18,7 +18,7 @@ from hf_moe.comparison.text_probe import TextProbe, evenly_spread
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.layers.moe_layers import moe_layers
-from hf_moe.observability.thresholds import Gate
+from hf_moe.observability.thresholds import RoutingThresholds
 from tiny_moe import hf_moe_model, qwen_model, tiny_tokenizer, words
 
 TEXTS = {"one": [words(60, seed=1), words(40, seed=2)], "two": [words(50, seed=3)]}
@@ -119,7 +119,7 @@ def test_other_numbers_of_experts_compare_what_is_left(probe, measured):
     page = render(comparison)
     assert "number of experts differs" in page
     print_comparison(comparison)
-    verdict = Gate.parse(["agreement.min >= 0.5", "bits_per_byte.all <= +9"]).judge(figures)
+    verdict = RoutingThresholds.parse(["agreement.min >= 0.5", "bits_per_byte.all <= +9"]).judge(figures)
     assert [failed.check.line for failed in verdict.failures] == [1]
 
 
@@ -151,7 +151,7 @@ def test_a_model_of_nan_fails_every_threshold(probe, measured):
     with torch.no_grad():
         broken.lm_head.weight[0] = float("nan")
     comparison = compare_measurements(measured[0], probe.measure(broken))
-    assert not Gate.parse(["bits_per_byte.worst_domain <= +9"]).judge(comparison.figures()).passed
+    assert not RoutingThresholds.parse(["bits_per_byte.worst_domain <= +9"]).judge(comparison.figures()).passed
     json.dumps(comparison.to_dict(), allow_nan=False)
     assert "not finite" in render(comparison)
     print_comparison(comparison)
@@ -218,7 +218,7 @@ class _Tags(HTMLParser):
 def test_the_page_is_whole_and_names_stay_text(measured, tmp_path):
     hostile = ("<script>alert(1)</script>", "a\u202eb\"'><img src=x onerror=alert(1)>")
     comparison = compare_measurements(*measured, hostile)
-    verdict = Gate.parse(["agreement.min >= 0.99", "dead_experts <= 99"], "</title><b>gate.yaml").judge(
+    verdict = RoutingThresholds.parse(["agreement.min >= 0.99", "dead_experts <= 99"], "</title><b>gate.yaml").judge(
         comparison.figures()
     )
     write_page(tmp_path / "page.html", comparison, verdict)

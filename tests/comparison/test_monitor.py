@@ -11,7 +11,7 @@ from hf_moe.comparison.served_counts import Histograms
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.observability.layer_statistics import empty_statistics
 from hf_moe.observability.routing_trace import RoutingTrace
-from hf_moe.observability.thresholds import Gate, GateError
+from hf_moe.observability.thresholds import RoutingThresholds, ThresholdsError
 
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 
@@ -53,7 +53,7 @@ def test_the_baseline_may_be_one_domain():
 
 def test_a_gate_finds_a_dead_expert_and_its_layer():
     result = monitor(baseline(), exported([500, 400, 600, 500], [900, 0, 600, 500]))
-    gate = Gate.parse(["newly_dead_experts == 0", "load_shift.max <= 0.05", "max_violation.max <= 3"])
+    gate = RoutingThresholds.parse(["newly_dead_experts == 0", "load_shift.max <= 0.05", "max_violation.max <= 3"])
     check_gate(gate)
     verdict = gate.judge(result.figures())
     assert [failed.check.metric for failed in verdict.failures] == ["newly_dead_experts", "load_shift.max"]
@@ -61,10 +61,10 @@ def test_a_gate_finds_a_dead_expert_and_its_layer():
 
 
 def test_a_gate_of_what_counts_cannot_tell_is_refused():
-    with pytest.raises(GateError, match=r"'agreement\.min' is not measured by expert counts alone"):
-        check_gate(Gate.parse(["agreement.min >= 0.9"]))
-    with pytest.raises(GateError, match="bits_per_byte"):
-        check_gate(Gate.parse(["bits_per_byte.domain.law <= +0.1"]))
+    with pytest.raises(ThresholdsError, match=r"'agreement\.min' is not measured by expert counts alone"):
+        check_gate(RoutingThresholds.parse(["agreement.min >= 0.9"]))
+    with pytest.raises(ThresholdsError, match="bits_per_byte"):
+        check_gate(RoutingThresholds.parse(["bits_per_byte.domain.law <= +0.1"]))
 
 
 def test_a_missing_layer_is_refused_unless_left_out():

@@ -6,27 +6,27 @@ import math
 import pytest
 
 from hf_moe.observability.threshold_metrics import METRICS, ORDER, metric_named
-from hf_moe.observability.thresholds import Figure, Gate, GateError
+from hf_moe.observability.thresholds import MetricValue, RoutingThresholds, ThresholdsError
 
 FIGURES = {
-    "agreement.min": Figure(0.85, "model.layers.3.mlp"),
-    "dead_experts": Figure(2.0, "2 in model.layers.0.mlp"),
-    "bits_per_byte.worst_domain": Figure(0.0113, "law"),
-    "load_shift.max": Figure(None, "the number of experts differs"),
-    "latency.all": Figure(math.nan),
+    "agreement.min": MetricValue(0.85, "model.layers.3.mlp"),
+    "dead_experts": MetricValue(2.0, "2 in model.layers.0.mlp"),
+    "bits_per_byte.worst_domain": MetricValue(0.0113, "law"),
+    "load_shift.max": MetricValue(None, "the number of experts differs"),
+    "latency.all": MetricValue(math.nan),
 }
 
 
 def refusal(*lines: str) -> str:
-    with pytest.raises(GateError) as caught:
-        Gate.parse(lines)
+    with pytest.raises(ThresholdsError) as caught:
+        RoutingThresholds.parse(lines)
     return str(caught.value)
 
 
-def load(tmp_path, text: str | bytes) -> Gate:
+def load(tmp_path, text: str | bytes) -> RoutingThresholds:
     path = tmp_path / "gate.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return Gate.load(path)
+    return RoutingThresholds.load(path)
 
 
 def test_a_gate_file_is_read_with_its_line_numbers(tmp_path):
@@ -67,15 +67,15 @@ checks:
     ],
 )
 def test_a_check_holds_or_not(line, holds):
-    verdict = Gate.parse([line]).judge(FIGURES)
+    verdict = RoutingThresholds.parse([line]).judge(FIGURES)
     assert verdict.passed is holds
     assert len(verdict.failures) == (0 if holds else 1)
 
 
 def test_a_failure_names_line_measurement_and_place():
-    verdict = Gate.parse(["dead_experts <= 2", "agreement.min >= 0.9", "load_shift.max <= 0.1"], "gate.yaml").judge(
-        FIGURES
-    )
+    verdict = RoutingThresholds.parse(
+        ["dead_experts <= 2", "agreement.min >= 0.9", "load_shift.max <= 0.1"], "gate.yaml"
+    ).judge(FIGURES)
     assert str(verdict).splitlines() == [
         "gate gate.yaml: FAILED, 1 of 3 checks hold",
         "  failed: line 2: agreement.min >= 0.9: measured 0.85 (model.layers.3.mlp)",
@@ -84,7 +84,7 @@ def test_a_failure_names_line_measurement_and_place():
     report = verdict.to_dict()
     assert [check["passed"] for check in report["checks"]] == [True, False, False]
     json.dumps(report, allow_nan=False)
-    json.dumps(Gate.parse(["latency.all <= 2"]).judge(FIGURES).to_dict(), allow_nan=False)
+    json.dumps(RoutingThresholds.parse(["latency.all <= 2"]).judge(FIGURES).to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,10 @@ def test_contradictions_are_refused(lines, message):
 
 
 def test_a_corridor_is_no_contradiction():
-    Gate.parse(["agreement.mean >= 0.9", "agreement.min >= 0.8", "agreement.mean <= 0.99", "dead_experts < 1"])
-    Gate.parse(["agreement.mean >= 0.9", "agreement.min <= 0.8"])
+    RoutingThresholds.parse(
+        ["agreement.mean >= 0.9", "agreement.min >= 0.8", "agreement.mean <= 0.99", "dead_experts < 1"]
+    )
+    RoutingThresholds.parse(["agreement.mean >= 0.9", "agreement.min <= 0.8"])
 
 
 @pytest.mark.parametrize(
@@ -171,17 +173,17 @@ def test_a_corridor_is_no_contradiction():
     ],
 )
 def test_a_bad_file_is_refused(text, message, tmp_path):
-    with pytest.raises(GateError) as caught:
+    with pytest.raises(ThresholdsError) as caught:
         load(tmp_path, text)
     assert message in str(caught.value)
     assert str(tmp_path / "gate.yaml") in str(caught.value)
 
 
 def test_what_cannot_be_measured_is_refused_beforehand():
-    gate = Gate.parse(["dead_experts == 0", "agreement.min >= 0.9", "latency.domain.law <= 2"])
-    with pytest.raises(GateError, match=r"line 2: 'agreement.min' is not measured in histograms"):
+    gate = RoutingThresholds.parse(["dead_experts == 0", "agreement.min >= 0.9", "latency.domain.law <= 2"])
+    with pytest.raises(ThresholdsError, match=r"line 2: 'agreement.min' is not measured in histograms"):
         gate.require(lambda metric: not metric.startswith("agreement"), "in histograms")
-    with pytest.raises(GateError, match=r"line 3: there is no domain 'law'; the texts are of code, docs"):
+    with pytest.raises(ThresholdsError, match=r"line 3: there is no domain 'law'; the texts are of code, docs"):
         gate.require_domains(["code", "docs"])
     gate.require_domains(["law"])
 

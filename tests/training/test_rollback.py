@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from hf_moe.comparison.text_probe import TextProbe
 from hf_moe.layers.moe_layers import moe_layers
-from hf_moe.observability.thresholds import Figure, Gate, GateError
-from hf_moe.training.rollback import BEST_FOLDER, STATE, GatedRollbackCallback, _restore
+from hf_moe.observability.thresholds import MetricValue, RoutingThresholds, ThresholdsError
+from hf_moe.training.rollback import BEST_FOLDER, STATE, RollbackCallback, _restore
 from tiny_hf_moe import random_ids
 from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora, words
 
@@ -31,7 +31,7 @@ class Script:
     def figures(self, base, new):
         self.bases.append(base)
         agreement, bits = self.figures_to_come.pop(0)
-        return {"agreement.min": Figure(agreement), "bits_per_byte.all": Figure(bits)}
+        return {"agreement.min": MetricValue(agreement), "bits_per_byte.all": MetricValue(bits)}
 
 
 def weights(model):
@@ -53,7 +53,7 @@ def verdicts(trainer):
 def test_a_failure_restores_the_best_that_passed(tmp_path):
     # at steps 0, 1, 2 (best), 3 (worse), 4 (fails)
     probe = Script((1, 0), (0.9, -0.1), (0.9, -0.3), (0.9, -0.2), (0.1, -0.9))
-    callback = GatedRollbackCallback(Gate.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
     trainer = trainer_of(tmp_path, callback)
     trainer.train()
     assert verdicts(trainer) == [(0, True), (1, True), (2, True), (3, True), (4, False)]
@@ -72,7 +72,7 @@ def test_a_failure_restores_the_best_that_passed(tmp_path):
 
 def test_the_optimizer_goes_back_and_the_schedule_goes_on(tmp_path):
     probe = Script((1, 0), (0.9, -0.1), (0.1, 0))
-    callback = GatedRollbackCallback(Gate.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
     trainer = trainer_of(tmp_path, callback, steps=2, lr_scheduler_type="linear")
     trainer.train()
     state = trainer.optimizer.state_dict()
@@ -82,7 +82,7 @@ def test_the_optimizer_goes_back_and_the_schedule_goes_on(tmp_path):
 
 def test_training_stops_after_failures_in_a_row(tmp_path):
     probe = Script((1, 0), (0.1, 0), (0.9, 0), (0.1, 0), (0.1, 0), (0.9, 0))
-    callback = GatedRollbackCallback(Gate.parse(GATE), probe, stop_after=2)
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe, stop_after=2)
     trainer = trainer_of(tmp_path, callback, steps=9)
     trainer.train()
     assert verdicts(trainer) == [(0, True), (1, False), (2, True), (3, False), (4, False)]
@@ -92,7 +92,7 @@ def test_training_stops_after_failures_in_a_row(tmp_path):
 
 def test_nothing_to_go_back_to_is_said(tmp_path, caplog):
     probe = Script((0.1, 0), (0.1, 0), (0.1, 0))
-    callback = GatedRollbackCallback(Gate.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
     trainer = trainer_of(tmp_path, callback, steps=2)
     trainer.train()
     assert callback.failures_in_a_row == 2
@@ -104,7 +104,7 @@ def test_nothing_to_go_back_to_is_said(tmp_path, caplog):
 
 def test_figures_may_be_relative_to_the_best(tmp_path):
     probe = Script((1, 0), (0.9, -0.1), (0.9, 0.1), (0.9, -0.1))
-    callback = GatedRollbackCallback(Gate.parse(GATE), probe, against="best")
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe, against="best")
     trainer_of(tmp_path, callback, steps=3).train()
     # measurement 1 is the base, 2 to 5 steps 0 to 3
     assert probe.bases == [1, 2, 3, 3]
@@ -113,7 +113,7 @@ def test_figures_may_be_relative_to_the_best(tmp_path):
 
 def test_evaluations_are_judged_once(tmp_path):
     probe = Script(*[(1, 0)] * 3)
-    callback = GatedRollbackCallback(Gate.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
     trainer = trainer_of(tmp_path, callback, steps=2, eval_strategy="steps", eval_steps=1, save_steps=2)
     trainer.train()
     assert [step for step, _ in verdicts(trainer)] == [0, 1, 2]
@@ -124,9 +124,9 @@ def test_a_resumed_adapter_run_goes_on_with_its_best(tmp_path):
         return with_expert_lora(hf_moe_model(num_hidden_layers=1))
 
     first = Script((1, 0), (0.9, -0.5), (0.9, 0))
-    trainer_of(tmp_path, GatedRollbackCallback(Gate.parse(GATE), first), adapted(), steps=2).train()
+    trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(GATE), first), adapted(), steps=2).train()
     second = Script((0.1, 0))
-    callback = GatedRollbackCallback(Gate.parse(GATE), second)
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), second)
     trainer = trainer_of(tmp_path, callback, adapted(), steps=3)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.best_step == 1
@@ -137,7 +137,7 @@ def test_a_resumed_adapter_run_goes_on_with_its_best(tmp_path):
 def test_what_is_frozen_stays_frozen_and_other_tensors_are_refused(tmp_path):
     model = with_expert_lora(hf_moe_model(num_hidden_layers=1))
     frozen = next(p for name, p in model.named_parameters() if "lora_" in name).requires_grad_(False)
-    callback = GatedRollbackCallback(Gate.parse(GATE), Script((1, 0), (0.9, 0)))
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), Script((1, 0), (0.9, 0)))
     trainer_of(tmp_path, callback, model, steps=1).train()
     assert not frozen.requires_grad  # PEFT makes all trainable when its adapters come back
     frozen.requires_grad_(True)
@@ -146,8 +146,8 @@ def test_what_is_frozen_stays_frozen_and_other_tensors_are_refused(tmp_path):
 
 
 def test_a_resumed_whole_model_needs_its_reference(tmp_path):
-    trainer_of(tmp_path, GatedRollbackCallback(Gate.parse(GATE), Script(*[(1, 0)] * 3)), steps=2).train()
-    callback = GatedRollbackCallback(Gate.parse(GATE), Script((1, 0)))
+    trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(GATE), Script(*[(1, 0)] * 3)), steps=2).train()
+    callback = RollbackCallback(RoutingThresholds.parse(GATE), Script((1, 0)))
     with pytest.raises(ValueError, match=r"resumes at step 1: .* Pass reference=probe.measure\(model\)"):
         trainer_of(tmp_path, callback, steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
@@ -160,19 +160,19 @@ def test_a_resumed_whole_model_needs_its_reference(tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, settings, message):
-    trainer = trainer_of(tmp_path, GatedRollbackCallback(Gate.parse(GATE), Script()), **settings)
+    trainer = trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(GATE), Script()), **settings)
     with pytest.raises(ValueError, match=message):
         trainer.train()
 
 
 def test_bad_arguments_are_refused(tmp_path):
     (tmp_path / "gate.yaml").write_text("checks: [agreement.min >= 2]")
-    with pytest.raises(GateError, match="can never hold"):
-        GatedRollbackCallback(tmp_path / "gate.yaml", Script())
+    with pytest.raises(ThresholdsError, match="can never hold"):
+        RollbackCallback(tmp_path / "gate.yaml", Script())
     with pytest.raises(ValueError, match="stop_after must be at least 1, got 0"):
-        GatedRollbackCallback(Gate.parse(GATE), Script(), stop_after=0)
+        RollbackCallback(RoutingThresholds.parse(GATE), Script(), stop_after=0)
     with pytest.raises(ValueError, match="against must be 'base' or 'best', got 'last'"):
-        GatedRollbackCallback(Gate.parse(GATE), Script(), against="last")
+        RollbackCallback(RoutingThresholds.parse(GATE), Script(), against="last")
 
 
 def test_a_real_probe_finds_a_spoilt_router(tmp_path):
@@ -181,7 +181,7 @@ def test_a_real_probe_finds_a_spoilt_router(tmp_path):
     model = hf_moe_model(num_hidden_layers=1, vocab_size=300)
     router = moe_layers(model)[0].router
     probe = TextProbe({"words": [words(60)]}, tokenizer, window=32, time_it=False, take_weights=False)
-    callback = GatedRollbackCallback(Gate.parse(["agreement.min >= 0.5", "bits_per_byte.all <= +1"]), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(["agreement.min >= 0.5", "bits_per_byte.all <= +1"]), probe)
 
     class Spoil(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):

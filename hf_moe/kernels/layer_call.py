@@ -1,0 +1,98 @@
+"""One call of a layer of experts, as it goes from the pipeline to a fused operator: what it reads and how it computes.
+
+Shape suffixes: T tokens, K slots per token, E experts, H hidden, I expert width, P pre-activation width (2I gated, I
+ungated), R rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """The tensors of the experts, of one floating dtype, any strides.
+
+    Attributes:
+        up: `[E, P, H]`, or `[E, H, P]` in a transposed layout.
+        up_bias: `[E, P]`.
+        down: `[E, H, I]`, or `[E, I, H]` in a transposed layout.
+        down_bias: `[E, H]`.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class ExpertForm(NamedTuple):
+    """How an expert computes between its two products, and how its matrices lie.
+
+    Gated: `(clamp(up, -limit, limit) + offset) * f(min(gate, limit))`, with `alpha` the slope of silu's sigmoid.
+    Ungated: `f(pre)`.
+
+    Attributes:
+        activation: f: silu, gelu (erf), gelu_tanh, relu or relu2.
+        gated: Whether the pre-activations are gate and up: P is 2I.
+        transposed: Whether the matrices are stored `[E, in, out]`.
+        interleaved: Whether gate and up are the even and odd columns of P instead of its halves.
+    """
+
+    activation: str
+    alpha: float
+    limit: float
+    offset: float
+    gated: bool
+    transposed: bool
+    interleaved: bool
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to the weight of every expert, `scale * b @ a`, without that product.
+
+    Attributes:
+        a: `[E, R, in]`: in is H for the up projection, I for the down projection; any strides.
+        b: `[E, out, R]`: out is P for the up projection, H for the down projection; any strides.
+        scale: Of the product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        return LowRank(self.a.to(dtype), self.b.to(dtype), self.scale)
+
+
+class LowRankPair(NamedTuple):
+    """The adapters of one layer's projections, each with a rank of its own; None adds nothing."""
+
+    up: LowRank | None
+    down: LowRank | None
+
+    def to(self, dtype: torch.dtype) -> "LowRankPair":
+        up, down = (None if factors is None else factors.to(dtype) for factors in self)
+        return LowRankPair(up, down)
+
+
+class LayerCall(NamedTuple):
+    """Everything that a fused operator of a layer reads.
+
+    Attributes:
+        hidden_TH: In the dtype of the weights.
+        index_TK: int32 or int64 ids in `[0, num_ids)`; the id E marks a slot that computes nothing.
+        weights_TK: Routing weights, of any floating dtype.
+        experts: Their tensors.
+        num_ids: E, or E + 1 where slots without an expert are allowed.
+        form: How they compute.
+        low_rank: Adapters over them, in their dtype; the base is then frozen.
+    """
+
+    hidden_TH: Tensor
+    index_TK: Tensor
+    weights_TK: Tensor
+    experts: ExpertWeights
+    num_ids: int
+    form: ExpertForm
+    low_rank: LowRankPair | None = None
