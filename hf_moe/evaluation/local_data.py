@@ -125,7 +125,7 @@ def _without_absent_splits(config: dict[str, Any], found: Mapping[str, Any]) -> 
 
 
 def data_record(config: Mapping[str, Any], dataset: str | None, name: str | None) -> dict[str, Any]:
-    """Which data a task reads, as JSON values.
+    """Record of the data that a task reads, as JSON values.
 
     Args:
         config: The task's config as it ran, with its final number of few-shot examples.

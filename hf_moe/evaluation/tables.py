@@ -1,4 +1,4 @@
-"""Results for people."""
+"""Tables of results and of their comparison, for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,9 +32,9 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def _metrics(table: Table, name: str, entry: Mapping[str, Any], shots: str, count: str) -> None:
-    for metric, figure in entry["metrics"].items():
+    for metric, found in entry["metrics"].items():
         table.add_row(
-            name, shots, count, metric.removesuffix(",none"), number(figure["value"]), number(figure["stderr"])
+            name, shots, count, metric.removesuffix(",none"), number(found["value"]), number(found["stderr"])
         )
         name = shots = count = ""
 

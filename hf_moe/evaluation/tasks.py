@@ -47,7 +47,7 @@ BUILD_ERRORS = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose a task is.
+    """Source of a task.
 
     Attributes:
         dataset: `dataset_path` of the unmodified config.
