@@ -1,4 +1,4 @@
-"""Comparisons for people, in the terminal."""
+"""Tables of a comparison and the verdict of its thresholds, for the terminal."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_moe.comparison.model_comparison import ModelComparison
+from hf_moe.comparison.models import ModelComparison
 from hf_moe.comparison.routing import LayerComparison, RoutingComparison
-from hf_moe.comparison.weight_drift import LayerDrift
+from hf_moe.comparison.weights import LayerDrift
 from hf_moe.observability.report.text import short_labels, visible
 from hf_moe.observability.thresholds import Verdict
 
