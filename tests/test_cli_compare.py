@@ -50,7 +50,7 @@ def test_thresholds_that_hold_write_json_and_page(folder, tmp_path):
     assert record["gate"]["passed"] is True
     assert list(record["domains"]) == ["law", "code"]
     assert record["figures"]["weight_drift.experts.max"]["value"] > 0
-    assert "The thresholds hold" in (tmp_path / "out" / "comparison.html").read_text()
+    assert "Thresholds passed" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 def test_conversations_are_compared(folder, tmp_path):

@@ -138,7 +138,7 @@ def _options(text: str) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """How the command was called, without folders of this machine."""
+    """Command line for the record, without folders of this machine."""
     from hf_moe.io.names import without_folders
 
     def shortened(argument: str) -> str:

@@ -63,7 +63,7 @@ def render(comparison: ModelComparison, verdict: Verdict | None = None) -> str:
 
 
 def _facts(comparison: ModelComparison) -> list[tuple[str, str, str, bool]]:
-    """Name, both values, and whether they differ."""
+    """Rows of the table of models: name, both values, and whether they differ."""
     sides = [side.trace.model_facts for side in (comparison.base, comparison.new)]
     rows = []
     for name, key, show in (
@@ -136,7 +136,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     failed = len(verdict.failures)
     return {
         "passed": verdict.passed,
-        "title": "The thresholds hold" if verdict.passed else "The thresholds do not hold",
+        "title": "Thresholds passed" if verdict.passed else "Thresholds failed",
         "counts": f"{len(verdict.results) - failed} of {len(verdict.results)} checks hold.",
         "source": visible(Path(verdict.source).name),
         "checks": [_check(result) for result in verdict.results],
@@ -220,7 +220,7 @@ def _layer(comparison: ModelComparison, position: int, label: str, largest: floa
 
 
 def _loads(layer: LayerComparison) -> list[dict[str, Any]]:
-    """For each expert how its share of the assignments changed: a step of the colour scale, and words."""
+    """Change of each expert's share of the assignments: a step of the colour scale, and words."""
     found = []
     even = layer.base.num_experts
     for expert, (before, after) in enumerate(zip(layer.base.load.tolist(), layer.new.load.tolist(), strict=True)):
@@ -253,7 +253,7 @@ def _drifts(values: Sequence[float], largest: float) -> list[dict[str, Any]]:
 
 
 def _sixth(value: float | None) -> int:
-    """Of a share: 0 to 5; the dark end is all tokens alike."""
+    """Colour step of a share, 0 to 5; the dark end is all tokens alike."""
     return 0 if value is None else min(int(value * 6), 5)
 
 

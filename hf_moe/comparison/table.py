@@ -94,7 +94,7 @@ def number(value: float | str | None, digits: int) -> str:
 
 
 def experts(ids: Sequence[int] | None) -> str:
-    """Their numbers, or how many there are."""
+    """List the experts' numbers, or their count if there are more than four."""
     if ids is None:
         return ABSENT
     return ("none" if not ids else ", ".join(map(str, ids))) if len(ids) <= 4 else f"{len(ids)} experts"

@@ -76,7 +76,7 @@ def sample_weights(model: nn.Module) -> dict[str, LayerWeights]:
 
 
 def weight_drift(base: LayerWeights, new: LayerWeights) -> LayerDrift:
-    """How far the weights of one layer are from those of the base."""
+    """Compare the weights of one layer with those of the base."""
     router, _, router_reason = _drift("router", base.router, new.router)
     experts, by_expert, experts_reason = _drift("experts", base.experts, new.experts)
     reasons = (*base.unreadable, *new.unreadable, router_reason, experts_reason)

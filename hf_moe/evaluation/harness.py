@@ -195,7 +195,7 @@ def _new_tokens(options: Mapping[str, Any], default: int) -> int:
 
 
 def without_right_padding(tokens: Tensor) -> Tensor:
-    """Where a row holds tokens, bool of the same shape: HFLM pads log-likelihood rows on the right with id 0.
+    """Mask of the tokens in a row, bool of the same shape: HFLM pads log-likelihood rows on the right with id 0.
 
     Real tokens of id 0 at the very end of a row count as padding.
     """

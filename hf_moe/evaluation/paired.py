@@ -57,7 +57,7 @@ class Difference:
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval excludes 0. Of 20 comparisons without any difference, one does so by chance; more of
+        """True if the interval excludes 0. Of 20 comparisons without any difference, one does so by chance; more of
         few documents (below some 20), where percentile intervals are too narrow."""
         return self.low > 0 or self.high < 0
 

@@ -162,7 +162,7 @@ def _check_fields(record: Any, fields: Mapping[str, Any], where: str) -> None:
 
 
 def harness_samples(logged: Sequence[Mapping[str, Any]]) -> list[Sample]:
-    """From lm-eval's own log of a task."""
+    """Samples from lm-eval's own log of a task."""
     return [
         {
             "doc": sample["doc_hash"],
@@ -192,6 +192,7 @@ def plain(value: Any) -> Any:
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Write one JSON line a sample; the folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # NaN stays: it is what the model gave
     write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))

@@ -102,7 +102,7 @@ class _Run:
         return results
 
     def _identity(self, measure: Measure) -> dict[str, Any]:
-        """What makes two calls one evaluation."""
+        """Facts by which a later call is the same evaluation."""
         texts = {name: documents_sha256(documents) for name, documents in self.domains.items()}
         data = json.dumps([[origin["data"] for origin in self.origins.values()], texts], sort_keys=True)
         return {

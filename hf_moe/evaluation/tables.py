@@ -40,7 +40,7 @@ def _metrics(table: Table, name: str, entry: Mapping[str, Any], shots: str, coun
 
 
 def print_masked(results: Mapping[str, Any]) -> None:
-    """What each task and domain loses without its most used experts."""
+    """Losses of each task and domain without its most used experts."""
     table = _table(
         "Without one expert (paired, 95% interval)", "task", "layer, expert", "share", "metric", "change", "interval"
     )
@@ -98,7 +98,7 @@ def _interval(found: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _console() -> Console:
-    """As wide as the terminal; in a file wide enough that no column is folded."""
+    """Console as wide as the terminal; in a file wide enough that no column is folded."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 

@@ -237,7 +237,7 @@ def _put_back(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: parameters with a gradient, and buffers, such as the bias of a router's choice."""
+    """Tensors that training changes: parameters with a gradient, and buffers, such as a router's selection bias."""
     parameters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     return {**parameters, **dict(model.named_buffers())}
 
