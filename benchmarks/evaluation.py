@@ -1,4 +1,4 @@
-"""Are the figures of `hf-moe evaluate` those of plain lm-eval, to the digit?
+"""Compare the metrics of `hf-moe evaluate` with those of plain lm-eval, to the digit.
 
     python benchmarks/evaluation.py quickstart-output/model --data-root benchmarks-on-disk     CPU, about 20 minutes
 
@@ -6,7 +6,7 @@ Every task runs twice in one process: through `hf_moe.evaluation` as the command
 `lm_eval.simple_evaluate(HFLM(MODEL), tasks=[task])`, where lm-eval's own HFLM loads the model and lm-eval's own loader
 reads the task file. Only `dataset_path` and splits that the copy lacks are set for the latter, since lm-eval has no
 option for data that lie in a folder. A group runs a second time as one call of plain lm-eval, in which its tasks share
-batches. The command fails if a figure, a standard error or any document's result differs. Times are the wall time of
+batches. The command fails if a metric, a standard error or any document's result differs. Times are the wall time of
 the whole run and say little: other programs may run beside it.
 """
 
@@ -26,9 +26,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from hf_moe.evaluation.plan import Evaluation
-from hf_moe.evaluation.results import finite
+from hf_moe.evaluation.results import finite, harness_samples, read_samples
 from hf_moe.evaluation.runner import evaluate
-from hf_moe.evaluation.samples import harness_samples, read_samples
 from hf_moe.evaluation.tasks import Tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,11 +97,11 @@ def plain_task(file: Path, root: Path) -> ConfigurableTask:
 def side_by_side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     """By metric both values, both standard errors, and how far apart they are."""
     found = {}
-    for key, figure in ours.items():
+    for key, entry in ours.items():
         metric, name = key.split(",", 1)
         other = {"value": finite(theirs[key]), "stderr": finite(theirs.get(f"{metric}_stderr,{name}"))}
-        sides = {"hf_moe": {part: figure[part] for part in other}, "lm_eval": other}
-        found[key] = sides | {"difference": max(_difference(figure[part], other[part]) for part in other)}
+        sides = {"hf_moe": {part: entry[part] for part in other}, "lm_eval": other}
+        found[key] = sides | {"difference": max(_difference(entry[part], other[part]) for part in other)}
     return found
 
 
@@ -117,7 +116,7 @@ def run(options: Namespace) -> int:
     limit, generation = options.generation_limit, {"max_gen_toks": options.max_gen_toks}
     _, generated, _ = compare(GENERATED, options, limit, generation)
     everything = [*tasks.values(), *generated.values(), *groups.values()]
-    largest = max(figure["difference"] for entry in everything for figure in entry["metrics"].values())
+    largest = max(metric["difference"] for entry in everything for metric in entry["metrics"].values())
     others = sum(entry.get("other_documents", 0) for entry in everything)
     data = {
         **{key: scored[key] for key in ("date", "device", "harness", "versions", "model", "seeds")},

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     )
     from hf_moe.adapters.load_adapter import load_adapter
     from hf_moe.adapters.select_experts import select_experts
-    from hf_moe.comparison.compare_models import ModelChoice, compare_models
     from hf_moe.comparison.routing import compare_traces
     from hf_moe.comparison.routing_agreement import record_choices, routing_agreement
+    from hf_moe.comparison.run import ModelChoice, compare_models
     from hf_moe.comparison.text_probe import TextProbe
     from hf_moe.evaluation.bits_per_byte import bits_per_byte
     from hf_moe.evaluation.masking import mask_experts
@@ -75,7 +75,7 @@ _HOMES = {
     "HfMoeForSequenceClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeForTokenClassification": "hf_moe.models.modeling_hf_moe",
     "HfMoeModel": "hf_moe.models.modeling_hf_moe",
-    "ModelChoice": "hf_moe.comparison.compare_models",
+    "ModelChoice": "hf_moe.comparison.run",
     "MoeLayer": "hf_moe.layers.moe_layers",
     "MoeTrainer": "hf_moe.training.trainer",
     "RouterFreezeCallback": "hf_moe.training.callbacks",
@@ -89,7 +89,7 @@ _HOMES = {
     "bits_per_byte": "hf_moe.evaluation.bits_per_byte",
     "check_index_range": "hf_moe.layers.moe_layers",
     "checked_routing": "hf_moe.layers.moe_layers",
-    "compare_models": "hf_moe.comparison.compare_models",
+    "compare_models": "hf_moe.comparison.run",
     "compare_traces": "hf_moe.comparison.routing",
     "count_expert_load": "hf_moe.observability.expert_load",
     "diagnose": "hf_moe.observability.health",

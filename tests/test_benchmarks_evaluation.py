@@ -1,4 +1,4 @@
-"""The comparison with plain lm-eval at tiny sizes: equal as it stands, and a wrong figure fails."""
+"""The comparison with plain lm-eval at tiny sizes: equal as it stands, and a wrong metric fails."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def evaluation(monkeypatch):
     return evaluation
 
 
-def test_every_figure_is_held_against_lm_evals(evaluation, tmp_path):
+def test_every_metric_is_held_against_lm_evals(evaluation, tmp_path):
     hf_moe_model(vocab_size=300).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     mirror, output = write_mirror(tmp_path / "mirror"), tmp_path / "evaluation.json"
@@ -43,9 +43,9 @@ def test_every_figure_is_held_against_lm_evals(evaluation, tmp_path):
     assert str(tmp_path) not in output.read_text()
 
 
-def test_a_figure_that_differs_is_seen(evaluation):
+def test_a_metric_that_differs_is_seen(evaluation):
     ours = {"acc,none": {"value": 0.5, "stderr": 0.25}, "f1,none": {"value": None, "stderr": None}}
     same = {"acc,none": 0.5, "acc_stderr,none": 0.25, "f1,none": float("nan"), "f1_stderr,none": "N/A"}
-    assert [figure["difference"] for figure in evaluation.side_by_side(ours, same).values()] == [0, 0]
+    assert [metric["difference"] for metric in evaluation.side_by_side(ours, same).values()] == [0, 0]
     for change, difference in (({"acc,none": 0.25}, 0.25), ({"acc_stderr,none": "N/A"}, float("inf"))):
         assert evaluation.side_by_side(ours, same | change)["acc,none"]["difference"] == difference

@@ -1,4 +1,4 @@
-"""`hf-moe compare`: parsing, exit codes, what is written; the figures are tested in test_model_comparison.py."""
+"""`hf-moe compare`: parsing, exit codes, what is written; the metrics are tested in test_models.py."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def flat(text):
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
-def test_a_gate_that_passes_writes_json_and_page(folder, tmp_path):
+def test_thresholds_that_hold_write_json_and_page(folder, tmp_path):
     gate = tmp_path / "gate.yaml"
     gate.write_text("checks:\n  - weight_drift.router.max == 0\n  - bits_per_byte.domain.law <= +5\n")
     data = ("--data", folder / "law.txt", "--data", folder / "code.txt")
@@ -50,7 +50,7 @@ def test_a_gate_that_passes_writes_json_and_page(folder, tmp_path):
     assert record["gate"]["passed"] is True
     assert list(record["domains"]) == ["law", "code"]
     assert record["figures"]["weight_drift.experts.max"]["value"] > 0
-    assert "The gate passes" in (tmp_path / "out" / "comparison.html").read_text()
+    assert "Thresholds passed" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 def test_conversations_are_compared(folder, tmp_path):
@@ -69,7 +69,7 @@ def test_conversations_are_compared(folder, tmp_path):
     assert list(json.loads((tmp_path / "out" / "comparison.json").read_text())["domains"]) == ["chat"]
 
 
-def test_a_gate_that_fails_exits_with_1_and_names_the_line(folder, tmp_path):
+def test_a_threshold_that_fails_exits_with_1_and_names_the_line(folder, tmp_path):
     gate = tmp_path / "gate.yaml"
     gate.write_text("checks:\n  - dead_experts <= 8\n  - agreement.min >= 0.99\n")
     result = run(folder / "base", folder / "new", "--data", folder / "law.txt", "--gate", gate)
@@ -105,10 +105,10 @@ def test_bad_input_exits_with_2(folder, monkeypatch, arguments, message):
     assert "Traceback" not in result.output
 
 
-def test_the_example_gate_can_be_read():
+def test_the_example_thresholds_can_be_read():
     from pathlib import Path
 
     from hf_moe.observability.thresholds import RoutingThresholds
 
-    gate = RoutingThresholds.load(Path(__file__).parent.parent / "recipes" / "configs" / "gate.yaml")
-    assert "bits_per_byte.worst_domain" in [check.metric for check in gate.checks]
+    thresholds = RoutingThresholds.load(Path(__file__).parent.parent / "recipes" / "configs" / "gate.yaml")
+    assert "bits_per_byte.worst_domain" in [check.metric for check in thresholds.checks]

@@ -18,7 +18,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 
-def said(result):
+def flat(result):
     return " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
 
 
@@ -36,7 +36,7 @@ def test_options_reach_the_evaluation(monkeypatch, tmp_path):
         "max_gen_toks=8,do_sample=true", "--batch-size", 4, "--seed", 7, "--mask-experts", 0,
         "--experts-implementation", "hf_moe", "--chat-template",
     )  # fmt: skip
-    assert (result.exit_code, "enough" in said(result)) == (2, True)
+    assert (result.exit_code, "enough" in flat(result)) == (2, True)
     ((chosen, output),) = seen
     assert (chosen.tasks, chosen.domains, chosen.adapter) == (("arc_easy", "gsm8k"), ("a.txt", "embedded"), "a")
     assert (chosen.data_root, output, chosen.limit) == (tmp_path, tmp_path / "out", 20)
@@ -66,7 +66,7 @@ def test_bad_input_exits_with_2_and_one_line(arguments, message, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 2
-    assert message in said(result)
+    assert message in flat(result)
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""`hf-moe monitor`: parsing, exit codes; the rest is tested in test_monitor.py and test_expert_histograms.py."""
+"""`hf-moe monitor`: parsing, exit codes; the rest is tested in test_monitor.py and test_served_counts.py."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def run(folder, *arguments):
 
 
 def flat(text):
-    return " ".join(text.split())
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
 def test_traffic_as_before_passes(folder, tmp_path):
@@ -65,12 +65,12 @@ def test_a_dead_expert_fails(folder):
     result = run(folder, folder / "bad.jsonl", "--gate", folder / "gate.yaml")
     assert result.exit_code == 1
     assert re.search(r"line 2: newly_dead_experts == 0: measured 2 \(1 in model.layers.0.mlp", flat(result.output))
-    assert run(folder, folder / "bad.jsonl").exit_code == 0  # no gate, no judgement
+    assert run(folder, folder / "bad.jsonl").exit_code == 0  # no thresholds, no judgement
 
 
 @pytest.mark.parametrize("arguments", [["monitor", "trace", "bad.jsonl", "--gate", "gate.yaml"], ["--help"]])
-def test_a_reader_that_ends_first_is_no_failed_gate(folder, arguments):
-    """`hf-moe compare ... | head -1` ended with 1, which says that the gate does not hold."""
+def test_a_reader_that_ends_first_is_no_failed_threshold(folder, arguments):
+    """`hf-moe compare ... | head -1` ended with 1, which says that a threshold does not hold."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, hf_moe_command.__file__, *arguments]
@@ -88,8 +88,10 @@ def test_a_reader_that_ends_first_is_no_failed_gate(folder, arguments):
         (("good.prom", "--domain", "code"), "no domain 'code'"),
         (("good.prom", "--layer", "lm_head"), "no layer 'lm_head'"),
         (("good.prom", "--metric", "other"), "no expert counts"),
-        (("good.prom", "--format", "csv"), "the format must be one of"),
+        (("good.prom", "--format", "csv"), "'csv' is not one of 'auto', 'jsonl', 'prometheus'"),
+        (("good.prom", "--min-per-expert", "1e6"), "are needed to judge"),
         (("good.prom", "--least-per-expert", "1e6"), "are needed to judge"),
+        (("good.prom", "--least-per-expert", "1", "--min-per-expert", "1"), "is the old name of --min-per-expert"),
     ],
 )
 def test_bad_input_exits_with_2(folder, monkeypatch, arguments, message):

@@ -26,7 +26,8 @@ LEVELS = {
 }
 LEVEL_OF = {unit: level for level, units in LEVELS.items() for unit in units}
 # These stand alone: kernels/ is published as it is, and models and kernels copy what they import relatively.
-FORBIDDEN_PAIRS = {("kernels", "transformers"), ("reference", "transformers")}
+# A model is evaluated without any training code.
+FORBIDDEN_PAIRS = {("kernels", "transformers"), ("reference", "transformers"), ("evaluation", "training")}
 # what a checkpoint on the Hub carries: every import of these that is not the host's is of one another
 SHIPPED_WITH_CHECKPOINTS = "modeling_hf_moe"
 

@@ -1,4 +1,4 @@
-"""hf-moe compare"""
+"""hf-moe compare: two models on the same texts"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,9 @@ def compare(
     ] = None,
     on_bad_row: OnBadRow = "error",
     chat_template: ChatTemplate = None,
-    max_bytes: Annotated[int, typer.Option(help="Text of each domain, in bytes, spread over the file.")] = 40_000,
+    max_bytes: Annotated[
+        int, typer.Option(help="Sample size: bytes of each domain, from all over its text.")
+    ] = 40_000,
     window: Annotated[
         int | None, typer.Option(help="Tokens read at once; 1,024 or the context of the models.")
     ] = None,
@@ -30,14 +32,19 @@ def compare(
     experts_implementation_new: Annotated[str | None, typer.Option(help="Experts backend of NEW.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="One tokenizer for both, in place of their own.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
-    gate: Annotated[Path | None, typer.Option(help="A gate file: exit code 1 if a threshold does not hold.")] = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="A YAML file of thresholds: exit code 1 if one does not hold.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for comparison.json and comparison.html, which are replaced.")
     ] = None,
 ) -> None:
-    """Compare two models on the same texts: routing, weights, bits per byte, latency. A gate makes it a test."""
+    """Compare two models on the same texts: routing, weights, bits per byte, latency. With --gate it is a test.
+
+    For benchmark scores: `hf-moe evaluate` measures them, and its --compare compares those of two runs.
+    """
     require("recipes", "datasets", "jinja2", "peft", "pyarrow")
-    from hf_moe.comparison.compare_models import ModelChoice
+    from hf_moe.comparison.run import ModelChoice
 
     if not data:
         fail("give text to compare on, such as --data law.txt --data code.jsonl, or --data embedded.")
@@ -75,11 +82,11 @@ def _run(
     from hf_moe.comparison.table import print_comparison, print_verdict
     from hf_moe.observability.thresholds import RoutingThresholds
 
-    checks = RoutingThresholds.load(gate) if gate is not None else None
-    if checks is not None:
-        checks.require_domains(list(texts))
+    thresholds = RoutingThresholds.load(gate) if gate is not None else None
+    if thresholds is not None:
+        thresholds.require_domains(list(texts))
     comparison = _measure(models, texts, options)
-    verdict = checks.judge(comparison.figures()) if checks is not None else None
+    verdict = thresholds.judge(comparison.metrics()) if thresholds is not None else None
     print_comparison(comparison)
     if verdict is not None:
         print_verdict(verdict)
@@ -93,7 +100,7 @@ def _measure(models: Any, texts: dict[str, list[str]], options: dict[str, Any]) 
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_moe.comparison.compare_models import compare_models
+    from hf_moe.comparison.run import compare_models
 
     disable_progress_bar()
     total = sum(len(text.encode()) for documents in texts.values() for text in documents)

@@ -1,4 +1,4 @@
-"""hf-moe evaluate"""
+"""hf-moe evaluate: benchmark scores and bits per byte"""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,9 @@ Adapter = Annotated[str | None, typer.Option(help="A PEFT adapter's folder or na
 DataRoot = Annotated[
     Path | None, typer.Option(help="Local copies of the tasks' data, as OWNER/DATASET/CONFIG/SPLIT.jsonl.")
 ]
-Limit = Annotated[float | None, typer.Option(help="Documents of each task; below 1 a share of them.")]
+Limit = Annotated[
+    float | None, typer.Option(help="Sample size: the first documents of each task; below 1 a share of them.")
+]
 Output = Annotated[Path, typer.Option(help="Folder for results.json and samples; a new, empty or interrupted one.")]
 Fewshot = Annotated[int | None, typer.Option(help="Few-shot examples in place of each task's own.")]
 Generation = Annotated[
@@ -40,7 +42,8 @@ UnsafeCode = Annotated[
     bool, typer.Option("--run-unsafe-code", help="Allow tasks that run code which the model writes.")
 ]
 Compare = Annotated[
-    tuple[Path, Path] | None, typer.Option(help="Compare two results.json, second minus first; runs nothing.")
+    tuple[Path, Path] | None,
+    typer.Option(help="Compare the scores of two runs (results.json), second minus first; runs no model."),
 ]
 
 
@@ -67,7 +70,11 @@ def evaluate(
     run_unsafe_code: UnsafeCode = False,
     compare: Compare = None,
 ) -> None:
-    """Score a model on standard benchmarks and on text by domain; say which experts matter; compare two runs."""
+    """Score a model on standard benchmarks and on text by domain; find the experts that matter.
+
+    --compare A B compares the scores of two such runs, document by document. For the routing and the weights of two
+    models: `hf-moe compare`.
+    """
     require("eval", "lm_eval")
     require("recipes", "peft", "datasets")
     if compare is not None:
@@ -131,7 +138,7 @@ def _options(text: str) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """How the command was called, without folders of this machine."""
+    """Command line for the record, without folders of this machine."""
     from hf_moe.io.names import without_folders
 
     def shortened(argument: str) -> str:

@@ -1,66 +1,97 @@
-"""hf-moe monitor"""
+"""hf-moe monitor: a serving process against a stored routing trace"""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hf_moe.cli.common import app, fail, said
 
+MIN_PER_EXPERT = 100.0
+
+
+class Format(StrEnum):
+    """Formats of exported counts. No Literal: typer takes it from 0.19 on."""
+
+    auto = "auto"
+    jsonl = "jsonl"
+    prometheus = "prometheus"
+
 
 @app.command()
 def monitor(
-    baseline: Annotated[Path, typer.Argument(help="Folder of a routing trace of the model as it should be.")],
+    baseline: Annotated[Path, typer.Argument(help="Folder of a routing trace of the model in good health.")],
     exports: Annotated[
         list[Path],
-        typer.Argument(
-            help="Expert counts of the serving process, in the order of time: JSON lines, Prometheus text."
-        ),
+        typer.Argument(help="Expert counts of the serving process, oldest file first: JSON lines, Prometheus text."),
     ],
-    gate: Annotated[Path | None, typer.Option(help="A gate file: exit code 1 if a threshold does not hold.")] = None,
-    format: Annotated[str, typer.Option(help="auto, jsonl or prometheus.")] = "auto",
+    gate: Annotated[
+        Path | None, typer.Option(help="A YAML file of thresholds: exit code 1 if one does not hold.")
+    ] = None,
+    format: Annotated[
+        Format, typer.Option(help="Of the exports; auto goes by the first character of each.")
+    ] = Format.auto,
     metric: Annotated[
         str, typer.Option(help="The Prometheus counter, with the labels 'layer' and 'expert'.")
     ] = "hf_moe_expert_assignments_total",
     domain: Annotated[str | None, typer.Option(help="Compare with this domain of the baseline alone.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="Judge this layer alone. Repeatable.")] = None,
-    least_per_expert: Annotated[
-        float, typer.Option(help="Fewer assignments for an expert, on average, are not judged.")
-    ] = 100.0,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the figures, which is replaced.")] = None,
+    min_per_expert: Annotated[
+        float | None,
+        typer.Option(help="Refuse to judge fewer assignments for an expert, on average; 100 if left out."),
+    ] = None,
+    least_per_expert: Annotated[float | None, typer.Option(hidden=True)] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the metrics, which is replaced.")] = None,
 ) -> None:
-    """Hold the expert counts that a serving process exports to thresholds against a stored routing trace."""
-    from hf_moe.comparison.monitor import check_gate
-    from hf_moe.comparison.monitor import monitor as compare
-    from hf_moe.comparison.served_counts import read_histograms
-    from hf_moe.comparison.table import print_notes, print_verdict, routing_table
-    from hf_moe.io.whole_files import write_json
-    from hf_moe.observability.routing_trace import RoutingTrace
-    from hf_moe.observability.thresholds import RoutingThresholds
+    """Compare the expert counts that a serving process exports with a stored routing trace, and check thresholds."""
+    from hf_moe.comparison.served_counts import read_served_counts
 
+    if least_per_expert is not None:
+        if min_per_expert is not None:
+            fail("--least-per-expert is the old name of --min-per-expert: give one of them.")
+        min_per_expert = least_per_expert
+    enough = MIN_PER_EXPERT if min_per_expert is None else min_per_expert
     try:
-        checks = RoutingThresholds.load(gate) if gate is not None else None
-        if checks is not None:
-            check_gate(checks)
-        counts = read_histograms(exports, format=format, metric=metric)
-        found = compare(
-            RoutingTrace.load(baseline), counts, domain=domain, layers=layer, least_per_expert=least_per_expert
-        )
+        thresholds = _thresholds(gate)
+        counts = read_served_counts(exports, format=format.value, metric=metric)
+        found = _compare(baseline, counts, domain=domain, layers=layer, min_per_expert=enough)
     except (OSError, ValueError) as error:
         fail(said(error))
-    verdict = checks.judge(found.figures()) if checks is not None else None
+    verdict = thresholds.judge(found.metrics()) if thresholds is not None else None
     typer.echo(f"{counts.records:,} records against the baseline {baseline.name}")
-    print_table(routing_table(found.comparison))
+    _report(found, verdict, output)
+    if verdict is not None and not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _thresholds(path: Path | None) -> Any:
+    from hf_moe.comparison.monitor import check_thresholds
+    from hf_moe.observability.thresholds import RoutingThresholds
+
+    if path is None:
+        return None
+    thresholds = RoutingThresholds.load(path)
+    check_thresholds(thresholds)
+    return thresholds
+
+
+def _compare(baseline: Path, counts: Any, **options: Any) -> Any:
+    from hf_moe.comparison.monitor import monitor as compare
+    from hf_moe.observability.routing_trace import RoutingTrace
+
+    return compare(RoutingTrace.load(baseline), counts, **options)
+
+
+def _report(found: Any, verdict: Any, output: Path | None) -> None:
+    from rich.console import Console
+
+    from hf_moe.comparison.table import print_notes, print_verdict, routing_table
+    from hf_moe.io.whole_files import write_json
+
+    Console().print(routing_table(found.comparison))
     print_notes(found.notes)
     if verdict is not None:
         print_verdict(verdict)
     if output is not None:
         write_json(output, {**found.to_dict(), "gate": None if verdict is None else verdict.to_dict()})
-    if verdict is not None and not verdict.passed:
-        raise typer.Exit(1)
-
-
-def print_table(table: object) -> None:
-    from rich.console import Console
-
-    Console().print(table)

@@ -50,7 +50,7 @@ def trace(
 ) -> None:
     """Run a model over text and see its routing: a page to look at, a verdict, figures and plots."""
     require("recipes", "datasets", "jinja2", "matplotlib", "peft", "pyarrow")
-    from hf_moe.comparison.compare_models import ModelChoice
+    from hf_moe.comparison.run import ModelChoice
 
     if not data:
         fail("give text to trace, such as --data law.txt --data code.jsonl, or --data embedded.")
@@ -119,7 +119,7 @@ def _trace(
 ) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_moe.comparison.compare_models import load_model
+    from hf_moe.comparison.run import load_model
     from hf_moe.observability.trace_texts import trace_texts
 
     disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Does a serving process still route as the baseline did? Exported expert counts against a stored routing trace."""
+"""Compare the expert counts that a serving process exported with a stored routing trace."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from hf_moe.comparison.routing import RoutingComparison, compare_layers
-from hf_moe.comparison.served_counts import Histograms, by_layer_name
+from hf_moe.comparison.served_counts import ServedCounts, by_layer_name
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.observability.health import ENOUGH_PER_EXPERT
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.thresholds import MetricValue, RoutingThresholds
 
-# counts tell the load, and nothing else
+# the metrics that counts alone tell: those of the load
 MEASURED = frozenset(
     {
         "load_shift.max",
@@ -41,45 +41,46 @@ class Monitoring:
     comparison: RoutingComparison
     notes: tuple[str, ...]
 
-    def figures(self) -> dict[str, MetricValue]:
-        return {name: figure for name, figure in self.comparison.figures().items() if name in MEASURED}
+    def metrics(self) -> dict[str, MetricValue]:
+        """Metrics that `RoutingThresholds` can bound, by name."""
+        return {name: metric for name, metric in self.comparison.metrics().items() if name in MEASURED}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "figures": {name: {"value": one.value, "note": one.note} for name, one in self.figures().items()},
+            "figures": {name: {"value": one.value, "note": one.note} for name, one in self.metrics().items()},
             "notes": list(self.notes),
             **self.comparison.to_dict(),
         }
 
 
-def check_gate(gate: RoutingThresholds) -> None:
-    """Refuse a gate that bounds what counts cannot tell.
+def check_thresholds(thresholds: RoutingThresholds) -> None:
+    """Refuse thresholds of metrics that counts alone do not tell.
 
     Raises:
         ThresholdsError: Naming the first such check.
     """
-    gate.require(lambda metric: metric in MEASURED, "by expert counts alone (`hf-moe compare` measures it)")
+    thresholds.require(lambda metric: metric in MEASURED, "by expert counts alone (`hf-moe compare` measures it)")
 
 
 def monitor(
     baseline: RoutingTrace,
-    exported: Histograms,
+    exported: ServedCounts,
     *,
     domain: str | None = None,
     layers: Sequence[str] | None = None,
-    least_per_expert: float = ENOUGH_PER_EXPERT,
+    min_per_expert: float = ENOUGH_PER_EXPERT,
 ) -> Monitoring:
     """Compare exported counts with a baseline.
 
     Args:
         domain: Of the baseline; all its tokens if None.
         layers: Those to judge, by the names of the baseline; all if None. The export must have each of them.
-        least_per_expert: Assignments per expert, on average, below which a layer is not judged.
+        min_per_expert: Assignments per expert, on average, below which a layer is not judged.
 
     Raises:
         EvaluationError: If a layer is missing, has experts that the baseline lacks, or too few assignments.
-        HistogramError: If a layer of the export is not in the baseline.
+        CountsError: If a layer of the export is not in the baseline.
         ValueError: If the baseline has no such domain or layer.
     """
     wanted = list(layers) if layers is not None else baseline.layers
@@ -92,8 +93,8 @@ def monitor(
         )
     after = [_statistics(layer, exported.counts[names[layer.name]]) for layer in before]
     for old, new in zip(before, after, strict=True):
-        _require_enough(old, "the baseline", least_per_expert)
-        _require_enough(new, "the export", least_per_expert)
+        _require_enough(old, "the baseline", min_per_expert)
+        _require_enough(new, "the export", min_per_expert)
     return Monitoring(compare_layers(before, after), tuple(exported.notes))
 
 
@@ -110,10 +111,10 @@ def _statistics(baseline: LayerStatistics, counts: dict[int, int]) -> LayerStati
     return replace(nothing, counts=totals, tokens=int(totals.sum()) // baseline.top_k)
 
 
-def _require_enough(layer: LayerStatistics, origin: str, least_per_expert: float) -> None:
-    needed = least_per_expert * layer.num_experts
+def _require_enough(layer: LayerStatistics, origin: str, min_per_expert: float) -> None:
+    needed = min_per_expert * layer.num_experts
     if (seen := int(layer.counts.sum())) < needed:
         raise EvaluationError(
             f"{origin} has {seen:,} assignments in layer {layer.name!r}; {needed:,.0f} are needed to judge "
-            f"{layer.num_experts} experts ({least_per_expert:g} each). Take a longer window."
+            f"{layer.num_experts} experts ({min_per_expert:g} each). Take a longer window."
         )

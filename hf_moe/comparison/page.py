@@ -8,14 +8,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hf_moe.comparison.model_comparison import ModelComparison
+from hf_moe.comparison.models import ModelComparison
 from hf_moe.comparison.routing import LayerComparison
 from hf_moe.comparison.table import ABSENT, experts, number, percent, share
 from hf_moe.io.whole_files import write_text
 from hf_moe.observability.report.text import short_count, short_labels, visible
 from hf_moe.observability.thresholds import CheckResult, Verdict, shown_value
 
-# of a figure's colour: a load that halves or doubles is one step of two
+# edges of the colour steps: ratios of an expert's new load to its old one
 LOAD_STEPS = (0.25, 0.5, 0.71, 0.91, 1.1, 1.41, 2.0, 4.0)
 
 
@@ -48,7 +48,7 @@ def render(comparison: ModelComparison, verdict: Verdict | None = None) -> str:
         new=visible(comparison.names[1]),
         facts=_facts(comparison),
         summary=_summary(comparison, {one.name: label for one, label in zip(layers, labels, strict=True)}),
-        gate=None if verdict is None else _gate(verdict),
+        verdict=None if verdict is None else _verdict(verdict),
         domains=_domains(comparison),
         has_latency=bool(comparison.base.latency and comparison.new.latency),
         scale=_bits_scale(comparison),
@@ -63,7 +63,7 @@ def render(comparison: ModelComparison, verdict: Verdict | None = None) -> str:
 
 
 def _facts(comparison: ModelComparison) -> list[tuple[str, str, str, bool]]:
-    """Name, both values, and whether they differ."""
+    """Rows of the table of models: name, both values, and whether they differ."""
     sides = [side.trace.model_facts for side in (comparison.base, comparison.new)]
     rows = []
     for name, key, show in (
@@ -86,35 +86,35 @@ def _known_count(value: int | None) -> str:
 
 def _summary(comparison: ModelComparison, labels: dict[str, str]) -> list[str]:
     """The comparison in plain sentences."""
-    figures = comparison.figures()
-    said = [_bits_sentence(comparison)]
-    mean, worst = figures["agreement.mean"], figures["agreement.min"]
+    metrics = comparison.metrics()
+    sentences = [_bits_sentence(comparison)]
+    mean, worst = metrics["agreement.mean"], metrics["agreement.min"]
     if mean.value is not None and worst.value is not None:
-        said.append(
+        sentences.append(
             f"{mean.value:.0%} of the tokens go to exactly the same experts; in {labels[worst.note]}, where most "
             f"changes, {worst.value:.0%} do."
         )
-    shift = figures["load_shift.max"]
+    shift = metrics["load_shift.max"]
     if shift.value is not None:
         layer = next(one for one in comparison.routing.layers if one.name == shift.note)
         chance = layer.load_shift_by_chance or 0.0
-        said.append(
+        sentences.append(
             f"The load of the experts moves by at most {shift.value:.3f} bits ({labels[shift.note]}); 0 is no change, "
             f"1 other experts altogether. Chance alone would give about {chance:.1g}."
         )
-    said.append(_dead_sentence(comparison))
-    router, inner = (figures[f"weight_drift.{part}.max"].value for part in ("router", "experts"))
+    sentences.append(_dead_sentence(comparison))
+    router, inner = (metrics[f"weight_drift.{part}.max"].value for part in ("router", "experts"))
     if router is not None and inner is not None:
         routers = "The routers have not changed" if router == 0 else f"Routers change by up to {percent(router)}"
-        said.append(f"{routers}; the experts' weights change by up to {percent(inner)} of their norm.")
-    return said
+        sentences.append(f"{routers}; the experts' weights change by up to {percent(inner)} of their norm.")
+    return sentences
 
 
 def _bits_sentence(comparison: ModelComparison) -> str:
-    change, figures = comparison.bits_change(), comparison.figures()
-    worst = figures["bits_per_byte.worst_domain"]
+    change, metrics = comparison.bits_change(), comparison.metrics()
+    worst = metrics["bits_per_byte.worst_domain"]
     if not math.isfinite(change):
-        return "A model's predictions are not finite: its bits per byte cannot be told."
+        return "A model's predictions are not finite: its bits per byte are not known."
     how = "fall" if change < 0 else "rise" if change > 0 else "stay"
     amount = f" by {abs(change):.4f}" if change else ""
     tail = f" (worst domain: {visible(worst.note)}, {worst.value:+.4f})" if len(comparison.base.bits) > 1 else ""
@@ -122,21 +122,21 @@ def _bits_sentence(comparison: ModelComparison) -> str:
 
 
 def _dead_sentence(comparison: ModelComparison) -> str:
-    figures = comparison.figures()
-    dead, newly = figures["dead_experts"].value or 0, figures["newly_dead_experts"].value
+    metrics = comparison.metrics()
+    dead, newly = metrics["dead_experts"].value or 0, metrics["newly_dead_experts"].value
     if newly is None:
         return f"The new model has {dead:.0f} experts that no token chose."
-    revived = figures["revived_experts"].value or 0
+    revived = metrics["revived_experts"].value or 0
     if not dead and not revived:
         return "Every expert is in use in both models."
     return f"Dead experts of the new model: {dead:.0f}, newly dead: {newly:.0f}; came back to life: {revived:.0f}."
 
 
-def _gate(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: Verdict) -> dict[str, Any]:
     failed = len(verdict.failures)
     return {
         "passed": verdict.passed,
-        "title": "The gate passes" if verdict.passed else "The gate fails",
+        "title": "Thresholds passed" if verdict.passed else "Thresholds failed",
         "counts": f"{len(verdict.results) - failed} of {len(verdict.results)} checks hold.",
         "source": visible(Path(verdict.source).name),
         "checks": [_check(result) for result in verdict.results],
@@ -220,7 +220,7 @@ def _layer(comparison: ModelComparison, position: int, label: str, largest: floa
 
 
 def _loads(layer: LayerComparison) -> list[dict[str, Any]]:
-    """For each expert how its share of the assignments changed: a step of the colour scale, and words."""
+    """Change of each expert's share of the assignments: a step of the colour scale, and words."""
     found = []
     even = layer.base.num_experts
     for expert, (before, after) in enumerate(zip(layer.base.load.tolist(), layer.new.load.tolist(), strict=True)):
@@ -253,7 +253,7 @@ def _drifts(values: Sequence[float], largest: float) -> list[dict[str, Any]]:
 
 
 def _sixth(value: float | None) -> int:
-    """Of a share: 0 to 5; the dark end is all tokens alike."""
+    """Colour step of a share, 0 to 5; the dark end is all tokens alike."""
     return 0 if value is None else min(int(value * 6), 5)
 
 

@@ -1,4 +1,4 @@
-"""How the routing of two models differs, layer by layer; and two models that differ in their number of experts.
+"""Routing of two models, layer by layer; the two may differ in their number of experts.
 
 Shape suffixes: T tokens, K slots per token (J in the other model), E experts.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_moe.io.old_names import renamed_method
 from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
 from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.thresholds import MetricValue, json_number
@@ -83,7 +84,7 @@ class LayerComparison:
         return _change(self.base.margin, self.new.margin)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, the two models' own figures included."""
+        """JSON values, the metrics of each of the two models included."""
         return {
             "name": self.name,
             "agreement": self.agreement,
@@ -101,16 +102,19 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class RoutingComparison:
-    """Attributes:
-    layers: In the order of the new model.
-    left_out: What could not be compared, and why; one sentence each.
+    """Differences between two routings of the same texts.
+
+    Attributes:
+        layers: In the order of the new model.
+        left_out: What could not be compared, and why; one sentence each.
     """
 
     layers: tuple[LayerComparison, ...]
     left_out: tuple[str, ...] = ()
 
-    def figures(self) -> dict[str, MetricValue]:
-        """What a gate can bound, by the names of `hf_moe.observability.threshold_metrics.METRICS`."""
+    def metrics(self) -> dict[str, MetricValue]:
+        """Metrics that `RoutingThresholds` can bound, by their names in
+        `hf_moe.observability.threshold_metrics.METRICS`."""
         why = " ".join(self.left_out) or "no layer has it"
         dead = {layer.name: len(layer.new.dead_experts) for layer in self.layers}
         found = {
@@ -132,6 +136,8 @@ class RoutingComparison:
             found[f"{name}.min"] = _worst(values, min, unscored)
             found[f"{name}.max"] = _worst(values, max, unscored)
         return found
+
+    figures = renamed_method("figures", "metrics")
 
     def to_dict(self) -> dict[str, Any]:
         return {"layers": [layer.to_dict() for layer in self.layers], "left_out": list(self.left_out)}
@@ -332,7 +338,7 @@ def _spread(name: str, values: Mapping[str, float | None], worst: Callable, why:
 
 
 def _worst(values: Mapping[str, float | None], worst: Callable[..., Any], why: str) -> MetricValue:
-    """The worst layer's; unmeasured if one layer has none, so that no gate passes over it."""
+    """The worst layer's; unmeasured if one layer has none, so that no threshold passes over it."""
     known = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
     if not known or len(known) < len(values):
         return MetricValue(None, why)
@@ -353,8 +359,8 @@ def _listed(experts: Iterable[int] | None) -> list[int] | None:
 
 
 def side_dict(layer: LayerStatistics) -> dict[str, Any]:
-    """One model's figures of a layer as JSON values."""
-    figures = ("load_cv", "max_violation", "load_entropy", "router_entropy", "margin", "empty_share")
+    """One model's metrics of a layer as JSON values."""
+    names = ("load_cv", "max_violation", "load_entropy", "router_entropy", "margin", "empty_share")
     return {
         "layer": layer.name,
         "experts": layer.num_experts,
@@ -362,5 +368,5 @@ def side_dict(layer: LayerStatistics) -> dict[str, Any]:
         "tokens": layer.tokens,
         "dead": list(layer.dead_experts),
         "load": [round(share, 6) for share in layer.load.tolist()],
-        **{name: None if math.isnan(value := getattr(layer, name)) else json_number(float(value)) for name in figures},
+        **{name: None if math.isnan(value := getattr(layer, name)) else json_number(float(value)) for name in names},
     }

@@ -1,4 +1,7 @@
-"""Does a model still send its tokens to the same experts? A frozen router is no frozen routing: hidden states move."""
+"""Agreement of a model's routing of fixed tokens before and after training.
+
+A frozen router is no frozen routing: the hidden states that it reads move.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +13,13 @@ from hf_moe.layers.watch_routing import Routing, watch_routing
 
 @dataclass(frozen=True)
 class RoutingChoices:
-    """The experts chosen for every token of a probe set: per layer int64, shape (tokens, top_k), sorted by expert."""
+    """Experts chosen for every token of some fixed rows; `record_choices` makes one.
+
+    Attributes:
+        names: Of the MoE layers that ran, in the model's order.
+        experts: Per layer int64 of shape (tokens, top_k): row t holds the ids of the experts of token t, in increasing
+            order; tokens are in the order of the flattened rows.
+    """
 
     names: tuple[str, ...]
     experts: tuple[Tensor, ...]
@@ -18,7 +27,7 @@ class RoutingChoices:
 
 @torch.no_grad()
 def record_choices(model: nn.Module, rows: Tensor, *, batch_size: int = 8) -> RoutingChoices:
-    """Run token rows of shape (rows, length), without padding, through the model in eval mode and keep the choices.
+    """Run token rows of shape (rows, length), without padding, through the model in eval mode, and record the choices.
 
     Raises:
         ValueError, TypeError: As `watch_routing`.

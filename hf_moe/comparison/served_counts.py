@@ -1,12 +1,12 @@
-"""How many assignments each expert got, as a serving process exports it: JSON lines or Prometheus text. Input is not
-trusted.
+"""Expert counts of a serving process, how many assignments each expert got: read from JSON lines or Prometheus text.
+Input is not trusted.
 
 JSON lines, one record for each layer and moment; `counts` are the assignments since the record before, `total` those
 since the process started, one entry for each expert; `process` tells several writers apart:
 
     {"layer": "model.layers.0.mlp", "total": [812, 790, 644, 901], "process": "worker-0"}
 
-Prometheus text, one file for each scrape, in the order of time:
+Prometheus text, one file for each scrape, oldest first:
 
     hf_moe_expert_assignments_total{layer="model.layers.0.mlp",expert="3"} 901
 
@@ -40,12 +40,12 @@ _SAMPLE = re.compile(
 _ESCAPES = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
 
 
-class HistogramError(ValueError):
+class CountsError(ValueError):
     """An export that cannot be used; names the file, the line, the rule and the way out."""
 
 
 @dataclass
-class Histograms:
+class ServedCounts:
     """Assignments by layer and expert over the whole window.
 
     Attributes:
@@ -64,20 +64,21 @@ class Histograms:
             mine[expert] = mine.get(expert, 0) + count
 
 
-def read_histograms(paths: Sequence[Path], *, format: str = "auto", metric: str = METRIC) -> Histograms:
-    """Read exports of one format, in the order of time.
+def read_served_counts(paths: Sequence[Path], *, format: str = "auto", metric: str = METRIC) -> ServedCounts:
+    """Read exports of one format.
 
     Args:
+        paths: Of the exports, oldest first.
         format: "jsonl", "prometheus", or "auto": by the first character of each file.
         metric: Name of the Prometheus counter; it has the labels `layer` and `expert`.
 
     Raises:
-        HistogramError: For a line that cannot be used, or if there is no count at all.
+        CountsError: For a line that cannot be used, or if there is no count at all.
         OSError: If a file cannot be read.
     """
     if format not in FORMATS:
-        raise HistogramError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}.")
-    found = Histograms()
+        raise CountsError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    found = ServedCounts()
     totals = _Totals(found)
     for path in paths:
         kind = _format_of(path) if format == "auto" else format
@@ -87,7 +88,7 @@ def read_histograms(paths: Sequence[Path], *, format: str = "auto", metric: str 
             _read_scrape(path, metric, found, totals)
     totals.finish()
     if not found.counts:
-        raise HistogramError(
+        raise CountsError(
             f"{', '.join(map(str, paths))}: no expert counts. Prometheus text needs the counter {metric}{{layer=, "
             "expert=}; JSON lines need 'layer' with 'counts' or 'total'."
         )
@@ -95,13 +96,13 @@ def read_histograms(paths: Sequence[Path], *, format: str = "auto", metric: str 
 
 
 def json_line(layer: str, total: Sequence[int], process: str | None = None) -> str:
-    """One record of JSON lines, as `read_histograms` reads it; with its line end."""
+    """One record of JSON lines, as `read_served_counts` reads it; with its line end."""
     record: dict[str, Any] = {"layer": layer, "total": list(total)}
     return json.dumps(record if process is None else {**record, "process": process}) + "\n"
 
 
 def prometheus_text(totals: Mapping[str, Sequence[int]], metric: str = METRIC) -> str:
-    """A scrape of counters by layer, as `read_histograms` reads it and Prometheus scrapes it."""
+    """A scrape of counters by layer, as `read_served_counts` reads it and Prometheus scrapes it."""
     lines = [f"# HELP {metric} Assignments of tokens to an expert.", f"# TYPE {metric} counter"]
     for layer, counts in totals.items():
         name = layer.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
@@ -112,7 +113,7 @@ def prometheus_text(totals: Mapping[str, Sequence[int]], metric: str = METRIC) -
 class _Totals:
     """Counters of processes that may restart."""
 
-    def __init__(self, found: Histograms):
+    def __init__(self, found: ServedCounts):
         self.found = found
         self.last: dict[tuple[str, str], dict[int, int]] = {}
         self.alone: set[tuple[str, str]] = set()
@@ -126,7 +127,7 @@ class _Totals:
             self.alone.add(key)
         else:
             self.alone.discard(key)
-            # one counter that fell means that the process began anew, with all its counters
+            # one counter that fell means that the process restarted, and all its counters with it
             was_reset = any(total.get(expert, 0) < count for expert, count in before.items())
             if was_reset:
                 self.resets[key] = self.resets.get(key, 0) + 1
@@ -135,7 +136,7 @@ class _Totals:
         self.last[key] = total
 
     def finish(self) -> None:
-        """A counter that was seen once counts whole, and says so where others have a window."""
+        """Add the counters that were seen once, whole, with a note where others have a window."""
         for (process, layer), times in self.resets.items():
             self.found.notes.append(
                 f"The counters of layer {layer!r}{_of(process)} were reset {times} times: counted from 0 again."
@@ -162,14 +163,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
     with open(path, "rb") as file:
         for number, data in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
             if len(data) > LONGEST_LINE:
-                raise HistogramError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes. Is it another file?")
+                raise CountsError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes. Is it another file?")
             try:
                 text = data.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 if not data.endswith(b"\n"):
-                    text = data.decode("utf-8", "replace")  # cut within a character: the reader of lines decides
+                    text = data.decode("utf-8", "replace")  # cut within a character: the caller decides
                 else:
-                    raise HistogramError(
+                    raise CountsError(
                         f"{path}, line {number}: not UTF-8 text (byte {error.start}). Export it again."
                     ) from error
             yield number, text.rstrip("\r\n"), data.endswith(b"\n")
@@ -178,7 +179,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
 # ---- JSON lines
 
 
-def _read_json_lines(path: Path, found: Histograms, totals: _Totals) -> None:
+def _read_json_lines(path: Path, found: ServedCounts, totals: _Totals) -> None:
     for number, line, is_whole in _lines(path):
         if not line.strip():
             continue
@@ -189,7 +190,7 @@ def _read_json_lines(path: Path, found: Histograms, totals: _Totals) -> None:
             if not is_whole:
                 found.notes.append(f"{where}: the last line is cut off; it is left out.")
                 continue
-            raise HistogramError(f"{where}: not valid JSON ({error}). Each line holds one JSON object.") from error
+            raise CountsError(f"{where}: not valid JSON ({error}). Each line holds one JSON object.") from error
         _add_record(record, where, found, totals)
         found.records += 1
 
@@ -205,24 +206,24 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _add_record(record: Any, where: str, found: Histograms, totals: _Totals) -> None:
+def _add_record(record: Any, where: str, found: ServedCounts, totals: _Totals) -> None:
     if not isinstance(record, dict):
-        raise HistogramError(f"{where}: must be a JSON object, got {type(record).__name__}.")
+        raise CountsError(f"{where}: must be a JSON object, got {type(record).__name__}.")
     kinds = [key for key in ("counts", "total") if key in record]
     if len(kinds) != 1:
         keys = ", ".join(map(repr, list(record)[:8])) or "nothing"
-        raise HistogramError(
+        raise CountsError(
             f"{where}: must have either 'counts' (since the record before) or 'total' (since the process started), "
             f"got {keys:.200}."
         )
     layer, process = record.get("layer"), record.get("process", "")
     if isinstance(layer, bool) or not isinstance(layer, str | int) or not isinstance(process, str):
-        raise HistogramError(f"{where}: 'layer' must be a name or a number and 'process' a text.")
+        raise CountsError(f"{where}: 'layer' must be a name or a number and 'process' a text.")
     values = record[kinds[0]]
     if not isinstance(values, list) or not 1 <= len(values) <= MOST_EXPERTS:
-        raise HistogramError(f"{where}: {kinds[0]!r} must be a list of 1 to {MOST_EXPERTS:,} counts, one an expert.")
+        raise CountsError(f"{where}: {kinds[0]!r} must be a list of 1 to {MOST_EXPERTS:,} counts, one an expert.")
     if (width := totals.widths.setdefault(str(layer), len(values))) != len(values):
-        raise HistogramError(
+        raise CountsError(
             f"{where}: {kinds[0]!r} has {len(values):,} entries, and layer {str(layer)[:80]!r} had {width:,} before: "
             "these are two models. Export each into a file of its own."
         )
@@ -236,20 +237,20 @@ def _add_record(record: Any, where: str, found: Histograms, totals: _Totals) -> 
 def _count(value: Any, where: str) -> int:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= LARGEST_COUNT or value != math.floor(value):
-        raise HistogramError(f"{where}: a count must be a whole number from 0 to 2**53, got {str(value)[:40]}.")
+        raise CountsError(f"{where}: a count must be a whole number from 0 to 2**53, got {str(value)[:40]}.")
     return int(value)
 
 
 # ---- Prometheus text
 
 
-def _read_scrape(path: Path, metric: str, found: Histograms, totals: _Totals) -> None:
+def _read_scrape(path: Path, metric: str, found: ServedCounts, totals: _Totals) -> None:
     """One scrape. A cut one is refused: the experts behind the cut would look dead."""
     series: dict[tuple[str, str], dict[int, int]] = {}
     for number, line, is_whole in _lines(path):
         where = f"{path}, line {number}"
         if not is_whole:
-            raise HistogramError(
+            raise CountsError(
                 f"{where}: the text is cut off (its last line has no line end), so that experts are missing. Scrape "
                 "it again."
             )
@@ -257,17 +258,17 @@ def _read_scrape(path: Path, metric: str, found: Histograms, totals: _Totals) ->
             continue
         sample = _SAMPLE.fullmatch(line.strip())
         if sample is None:
-            raise HistogramError(f"{where}: not Prometheus text: {line[:60]!r}. A line is 'name{{labels}} value'.")
+            raise CountsError(f"{where}: not Prometheus text: {line[:60]!r}. A line is 'name{{labels}} value'.")
         if sample[1] != metric:
             continue
         labels = _labels(sample[2] or "", where)
         layer, expert = labels.pop("layer", None), labels.pop("expert", None)
         if layer is None or expert is None:
-            raise HistogramError(f"{where}: {metric} must have the labels 'layer' and 'expert'.")
+            raise CountsError(f"{where}: {metric} must have the labels 'layer' and 'expert'.")
         process = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
         experts = series.setdefault((process, layer), {})
         if (key := _expert(expert, where)) in experts:
-            raise HistogramError(f"{where}: the series of layer {layer!r} and expert {key} is there twice.")
+            raise CountsError(f"{where}: the series of layer {layer!r} and expert {key} is there twice.")
         experts[key] = _count(_float(sample[3], where), where)
         found.records += 1
     for (process, layer), experts in series.items():
@@ -280,7 +281,7 @@ def _labels(text: str, where: str) -> dict[str, str]:
     while position < len(text):
         found = _LABEL.match(text, position)
         if found is None or found[1] in labels:
-            raise HistogramError(f'{where}: labels must be different and of the form name="value", got {text[:80]!r}.')
+            raise CountsError(f'{where}: labels must be different and of the form name="value", got {text[:80]!r}.')
         labels[found[1]] = re.sub(r"\\.", lambda escape: _ESCAPES.get(escape[0], escape[0]), found[2])
         position = found.end()
     return labels
@@ -288,7 +289,7 @@ def _labels(text: str, where: str) -> dict[str, str]:
 
 def _expert(text: str, where: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) >= MOST_EXPERTS:
-        raise HistogramError(
+        raise CountsError(
             f"{where}: the label 'expert' must be a number from 0 to {MOST_EXPERTS - 1}, got {text[:40]!r}."
         )
     return int(text)
@@ -300,9 +301,9 @@ def _float(text: str, where: str) -> float:
             raise ValueError(text)
         value = float(text)
     except ValueError as error:
-        raise HistogramError(f"{where}: the value must be a number, got {text[:40]!r}.") from error
+        raise CountsError(f"{where}: the value must be a number, got {text[:40]!r}.") from error
     if not math.isfinite(value):
-        raise HistogramError(f"{where}: a counter must be finite, got {text}.")
+        raise CountsError(f"{where}: a counter must be finite, got {text}.")
     return value
 
 
@@ -310,7 +311,7 @@ def by_layer_name(found: Iterable[str], layers: Sequence[str]) -> dict[str, str]
     """The model's layer for each name in an export: the same name, or the number of the layer within it.
 
     Raises:
-        HistogramError: For a name that fits no layer, or two names that fit one.
+        CountsError: For a name that fits no layer, or two names that fit one.
     """
     numbers: dict[str, list[str]] = {}
     for layer in layers:
@@ -321,12 +322,12 @@ def by_layer_name(found: Iterable[str], layers: Sequence[str]) -> dict[str, str]
         candidates = [name] if name in layers else numbers.get(name, [])
         if len(candidates) != 1:
             why = f"{len(candidates)} layers have this number" if candidates else "there is no such layer"
-            raise HistogramError(
+            raise CountsError(
                 f"the export has a layer {name[:80]!r}: {why} in the baseline. Its layers: {_short(layers)}. Export "
                 "the names of the MoE layers."
             )
         if candidates[0] in matched.values():
-            raise HistogramError(f"the export names the layer {candidates[0]!r} twice, once as {name[:80]!r}.")
+            raise CountsError(f"the export names the layer {candidates[0]!r} twice, once as {name[:80]!r}.")
         matched[name] = candidates[0]
     return matched
 

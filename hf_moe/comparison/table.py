@@ -1,4 +1,4 @@
-"""Comparisons for people, in the terminal."""
+"""Tables of a comparison and the verdict of its thresholds, for the terminal."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_moe.comparison.model_comparison import ModelComparison
+from hf_moe.comparison.models import ModelComparison
 from hf_moe.comparison.routing import LayerComparison, RoutingComparison
-from hf_moe.comparison.weight_drift import LayerDrift
+from hf_moe.comparison.weights import LayerDrift
 from hf_moe.observability.report.text import short_labels, visible
 from hf_moe.observability.thresholds import Verdict
 
@@ -94,7 +94,7 @@ def number(value: float | str | None, digits: int) -> str:
 
 
 def experts(ids: Sequence[int] | None) -> str:
-    """Their numbers, or how many there are."""
+    """List the experts' numbers, or their count if there are more than four."""
     if ids is None:
         return ABSENT
     return ("none" if not ids else ", ".join(map(str, ids))) if len(ids) <= 4 else f"{len(ids)} experts"

@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_moe.comparison.measurement import Latency, Measurement
-from hf_moe.comparison.model_comparison import compare_measurements
-from hf_moe.comparison.weight_drift import sample_weights
+from hf_moe.comparison.models import Latency, Measurement, compare_measurements
+from hf_moe.comparison.weights import sample_weights
 from hf_moe.data.encoding import context_of
 from hf_moe.data.tokenizer import encode_documents
 from hf_moe.evaluation.bits_per_byte import BitsPerByte, bits_by_document
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.io.old_names import renamed_method
 from hf_moe.observability.recording import record_routing
 from hf_moe.observability.thresholds import MetricValue
 
 WINDOW = 1024
 TIMED_ROWS, TIMED_REPEATS = 4, 5
-_TOGETHER = 8  # documents between two reports of progress
+_TOGETHER = 8  # documents between two calls of on_progress
 
 
 class TextProbe:
@@ -76,9 +76,11 @@ class TextProbe:
         latency = {name: self._latency(model, name, window) for name in self.texts} if self.time_it else {}
         return Measurement(trace, bits, latency, sample_weights(model) if self.take_weights else {}, window)
 
-    def figures(self, base: Measurement, new: Measurement) -> Mapping[str, MetricValue]:
-        """What a gate can bound, of two measurements."""
-        return compare_measurements(base, new).figures()
+    def metrics(self, base: Measurement, new: Measurement) -> Mapping[str, MetricValue]:
+        """Metrics of two measurements that `RoutingThresholds` can bound, by name."""
+        return compare_measurements(base, new).metrics()
+
+    figures = renamed_method("figures", "metrics")
 
     def _bits(self, model: Any, documents: list[str], window: int, on_progress: Callable[[int], None]) -> BitsPerByte:
         total = BitsPerByte(0.0, 0, 0)
@@ -104,7 +106,7 @@ class TextProbe:
             times = [_timed(model, rows) for _ in range(1 + TIMED_REPEATS)]
         finally:
             model.train(was_training)
-        # what is slower was held up by something else
+        # a slower pass was held up by something else
         return Latency(min(times[1:]), rows.numel())
 
 
@@ -118,7 +120,7 @@ def _timed(model: nn.Module, rows: torch.Tensor) -> float:
 
 
 def evenly_spread(documents: Sequence[str], most_bytes: int) -> list[str]:
-    """Documents from the whole range, of about `most_bytes` together; a single long one is cut."""
+    """Choose documents from the whole range, of about `most_bytes` together; a single long one is cut."""
     sizes = [len(text.encode()) for text in documents]
     if sum(sizes) <= most_bytes:
         return list(documents)

@@ -1,4 +1,4 @@
-"""How good is a model, on what, and by which experts?
+"""Evaluate a model: how good it is, on what, and by which experts.
 
 Standard benchmarks, a run from names to `results.json`:
 
@@ -8,23 +8,24 @@ Standard benchmarks, a run from names to `results.json`:
     harness.py          lm-eval's Hugging Face model, for hf_moe models, adapters and backends
     scoring.py          one task through lm-eval
     measure.py          one task or domain: its entry in results.json
-    runner.py           all of them, one after the other; interrupted, the same call continues
-    results.py          results.json: its fields, checked when it is read
-    samples.py          the values of single documents, in files beside it
-    model_facts.py      which model it was
-    tables.py           the results for people
+    runner.py           all of them, one after the other; interrupted, the same call resumes
+    results.py          results.json and the samples beside it, checked when they are read
+    model_facts.py      facts about the model, and its fingerprint
+    tables.py           tables for the terminal
+    errors.py           EvaluationError
 
-Experts and domains, in the same run:
+Text by domain and single experts, in the same run:
 
-    expert_figures.py   which experts a benchmark uses
+    domains.py          texts by domain, and their entries in results.json
+    bits_per_byte.py    bits per byte of a text, document by document
+    expert_metrics.py   which experts a benchmark uses, and what it loses without them
     masking.py          switch experts off while a model runs
-    masked_experts.py   what a benchmark loses without its most used experts
-    domains.py          bits per byte and perplexity by domain, on bits_per_byte.py
 
-Is a difference real:
+Differences between two evaluations:
 
-    paired.py           two evaluations, document by document, with confidence intervals
+    paired.py           document by document, with confidence intervals (`hf-moe evaluate --compare`)
 
-For the fine-tuning recipes: held_out.py (loss of labelled rows), fine_tuned.py (every domain before and after).
-For code that uses `evaluate`: metrics/ (modules that `evaluate.load` takes by path).
+For code that uses the `evaluate` library:
+
+    metrics/            modules that `evaluate.load` takes by path
 """

@@ -1,4 +1,4 @@
-"""Bits per byte and perplexity of a model by domain of text."""
+"""Texts by domain: read from files, and the entry of each in `results.json` with bits per byte and perplexity."""
 
 import hashlib
 import math
@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_moe.data.bad_rows import RowError
 from hf_moe.data.chat_text import ChatText, text_of
 from hf_moe.data.corpus import DOMAIN_NAME, embedded_corpus
 from hf_moe.data.formats import FINE_TUNING, read_rows
 from hf_moe.data.sources import Source, read_records
-from hf_moe.evaluation.bits_per_byte import BitsPerByte, bits_by_document
+from hf_moe.evaluation.bits_per_byte import BitsPerByte
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.evaluation.samples import Sample
+from hf_moe.evaluation.results import Sample
 
 Tokenizer = Callable[[], PreTrainedTokenizerBase]
 EMBEDDED = "embedded"
@@ -93,34 +93,24 @@ def _without_start(text: str, tokenizer: Tokenizer) -> str:
     return ChatText(text.removeprefix(tokenizer().bos_token or ""))
 
 
-def measure_domain(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
-    *,
-    window: int,
-    stride: int,
-    batch_size: int = 8,
-    progress: str | None = None,
+def domain_entry(
+    documents: Sequence[str], parts: Sequence[BitsPerByte], *, window: int, stride: int
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Figures of one domain as JSON values, and the samples behind them.
+    """Entry of one domain in `results.json` (its metrics, its size), and the samples behind it.
 
-    Every token is predicted once, from at least `window - stride` tokens before it where the document has them. Bits
-    per byte are bits of all tokens over the UTF-8 bytes of the text itself; perplexity is per token, so comparable
-    only under one tokenizer. The standard error is that of a ratio of sums over documents.
+    Bits per byte are bits of all tokens over the UTF-8 bytes of the text itself; perplexity is per token, so
+    comparable only under one tokenizer. The standard error is that of a ratio of sums over documents.
 
-    Raises:
-        ValueError: As `bits_per_byte`.
+    Args:
+        documents: The texts of the domain.
+        parts: Of each, by `bits_by_document` with this `window` and `stride`.
     """
-    parts = bits_by_document(
-        model, tokenizer, documents, window=window, stride=stride, batch_size=batch_size, progress=progress
-    )
     total = sum(parts, start=BitsPerByte(0.0, 0, 0))
     metrics = {
-        "bits_per_byte": _figure(total.value, ratio_stderr([(part.bits, part.bytes) for part in parts])),
-        "perplexity": _figure(total.perplexity, None),
+        "bits_per_byte": _metric(total.value, ratio_stderr([(part.bits, part.bytes) for part in parts])),
+        "perplexity": _metric(total.perplexity, None),
     }
-    figures = {
+    entry = {
         "metrics": metrics,
         "documents": len(documents),
         "bytes": total.bytes,
@@ -139,10 +129,10 @@ def measure_domain(
         }
         for text, part in zip(documents, parts, strict=True)
     ]
-    return figures, samples
+    return entry, samples
 
 
-def _figure(value: float, stderr: float | None) -> dict[str, Any]:
+def _metric(value: float, stderr: float | None) -> dict[str, Any]:
     return {"value": value if math.isfinite(value) else None, "stderr": stderr, "higher_is_better": False}
 
 

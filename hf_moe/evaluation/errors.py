@@ -1,4 +1,4 @@
-"""What an evaluation refuses."""
+"""The error of evaluations and comparisons."""
 
 
 class EvaluationError(ValueError):

@@ -1,6 +1,6 @@
-"""What a benchmark says about single experts: which it uses, and what is lost without the most used ones."""
+"""Single experts in a benchmark: which ones it uses, and what it loses without the most used ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_moe.evaluation.harness import HfMoeLM
+from hf_moe.evaluation.masking import MaskError, mask_experts
+from hf_moe.evaluation.paired import paired_differences
+from hf_moe.evaluation.results import Sample
 from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.layers.watch_routing import Routing, watch_routing
 from hf_moe.observability.expert_load import load_entropy, max_violation
@@ -32,8 +35,8 @@ class ExpertUse:
         self.counts[layer.name] = self.counts[layer.name] + counts if layer.name in self.counts else counts
         self.top_k[layer.name] = layer.top_k
 
-    def figures(self) -> list[dict[str, Any]]:
-        """By layer: share of the assignments of each expert, and their balance."""
+    def by_layer(self) -> list[dict[str, Any]]:
+        """Share of the assignments of each expert, and their balance: one entry a layer, JSON values."""
         return [
             {
                 "layer": name,
@@ -76,3 +79,63 @@ def most_used(layers: Sequence[Mapping[str, Any]], count: int) -> list[tuple[str
     ]
     # stable: of equal shares the earlier layer and expert
     return [(name, expert) for _, name, expert in sorted(ranked, key=lambda entry: -entry[0])[:count]]
+
+
+def masked_metrics(
+    lm: HfMoeLM,
+    layers: Sequence[Mapping[str, Any]],
+    samples: Sequence[Sample],
+    again: Callable[[int], list[Sample]],
+    *,
+    count: int,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """One entry for each of the `count` most used experts: the paired differences, masked minus unmasked.
+
+    Args:
+        layers: Expert use, as `ExpertUse.by_layer` gives it.
+        samples: Of the unmasked run.
+        again: Runs the first so many documents once more.
+        limit: Documents of each masked run.
+    """
+    filters = len({sample["filter"] for sample in samples})
+    documents = min(limit, len(samples) // filters)
+    kept = _first_documents(samples, documents)
+    shares = {layer["layer"]: layer["share"] for layer in layers}
+    entries = []
+    for name, expert in most_used(layers, count):
+        with mask_experts(lm.model, {name: [expert]}):
+            masked = again(documents)
+        differences = paired_differences(kept, masked)
+        entries.append(
+            {
+                "layer": name,
+                "expert": expert,
+                "share": shares[name][expert],
+                "documents": documents,
+                "metrics": {key: difference.to_dict() for key, difference in differences.items()},
+            }
+        )
+    return entries
+
+
+def _first_documents(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first `count` documents under each filter."""
+    seen: dict[str, int] = {}
+    kept = []
+    for sample in samples:
+        seen[sample["filter"]] = seen.get(sample["filter"], 0) + 1
+        if seen[sample["filter"]] <= count:
+            kept.append(sample)
+    return kept
+
+
+@torch.no_grad()
+def mask_refusal(lm: HfMoeLM) -> str | None:
+    """Mask one expert in every layer on a short row: the reason why this model refuses it, or None."""
+    try:
+        with mask_experts(lm.model, {layer.name: [0] for layer in moe_layers(lm.model) if layer.num_experts > 1}):
+            lm.model(input_ids=torch.ones(1, 4, dtype=torch.long, device=lm.device), use_cache=False)
+    except (MaskError, ValueError) as error:
+        return str(error)
+    return None

@@ -26,7 +26,7 @@ LARGEST_CPU_BATCH = 16
 
 @dataclass
 class Work:
-    """What the model did since the last `clear`: tokens without padding, seconds of the forward and generate calls.
+    """Work of the model since the last `clear_work`: tokens without padding, seconds of its calls.
 
     Attributes:
         scored_tokens: Tokens that went through the forwards of log-likelihood requests.
@@ -52,7 +52,7 @@ class HfMoeLM(HFLM):
     Args:
         pretrained: A folder, a name on the Hub, or a loaded model.
         adapter: A PEFT adapter's folder or name. LoRA on experts runs through its factors.
-        experts_implementation: Of the host or of hf_moe; None leaves the model's own.
+        experts_implementation: A backend of transformers or of hf_moe; None leaves the model's own.
         device: None is the GPU if there is one.
         batch_size: A number, or "auto" for the largest that fits. Without a GPU that is a guess from the free memory,
             at most 16: there a batch that is too large ends the program.
@@ -195,7 +195,7 @@ def _new_tokens(options: Mapping[str, Any], default: int) -> int:
 
 
 def without_right_padding(tokens: Tensor) -> Tensor:
-    """Where a row holds tokens, bool of the same shape: HFLM pads log-likelihood rows on the right with id 0.
+    """Mask of the tokens in a row, bool of the same shape: HFLM pads log-likelihood rows on the right with id 0.
 
     Real tokens of id 0 at the very end of a row count as padding.
     """

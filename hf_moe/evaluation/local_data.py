@@ -101,7 +101,7 @@ def _files_by_split(folder: Path, config: Mapping[str, Any]) -> dict[str, list[s
 
 
 def files_by_split(path: str, name: str | None, options: Mapping[str, Any] | None) -> dict[str, list[str]]:
-    """What `load_dataset(path, name, **options)` would read: local paths, or `hf://` addresses with the revision."""
+    """Files that `load_dataset(path, name, **options)` would read: local paths, or `hf://` addresses with revision."""
     from datasets import load_dataset_builder
 
     known = {key: value for key, value in (options or {}).items() if key != "trust_remote_code"}
@@ -125,7 +125,7 @@ def _without_absent_splits(config: dict[str, Any], found: Mapping[str, Any]) -> 
 
 
 def data_record(config: Mapping[str, Any], dataset: str | None, name: str | None) -> dict[str, Any]:
-    """Which data a task reads, as JSON values.
+    """Record of the data that a task reads, as JSON values.
 
     Args:
         config: The task's config as it ran, with its final number of few-shot examples.

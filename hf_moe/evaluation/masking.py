@@ -1,6 +1,6 @@
-"""Switch experts off while a model runs: what is lost without them?
+"""Switch experts off while a model runs, to see what is lost without them.
 
-The router's logits of the masked experts become minus infinity before it chooses, so every family goes on by its own
+The router's logits of the masked experts become minus infinity before it chooses, so every family follows its own
 rule: another expert takes the slot, and where the rule normalises, the weights add up as before. That is what pruning
 the expert would do. A router that adds a bias for the choice alone may still pick a masked expert, with the score 0
 and therefore the weight 0: the token then uses one expert less. Every forward checks that no masked expert had weight.
@@ -25,12 +25,12 @@ PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, 
 
 
 class MaskError(RuntimeError):
-    """A router that goes on giving weight to a masked expert."""
+    """A router that still gives weight to a masked expert."""
 
 
 @contextmanager
 def mask_experts(model: nn.Module, masked: Mapping[str, Collection[int]]) -> Iterator[None]:
-    """While the block runs, no token uses these experts.
+    """Let no token use these experts while the block runs.
 
     Args:
         masked: Expert ids by the name of their MoE layer (`hf_moe.moe_layers`).

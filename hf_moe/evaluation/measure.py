@@ -1,20 +1,21 @@
-"""One task or one domain: figures, samples, speed, and what single experts have to do with it."""
+"""One task or one domain: its metrics, samples and speed, and what single experts have to do with it."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_moe.evaluation.domains import documents_sha256, measure_domain
-from hf_moe.evaluation.expert_metrics import count_expert_use
+from hf_moe.evaluation.bits_per_byte import bits_by_document
+from hf_moe.evaluation.domains import documents_sha256, domain_entry
+from hf_moe.evaluation.expert_metrics import count_expert_use, mask_refusal, masked_metrics
 from hf_moe.evaluation.harness import HfMoeLM, Work
 from hf_moe.evaluation.local_data import file_sha256
-from hf_moe.evaluation.masked_experts import masked_figures, refusal
 from hf_moe.evaluation.masking import MaskError
 from hf_moe.evaluation.plan import Evaluation
-from hf_moe.evaluation.results import finite, harness_metrics
-from hf_moe.evaluation.samples import Sample, harness_samples, write_samples
+from hf_moe.evaluation.results import Sample, finite, harness_metrics, harness_samples, write_samples
 from hf_moe.evaluation.scoring import score
+
+DOMAIN_BATCH = 8  # windows at a time
 
 
 class Measure:
@@ -28,7 +29,7 @@ class Measure:
         self.evaluation, self.lm, self.output = evaluation, lm, output
         self.window = evaluation.window or min(lm.max_length, 1024)
         self.stride = evaluation.stride or max(1, self.window // 2)
-        self.unmaskable = refusal(lm) if evaluation.mask_experts else None
+        self.unmaskable = mask_refusal(lm) if evaluation.mask_experts else None
 
     def task(self, name: str, task: Any) -> dict[str, Any]:
         """A task of lm-eval that `scoring.prepare` has seen."""
@@ -55,7 +56,7 @@ class Measure:
             "seconds": seconds,
             "speed": speed(work, seconds, count["effective"]),
             "experts": self._experts(
-                use.figures(), samples, lambda limit: harness_samples(scored(limit)["samples"][name])
+                use.by_layer(), samples, lambda limit: harness_samples(scored(limit)["samples"][name])
             ),
         }
 
@@ -65,18 +66,20 @@ class Measure:
         def measured(some: list[str]) -> tuple[dict[str, Any], list[Sample]]:
             self.lm.input_mask = None
             sizes = {"window": self.window, "stride": self.stride}
-            return measure_domain(self.lm.model, self.lm.tokenizer, some, **sizes, progress=name)
+            model, tokenizer = self.lm.model, self.lm.tokenizer
+            parts = bits_by_document(model, tokenizer, some, **sizes, batch_size=DOMAIN_BATCH, progress=name)
+            return domain_entry(some, parts, **sizes)
 
         begin = time.perf_counter()
         with count_expert_use(self.lm) as use:
-            figures, samples = measured(documents)
+            entry, samples = measured(documents)
         seconds = time.perf_counter() - begin
         return {
-            **figures,
+            **entry,
             **self._save(f"domain-{name}", samples),
             "seconds": seconds,
-            "tokens_per_second": figures["tokens"] / seconds,
-            "experts": self._experts(use.figures(), samples, lambda limit: measured(documents[:limit])[1]),
+            "tokens_per_second": entry["tokens"] / seconds,
+            "experts": self._experts(use.by_layer(), samples, lambda limit: measured(documents[:limit])[1]),
         }
 
     def _experts(
@@ -88,9 +91,9 @@ class Measure:
         if self.unmaskable is None:
             count, limit = self.evaluation.mask_experts, self.evaluation.mask_limit
             try:
-                experts["masked"] = masked_figures(self.lm, layers, samples, again, count=count, limit=limit)
+                experts["masked"] = masked_metrics(self.lm, layers, samples, again, count=count, limit=limit)
             except MaskError as error:
-                # a router that chooses by a table for some tokens alone: the benchmark's own figures stand
+                # a router that chooses by a table for some tokens alone: the benchmark's own metrics stand
                 experts["masked_refused"] = str(error)
         return experts
 

@@ -1,4 +1,4 @@
-"""Which model was evaluated: facts for the results, and a fingerprint by which a resumed run knows it again."""
+"""Facts about the model for the results, and a fingerprint by which a resumed run recognises it."""
 
 import hashlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Is the difference between two evaluations real? Both saw the same documents, so each is compared with itself.
+"""Compare two evaluations document by document: differences of their metrics with confidence intervals.
 
 Documents are drawn again with replacement, both sides of a document together, and the difference is computed for each
 draw: the paired bootstrap. Its percentile interval does not assume any distribution.
@@ -16,8 +16,7 @@ import numpy as np
 
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.evaluation.local_data import file_sha256
-from hf_moe.evaluation.results import HARNESS, NAME, read_results
-from hf_moe.evaluation.samples import Sample, read_samples
+from hf_moe.evaluation.results import HARNESS, NAME, Sample, read_results, read_samples
 
 DRAWS = 10_000
 CONFIDENCE = 0.95
@@ -58,7 +57,7 @@ class Difference:
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval excludes 0. Of 20 comparisons without any difference, one does so by chance; more of
+        """True if the interval excludes 0. Of 20 comparisons without any difference, one does so by chance; more of
         few documents (below some 20), where percentile intervals are too narrow."""
         return self.low > 0 or self.high < 0
 
@@ -176,12 +175,12 @@ def compare_results(first: Path, second: Path, *, draws: int = DRAWS, seed: int 
             f"the two evaluations have nothing in common: {ran[0]} and {ran[1]}. Compare two that ran the same tasks."
         )
     return {
-        "first": {"results": shown_results(first), "model": sides[0]["model"]["name"]},
-        "second": {"results": shown_results(second), "model": sides[1]["model"]["name"]},
+        "first": {"results": results_name(first), "model": sides[0]["model"]["name"]},
+        "second": {"results": results_name(second), "model": sides[1]["model"]["name"]},
         "confidence": CONFIDENCE,
         "draws": draws,
         "seed": seed,
-        "set_otherwise": changes(*sides),
+        "set_otherwise": setting_changes(*sides),
         "not_compared": not_compared,
         **compared,
     }
@@ -190,15 +189,15 @@ def compare_results(first: Path, second: Path, *, draws: int = DRAWS, seed: int 
 def _refuse_other_task(name: str, one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
     if one.get("version") != two.get("version"):
         raise EvaluationError(
-            f"the task {name!r} has the versions {one.get('version')!r} and {two.get('version')!r}: its figures are "
+            f"the task {name!r} has the versions {one.get('version')!r} and {two.get('version')!r}: its metrics are "
             "not comparable. Run both with one lm-eval."
         )
-    # of its own tasks lm-eval says with the version whether figures are comparable
+    # of its own tasks lm-eval says with the version whether metrics are comparable
     own = {one.get("definition"), two.get("definition")} != {HARNESS}
     if own and one.get("definition_sha256") != two.get("definition_sha256"):
         raise EvaluationError(
             f"the task {name!r} is defined otherwise in the two evaluations ({one['definition']} and "
-            f"{two['definition']}): its figures are not comparable. Run both with one task file and one lm-eval."
+            f"{two['definition']}): its metrics are not comparable. Run both with one task file and one lm-eval."
         )
 
 
@@ -217,13 +216,13 @@ def _samples(folder: Path, entry: Mapping[str, Any]) -> list[Sample]:
     return samples
 
 
-def shown_results(path: Path) -> str:
+def results_name(path: Path) -> str:
     """The last two parts of a path: no folder of this machine."""
     return (path if path.is_dir() else path.parent).name + f"/{NAME}"
 
 
-def changes(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What was set otherwise: by field both values."""
+def setting_changes(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ: by field both values."""
     parts = ("model", "harness", "versions", "seeds", "settings")
     flat = [
         {"device": side["device"], **{f"{part}.{key}": value for part in parts for key, value in side[part].items()}}

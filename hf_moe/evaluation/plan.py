@@ -1,4 +1,4 @@
-"""What to evaluate, and how: refused here if it cannot be meant, before anything is loaded."""
+"""The plan of an evaluation: what to evaluate, and how. Checked here, before anything is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ SEED = 1234
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate, and how.
+    """Plan of an evaluation: what, on what, and how.
 
     Attributes:
         model: A folder, a name on the Hub, or a loaded model.
@@ -92,6 +92,6 @@ class Evaluation:
                 raise EvaluationError(f"the {what} folder {name!r} does not exist. Check the path.")
 
     def settings(self) -> dict[str, Any]:
-        """What changes the figures and is neither the model nor the data, as JSON values."""
+        """Settings that change the metrics, apart from the model and the data, as JSON values."""
         names = ("limit", "num_fewshot", "chat_template", "mask_experts", "mask_limit", "bootstrap_iters")
         return {**{name: getattr(self, name) for name in names}, "generation": dict(self.generation)}

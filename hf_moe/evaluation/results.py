@@ -1,16 +1,18 @@
-"""`results.json`: what an evaluation found, and what is needed to repeat it. Checked when it is read."""
+"""`results.json`, with what is needed to repeat the evaluation, and beside it the samples: the values of single
+documents, which paired comparisons need. Both are checked when they are read."""
 
 import json
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.io.json_files import read_json
+from hf_moe.io.json_files import parse_json, read_json
+from hf_moe.io.whole_files import write_text
 
 FORMAT = "hf_moe.evaluation/1"
 NAME = "results.json"
@@ -55,9 +57,13 @@ METRIC_FIELDS: dict[str, Any] = {
 }
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
+Sample = dict[str, Any]
+"""`doc`: SHA-256 of the document; `filter`; `values`: by metric a number or a pair (log-likelihood, weight);
+`response`: what the model gave, after the filter."""
+
 
 def versions() -> dict[str, str]:
-    """Of the libraries that a figure depends on, as far as they are installed."""
+    """Versions of the libraries that the metrics depend on, as far as they are installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -78,18 +84,18 @@ def harness_identity() -> dict[str, Any]:
     }
 
 
-def harness_metrics(figures: Mapping[str, Any], higher_is_better: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def harness_metrics(results: Mapping[str, Any], higher_is_better: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """lm-eval's `{"acc,none": ..., "acc_stderr,none": ...}` as `{"acc,none": {"value", "stderr", ...}}`.
 
-    A figure that is not finite becomes null: JSON has no NaN.
+    A value that is not finite becomes null: JSON has no NaN.
     """
     return {
         key: {
             "value": finite(value),
-            "stderr": finite(figures.get("_stderr,".join(key.split(",", 1)))),
+            "stderr": finite(results.get("_stderr,".join(key.split(",", 1)))),
             "higher_is_better": higher_is_better.get(key.split(",", 1)[0]),
         }
-        for key, value in figures.items()
+        for key, value in results.items()
         if "," in key and "_stderr," not in key
     }
 
@@ -138,8 +144,8 @@ def check_results(results: Any, where: str) -> None:
     for kind in ("tasks", "groups", "domains"):
         for name, entry in results[kind].items():
             _check_fields(entry, {"metrics": dict}, f"{where}: {kind}.{name}")
-            for metric, figure in entry["metrics"].items():
-                _check_fields(figure, METRIC_FIELDS, f"{where}: {kind}.{name}.metrics.{metric}")
+            for metric, value in entry["metrics"].items():
+                _check_fields(value, METRIC_FIELDS, f"{where}: {kind}.{name}.metrics.{metric}")
 
 
 def _check_fields(record: Any, fields: Mapping[str, Any], where: str) -> None:
@@ -153,3 +159,60 @@ def _check_fields(record: Any, fields: Mapping[str, Any], where: str) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join("null" if part is type(None) else part.__name__ for part in kinds)
             raise EvaluationError(f"{where}.{name} must be {wanted}, got {value!r}. Run the evaluation again.")
+
+
+def harness_samples(logged: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    """Samples from lm-eval's own log of a task."""
+    return [
+        {
+            "doc": sample["doc_hash"],
+            "filter": sample["filter"],
+            "values": {metric: plain(sample[metric]) for metric in sample["metrics"]},
+            "response": plain(sample["filtered_resps"]),
+        }
+        for sample in logged
+    ]
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON values: numbers of numpy and torch become Python's, booleans 0 or 1, sets sorted lists."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(part) for part in value)
+    if getattr(value, "ndim", None) == 0:
+        return plain(value.item())
+    return str(value)
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Write one JSON line a sample; the folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # NaN stays: it is what the model gave
+    write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Raises EvaluationError if the file is missing or damaged."""
+    try:
+        # not splitlines: text may hold line separators of Unicode
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise EvaluationError(
+            f"the samples {str(path)!r} cannot be read ({error.strerror}). They lie beside results.json: keep both."
+        ) from error
+    samples = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            sample = parse_json(line, allow_nan=True)
+            _ = sample["doc"], sample["filter"], sample["values"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EvaluationError(f"{path}, line {number}: no sample of an evaluation. Run it again.") from error
+        samples.append(sample)
+    return samples

@@ -1,6 +1,6 @@
-"""One evaluation: tasks and domains, one after the other, into `results.json`; interrupted, the same call continues.
+"""Run an evaluation: tasks and domains, one after the other, into `results.json`; interrupted, the same call resumes.
 
-Each task is an lm-eval run of its own, so its figures depend on nothing but itself. (Several tasks in one such call
+Each task is an lm-eval run of its own, so its metrics depend on nothing but itself. (Several tasks in one such call
 share batches, and padding changes the last digits.)
 """
 
@@ -23,7 +23,7 @@ from hf_moe.evaluation.measure import Measure, samples_path
 from hf_moe.evaluation.model_facts import model_facts
 from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.results import FORMAT, NAME, check_results, harness_identity, versions
-from hf_moe.evaluation.scoring import group_figures, prepare
+from hf_moe.evaluation.scoring import group_entry, prepare
 from hf_moe.evaluation.tasks import Tasks
 from hf_moe.io.stages import ResumableRun
 from hf_moe.io.whole_files import write_json
@@ -102,7 +102,7 @@ class _Run:
         return results
 
     def _identity(self, measure: Measure) -> dict[str, Any]:
-        """What makes two calls one evaluation."""
+        """Facts by which a later call is the same evaluation."""
         texts = {name: documents_sha256(documents) for name, documents in self.domains.items()}
         data = json.dumps([[origin["data"] for origin in self.origins.values()], texts], sort_keys=True)
         return {
@@ -132,24 +132,24 @@ class _Run:
             "seeds": {"random": 0, **dict.fromkeys(("numpy", "torch", "fewshot"), self.evaluation.seed)},
             "settings": {**self.evaluation.settings(), "batch_size": self.lm.batch_size},
             "tasks": tasks,
-            "groups": {name: group_figures(group, tasks) for name, group in self.tasks.groups.items()},
+            "groups": {name: group_entry(group, tasks) for name, group in self.tasks.groups.items()},
             "domains": domains,
         }
 
 
 def _stage(run: ResumableRun, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run it or take it from an earlier call, and say what came out."""
+    """Run it or take it from an earlier call, and print its metrics."""
     done = run.finished(name)
     entry = run.stage(name, work, leaves=(samples_path(name),))
-    figures = ", ".join(f"{key} {_shown(figure)}" for key, figure in entry["metrics"].items())
-    said = f"{name}: {figures}{' (from the earlier call)' if done else ''}"
-    Console(soft_wrap=True).print(said, highlight=False, markup=False)
+    metrics = ", ".join(f"{key} {_with_error(metric)}" for key, metric in entry["metrics"].items())
+    line = f"{name}: {metrics}{' (from the earlier call)' if done else ''}"
+    Console(soft_wrap=True).print(line, highlight=False, markup=False)
     return entry
 
 
-def _shown(figure: Mapping[str, Any]) -> str:
-    value = "not finite" if figure["value"] is None else f"{figure['value']:.4f}"
-    return value if figure["stderr"] is None else f"{value} ± {figure['stderr']:.4f}"
+def _with_error(metric: Mapping[str, Any]) -> str:
+    value = "not finite" if metric["value"] is None else f"{metric['value']:.4f}"
+    return value if metric["stderr"] is None else f"{value} ± {metric['stderr']:.4f}"
 
 
 def device_name(device: torch.device) -> str:

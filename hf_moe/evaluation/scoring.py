@@ -1,6 +1,6 @@
 """One task through lm-eval, from the same state of every random generator each time.
 
-The figures are those of `lm_eval.simple_evaluate(HFLM(model), tasks=[task])`, to the digit.
+The metrics are those of `lm_eval.simple_evaluate(HFLM(model), tasks=[task])`, to the digit.
 """
 
 import logging
@@ -69,8 +69,8 @@ def without_truncation_warnings() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def group_figures(group: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's own aggregation of a group.
+def group_entry(group: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Entry of a group in `results.json`, by lm-eval's own aggregation.
 
     Args:
         group: Of lm-eval.
@@ -79,9 +79,9 @@ def group_figures(group: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
     raw = {}
     for task, entry in tasks.items():
         raw[task] = {"alias": task, "sample_len": entry["num_samples"]}
-        for key, figure in entry["metrics"].items():
-            raw[task][key] = float("nan") if figure["value"] is None else figure["value"]
-            raw[task]["_stderr,".join(key.split(",", 1))] = "N/A" if figure["stderr"] is None else figure["stderr"]
+        for key, metric in entry["metrics"].items():
+            raw[task][key] = float("nan") if metric["value"] is None else metric["value"]
+            raw[task]["_stderr,".join(key.split(",", 1))] = "N/A" if metric["stderr"] is None else metric["stderr"]
     found = dict(group.aggregate(raw))
     return {
         "tasks": [task.task_name for task in group.get_all_tasks()],

@@ -1,4 +1,4 @@
-"""Results for people."""
+"""Tables of results and of their comparison, for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,15 +32,15 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def _metrics(table: Table, name: str, entry: Mapping[str, Any], shots: str, count: str) -> None:
-    for metric, figure in entry["metrics"].items():
+    for metric, found in entry["metrics"].items():
         table.add_row(
-            name, shots, count, metric.removesuffix(",none"), number(figure["value"]), number(figure["stderr"])
+            name, shots, count, metric.removesuffix(",none"), number(found["value"]), number(found["stderr"])
         )
         name = shots = count = ""
 
 
 def print_masked(results: Mapping[str, Any]) -> None:
-    """What each task and domain loses without its most used experts."""
+    """Losses of each task and domain without its most used experts."""
     table = _table(
         "Without one expert (paired, 95% interval)", "task", "layer, expert", "share", "metric", "change", "interval"
     )
@@ -98,7 +98,7 @@ def _interval(found: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _console() -> Console:
-    """As wide as the terminal; in a file wide enough that no column is folded."""
+    """Console as wide as the terminal; in a file wide enough that no column is folded."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 

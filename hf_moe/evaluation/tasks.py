@@ -47,7 +47,7 @@ BUILD_ERRORS = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose a task is.
+    """Source of a task.
 
     Attributes:
         dataset: `dataset_path` of the unmodified config.
@@ -118,7 +118,7 @@ class Tasks:
         raise EvaluationError(f"unknown task {name!r}. {hint}")
 
     def _spec(self, name: str) -> Any:
-        """What lm-eval's manager takes; of a group's file, which it cannot take, the group that it describes."""
+        """Form of a name that lm-eval's manager takes; of a group's file, which it does not take, the group itself."""
         if not _is_file_of_group(name):
             return name
         entry = TaskIndex.entry_from_config(load_yaml(name))
@@ -135,7 +135,7 @@ def _is_file_of_group(name: str) -> bool:
 
 
 def _is_task_file(name: str) -> bool:
-    """Whether this is a file of one task: a group's may name registered tasks."""
+    """True for a file of one task: a group's may name registered tasks."""
     return _is_file(name) and not _is_file_of_group(name)
 
 
@@ -171,7 +171,7 @@ class _Factory(TaskFactory):
     def _build_group_members(
         self, member_list: list[Any], group_name: str, overrides: Any, registry: dict[str, Entry]
     ) -> list[Any]:
-        """As lm-eval, but tasks that a group's file describes itself are built like all others."""
+        """Build a group's tasks as lm-eval does, but those that its file describes itself like all others."""
         named = []
         for item in member_list:
             if isinstance(item, dict) and "task" in item and item["task"] not in registry:
@@ -197,7 +197,7 @@ class _Factory(TaskFactory):
 
 
 def seed_generators(seed: int) -> None:
-    """As lm-eval's `simple_evaluate` does."""
+    """Seed Python's, numpy's and torch's generators as lm-eval's `simple_evaluate` does."""
     random.seed(0)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,8 +1,9 @@
-"""Training that goes back to the last good weights when routing leaves its bounds."""
+"""Roll training back to the last good weights when routing leaves its thresholds."""
 
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_moe.io.old_names import renamed_argument
 from hf_moe.io.whole_files import whole_folder, write_json
 from hf_moe.observability.thresholds import MetricValue, RoutingThresholds, Verdict
 
@@ -22,42 +24,44 @@ STATE, VERDICT = "restore.pt", "gate.json"
 
 
 class Probe(Protocol):
-    """What measures a model for a gate; `hf_moe.TextProbe` does it on texts by domain."""
+    """Measures a model for thresholds; `TextProbe` does it on texts by domain."""
 
     def measure(self, model: nn.Module) -> Any:
-        """Figures of the model in its present state; leaves its mode and weights as they are."""
+        """Measure the model in its present state; leave its mode and weights as they are."""
 
-    def figures(self, base: Any, new: Any) -> Mapping[str, MetricValue]:
-        """What a gate can bound, of two measurements."""
+    def metrics(self, base: Any, new: Any) -> Mapping[str, MetricValue]:
+        """Metrics of two measurements that `RoutingThresholds` can bound, by name."""
 
 
 class RollbackCallback(TrainerCallback):
-    """Run a gate at every evaluation and save, keep the best weights that pass, and go back to them when later ones
-    fail.
+    """Check thresholds at every evaluation and save, keep the best weights that pass, and restore them when later
+    ones fail.
 
-    The best are those with the lowest `bits_per_byte.all`; without that figure the latest. They lie in
+    The best are those with the lowest `bits_per_byte.all`; without that metric the latest. They lie in
     `output_dir/gated-best` as a model (or adapter) that `from_pretrained` loads, with the verdict (`gate.json`) and
-    what a return needs (`restore.pt`: trained parameters, buffers, optimizer state). A return leaves the learning-rate
-    schedule and the order of the data as they are: training goes on with other batches. What ends the run has passed
-    the gate, unless nothing ever did. Each verdict is a record of `log_history` (`gate_passed`, `gate_failures`).
+    what restoring needs (`restore.pt`: trained parameters, buffers, optimizer state). Restoring leaves the
+    learning-rate schedule and the order of the data as they are: training continues with other batches. The weights
+    that end the run have passed, unless none ever did. Each verdict is a record of `log_history` (`gate_passed`,
+    `gate_failures`).
 
     Args:
-        gate: A gate, or the path of a gate file.
+        thresholds: The thresholds, or the path of their file.
         probe: Measures the model.
-        against: What figures of change are relative to: the model that training starts from (without its adapter),
+        against: What metrics of change are relative to: the model that training starts from (without its adapter),
             or the best that passed.
         reference: A measurement by `probe` of the model to compare with. Needed to resume the training of a whole
             model: what it started from is not there any more.
         stop_after: Stop after so many failures in a row.
 
     Raises:
-        ThresholdsError: If the gate cannot be used.
+        ThresholdsError: If the thresholds cannot be used.
         ValueError: From the Trainer's `train`, with settings that it cannot work with.
     """
 
+    @renamed_argument("gate", "thresholds")
     def __init__(
         self,
-        gate: RoutingThresholds | str | Path,
+        thresholds: RoutingThresholds | str | Path,
         probe: Probe,
         *,
         against: Literal["base", "best"] = "base",
@@ -68,7 +72,9 @@ class RollbackCallback(TrainerCallback):
             raise ValueError(f"against must be 'base' or 'best', got {against!r}.")
         if stop_after < 1:
             raise ValueError(f"stop_after must be at least 1, got {stop_after}.")
-        self.gate = gate if isinstance(gate, RoutingThresholds) else RoutingThresholds.load(gate)
+        if not isinstance(thresholds, RoutingThresholds):
+            thresholds = RoutingThresholds.load(thresholds)
+        self.thresholds = thresholds
         self.probe, self.against, self.stop_after = probe, against, stop_after
         self.reference = reference
         self.best_step: int | None = None
@@ -117,7 +123,7 @@ class RollbackCallback(TrainerCallback):
         return self.probe.measure(model)
 
     def _adopt_saved(self, args: Any, state: Any, model: Any) -> None:
-        """A resumed run goes on with the best of before; one that starts anew does not."""
+        """Take over the best of the run that is resumed; a run that starts from step 0 has none."""
         folder = Path(args.output_dir, BEST_FOLDER)
         if not state.global_step or not (folder / VERDICT).exists():
             return
@@ -134,9 +140,9 @@ class RollbackCallback(TrainerCallback):
             return
         self._judged_step = state.global_step
         measured = self.probe.measure(model)
-        figures = self.probe.figures(self.reference, measured)
+        metrics = _metrics(self.probe, self.reference, measured)
         # one process decides for all: timings differ between them
-        verdict, value = _of_main_process((self.gate.judge(figures), _finite(figures.get("bits_per_byte.all"))))
+        verdict, value = _of_main_process((self.thresholds.judge(metrics), _finite(metrics.get("bits_per_byte.all"))))
         state.log_history.append(
             {
                 "step": state.global_step,
@@ -176,7 +182,7 @@ class RollbackCallback(TrainerCallback):
             where = f"back to the weights of step {self.best_step}"
         logger.warning("step %d: %s\n%s", state.global_step, where, verdict)
         if self.failures_in_a_row >= self.stop_after:
-            logger.warning("training stops: the gate failed %d times in a row.", self.failures_in_a_row)
+            logger.warning("training stops: the thresholds failed %d times in a row.", self.failures_in_a_row)
             control.should_training_stop = True
 
 
@@ -188,13 +194,15 @@ def _set_trainable(parameters: list[nn.Parameter], is_trained: bool) -> None:
 def _refuse_settings(args: Any) -> None:
     if args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end=True would replace the weights that passed the gate at the end. Set it to False: "
-            "the best that passed is kept."
+            "load_best_model_at_end=True would replace the weights that passed the thresholds at the end. Set it to "
+            "False: the best that passed is kept."
         )
     if getattr(args, "fsdp", None) or args.deepspeed:
         raise ValueError("weights that are sharded (FSDP, DeepSpeed ZeRO) cannot be restored here. Train with DDP.")
     if args.save_strategy == IntervalStrategy.NO and args.eval_strategy == IntervalStrategy.NO:
-        raise ValueError("the gate runs at evaluations and saves, and there are none. Set save_steps or eval_steps.")
+        raise ValueError(
+            "the thresholds are checked at evaluations and saves, and there are none. Set save_steps or eval_steps."
+        )
 
 
 @torch.no_grad()
@@ -217,7 +225,7 @@ def _restore(path: Path, model: Any, optimizer: Any) -> None:
         )
     _put_back(saved["tensors"], model)
     if optimizer is not None and saved["optimizer"] is not None:
-        # the learning rates are the scheduler's, which goes on
+        # the learning rates stay the scheduler's
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
 
@@ -229,7 +237,7 @@ def _put_back(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: parameters with a gradient, and buffers, such as the bias of a router's choice."""
+    """Tensors that training changes: parameters with a gradient, and buffers, such as a router's selection bias."""
     parameters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     return {**parameters, **dict(model.named_buffers())}
 
@@ -238,8 +246,16 @@ def _optimizer_state(optimizer: Any) -> dict[int, Any] | None:
     return None if optimizer is None else optimizer.state_dict()["state"]
 
 
-def _finite(figure: MetricValue | None) -> float | None:
-    return None if figure is None or figure.value is None or not math.isfinite(figure.value) else figure.value
+def _metrics(probe: Any, base: Any, new: Any) -> Mapping[str, MetricValue]:
+    if hasattr(probe, "metrics"):
+        return probe.metrics(base, new)
+    text = f"the method {type(probe).__name__}.figures of a probe is now called metrics: rename it."
+    warnings.warn(text, FutureWarning, stacklevel=2)
+    return probe.figures(base, new)
+
+
+def _finite(metric: MetricValue | None) -> float | None:
+    return None if metric is None or metric.value is None or not math.isfinite(metric.value) else metric.value
 
 
 def _is_distributed() -> bool:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_moe.comparison.monitor import check_gate, monitor
-from hf_moe.comparison.served_counts import Histograms
+from hf_moe.comparison.monitor import check_thresholds, monitor
+from hf_moe.comparison.served_counts import ServedCounts
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.observability.layer_statistics import empty_statistics
 from hf_moe.observability.routing_trace import RoutingTrace
@@ -30,7 +30,7 @@ def baseline():
 
 
 def exported(*counts):
-    found = Histograms(notes=["a note"])
+    found = ServedCounts(notes=["a note"])
     for name, values in zip(LAYERS, counts, strict=False):
         found.add(name, dict(enumerate(values)))
     return found
@@ -38,33 +38,35 @@ def exported(*counts):
 
 def test_the_same_load_is_no_shift():
     result = monitor(baseline(), exported([2000, 1600, 2400, 2000], [2000, 1600, 2400, 2000]))
-    assert result.figures()["load_shift.max"].value == pytest.approx(0, abs=1e-12)
+    assert result.metrics()["load_shift.max"].value == pytest.approx(0, abs=1e-12)
     assert result.notes == ("a note",)
     json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_the_baseline_may_be_one_domain():
     counts = [4000, 3000, 2000, 1000]
-    assert monitor(baseline(), exported(counts, counts), domain="law").figures()["load_shift.max"].value < 1e-12
-    assert monitor(baseline(), exported(counts, counts)).figures()["load_shift.max"].value > 0.02
+    assert monitor(baseline(), exported(counts, counts), domain="law").metrics()["load_shift.max"].value < 1e-12
+    assert monitor(baseline(), exported(counts, counts)).metrics()["load_shift.max"].value > 0.02
     with pytest.raises(ValueError, match="no domain 'docs'"):
         monitor(baseline(), exported(counts, counts), domain="docs")
 
 
-def test_a_gate_finds_a_dead_expert_and_its_layer():
+def test_thresholds_find_a_dead_expert_and_its_layer():
     result = monitor(baseline(), exported([500, 400, 600, 500], [900, 0, 600, 500]))
-    gate = RoutingThresholds.parse(["newly_dead_experts == 0", "load_shift.max <= 0.05", "max_violation.max <= 3"])
-    check_gate(gate)
-    verdict = gate.judge(result.figures())
+    thresholds = RoutingThresholds.parse(
+        ["newly_dead_experts == 0", "load_shift.max <= 0.05", "max_violation.max <= 3"]
+    )
+    check_thresholds(thresholds)
+    verdict = thresholds.judge(result.metrics())
     assert [failed.check.metric for failed in verdict.failures] == ["newly_dead_experts", "load_shift.max"]
     assert "measured 1 (1 in model.layers.1.mlp)" in str(verdict)
 
 
-def test_a_gate_of_what_counts_cannot_tell_is_refused():
+def test_thresholds_of_metrics_without_counts_are_refused():
     with pytest.raises(ThresholdsError, match=r"'agreement\.min' is not measured by expert counts alone"):
-        check_gate(RoutingThresholds.parse(["agreement.min >= 0.9"]))
+        check_thresholds(RoutingThresholds.parse(["agreement.min >= 0.9"]))
     with pytest.raises(ThresholdsError, match="bits_per_byte"):
-        check_gate(RoutingThresholds.parse(["bits_per_byte.domain.law <= +0.1"]))
+        check_thresholds(RoutingThresholds.parse(["bits_per_byte.domain.law <= +0.1"]))
 
 
 def test_a_missing_layer_is_refused_unless_left_out():
@@ -80,4 +82,4 @@ def test_other_experts_and_too_little_traffic_are_refused():
     few = [10, 10, 10, 10]
     with pytest.raises(EvaluationError, match=r"the export has 40 assignments .*; 400 are needed to judge 4 experts"):
         monitor(baseline(), exported(few, few))
-    assert monitor(baseline(), exported(few, few), least_per_expert=10).comparison.layers
+    assert monitor(baseline(), exported(few, few), min_per_expert=10).comparison.layers

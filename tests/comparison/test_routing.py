@@ -75,19 +75,19 @@ def test_dead_and_revived_experts():
     assert found.agreement is None
 
 
-def test_figures_name_the_worst_layer():
+def test_metrics_name_the_worst_layer():
     names = ["model.layers.0.mlp", "model.layers.1.mlp"]
     base = [layer([4, 4], name=name) for name in names]
     new = [layer([4, 4], name=names[0]), layer([8, 0], name=names[1])]
     ids = [torch.tensor([0, 1] * 4).view(-1, 1), torch.zeros(8, 1, dtype=torch.int64)]
     comparison = compare_layers(base, new, dict.fromkeys(names, ids[0]), dict(zip(names, ids, strict=True)))
-    figures = comparison.figures()
-    assert (figures["agreement.min"].value, figures["agreement.min"].note) == (0.5, names[1])
-    assert figures["agreement.mean"].value == 0.75
-    assert (figures["dead_experts"].value, figures["dead_experts"].note) == (1, f"1 in {names[1]}")
-    assert figures["load_shift.max"].note == names[1]
-    assert figures["load_shift.mean"].value == pytest.approx(figures["load_shift.max"].value / 2)
-    assert figures["max_violation.max"].value == 1
+    metrics = comparison.metrics()
+    assert (metrics["agreement.min"].value, metrics["agreement.min"].note) == (0.5, names[1])
+    assert metrics["agreement.mean"].value == 0.75
+    assert (metrics["dead_experts"].value, metrics["dead_experts"].note) == (1, f"1 in {names[1]}")
+    assert metrics["load_shift.max"].note == names[1]
+    assert metrics["load_shift.mean"].value == pytest.approx(metrics["load_shift.max"].value / 2)
+    assert metrics["max_violation.max"].value == 1
     json.dumps(comparison.to_dict(), allow_nan=False)
 
 
@@ -95,14 +95,14 @@ def test_other_numbers_of_experts_leave_out_what_compares_them_singly():
     ids = torch.tensor([[0], [1]])
     key = "model.layers.0.mlp"
     comparison = compare_layers([layer([2, 2])], [layer([2, 2, 0])], {key: ids}, {key: ids})
-    found, figures = comparison.layers[0], comparison.figures()
+    found, metrics = comparison.layers[0], comparison.metrics()
     assert (found.agreement, found.overlap, found.load_shift, found.newly_dead, found.revived) == (None,) * 5
     assert found.entropy_change == pytest.approx(0)
     assert "The number of experts differs (2 and 3) in model.layers.0.mlp" in comparison.left_out[0]
     for name in ("agreement.min", "agreement.mean", "load_shift.max", "newly_dead_experts"):
-        assert figures[name].value is None
-        assert "number of experts differs" in figures[name].note
-    assert figures["dead_experts"].value == 1
+        assert metrics[name].value is None
+        assert "number of experts differs" in metrics[name].note
+    assert metrics["dead_experts"].value == 1
 
 
 def test_other_top_k_leaves_out_agreement_alone():
@@ -113,7 +113,7 @@ def test_other_top_k_leaves_out_agreement_alone():
     assert comparison.layers[0].overlap == 0.5
     assert comparison.layers[0].load_shift > 0
     assert "The number of experts per token differs (1 and 2)" in comparison.left_out[0]
-    assert comparison.figures()["agreement.min"].value is None
+    assert comparison.metrics()["agreement.min"].value is None
 
 
 def test_layers_are_paired_by_name_then_by_position():
@@ -133,6 +133,6 @@ def test_layers_are_paired_by_name_then_by_position():
 def test_a_layer_without_tokens_has_no_load_shift():
     comparison = compare_layers([layer([0, 0])], [layer([1, 1])])
     assert comparison.layers[0].load_shift is None
-    assert comparison.figures()["load_shift.max"].value is None
-    assert comparison.figures()["load_cv.max"].value == 0
+    assert comparison.metrics()["load_shift.max"].value is None
+    assert comparison.metrics()["load_cv.max"].value == 0
     json.dumps(comparison.to_dict(), allow_nan=False)

@@ -7,11 +7,11 @@ import pytest
 
 from hf_moe.comparison.served_counts import (
     METRIC,
-    HistogramError,
+    CountsError,
     by_layer_name,
     json_line,
     prometheus_text,
-    read_histograms,
+    read_served_counts,
 )
 
 
@@ -20,7 +20,7 @@ def read(tmp_path, *texts, **options):
     for number, text in enumerate(texts):
         paths.append(tmp_path / f"export{number}")
         paths[-1].write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_histograms(paths, **options)
+    return read_served_counts(paths, **options)
 
 
 def sample(value, layer="a", expert="0", more=""):
@@ -89,7 +89,7 @@ def test_a_cut_last_record_is_left_out_and_said(tmp_path, cut):
 
 def test_a_cut_scrape_is_refused(tmp_path):
     text = sample(10) + sample(1234, expert="1")
-    with pytest.raises(HistogramError, match=r"line 2: the text is cut off .* Scrape it again"):
+    with pytest.raises(CountsError, match=r"line 2: the text is cut off .* Scrape it again"):
         read(tmp_path, text[:-3])
 
 
@@ -141,7 +141,7 @@ def test_a_cut_scrape_is_refused(tmp_path):
     ],
 )
 def test_what_cannot_be_used_is_refused(tmp_path, text, message):
-    with pytest.raises(HistogramError) as caught:
+    with pytest.raises(CountsError) as caught:
         read(tmp_path, text)
     assert message in str(caught.value)
 
@@ -158,7 +158,7 @@ def test_a_hostile_line_costs_no_more_than_its_length(tmp_path):
     ]
     start = time.process_time()
     for line in hostile:
-        with pytest.raises(HistogramError):
+        with pytest.raises(CountsError):
             read(tmp_path, line + "\n", format="prometheus")
     assert time.process_time() - start < 2
 
@@ -166,18 +166,18 @@ def test_a_hostile_line_costs_no_more_than_its_length(tmp_path):
 def test_another_counter_and_format_can_be_named(tmp_path):
     text = sample(4).replace(METRIC, "vllm:expert_tokens")
     assert read(tmp_path, text, metric="vllm:expert_tokens").counts == {"a": {0: 4}}
-    with pytest.raises(HistogramError, match="not valid JSON"):
+    with pytest.raises(CountsError, match="not valid JSON"):
         read(tmp_path, text, format="jsonl")
-    with pytest.raises(HistogramError, match="the format must be one of auto, jsonl, prometheus, got 'csv'"):
+    with pytest.raises(CountsError, match="the format must be one of auto, jsonl, prometheus, got 'csv'"):
         read(tmp_path, text, format="csv")
 
 
 def test_layers_are_known_by_name_or_number():
     layers = ["model.layers.3.mlp", "model.layers.4.mlp"]
     assert by_layer_name(["4", "model.layers.3.mlp"], layers) == {"4": layers[1], "model.layers.3.mlp": layers[0]}
-    with pytest.raises(HistogramError, match="has a layer '5': there is no such layer in the baseline"):
+    with pytest.raises(CountsError, match="has a layer '5': there is no such layer in the baseline"):
         by_layer_name(["5"], layers)
-    with pytest.raises(HistogramError, match=r"names the layer 'model\.layers\.3\.mlp' twice"):
+    with pytest.raises(CountsError, match=r"names the layer 'model\.layers\.3\.mlp' twice"):
         by_layer_name(["3", "model.layers.3.mlp"], layers)
-    with pytest.raises(HistogramError, match="2 layers have this number"):
+    with pytest.raises(CountsError, match="2 layers have this number"):
         by_layer_name(["3"], ["encoder.3.mlp", "decoder.3.mlp"])

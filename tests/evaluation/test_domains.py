@@ -1,4 +1,4 @@
-"""Figures of a domain against bits_per_byte itself, and their standard error against a simulation."""
+"""Metrics of a domain against bits_per_byte itself, and their standard error against a simulation."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from hf_moe.data.encoding import Encoder
 from hf_moe.data.sources import Source, read_source
 from hf_moe.data.tokenizer import encode_documents
 from hf_moe.evaluation.bits_per_byte import bits_by_document, bits_per_byte
-from hf_moe.evaluation.domains import measure_domain, ratio_stderr, read_documents, read_domains
+from hf_moe.evaluation.domains import domain_entry, ratio_stderr, read_documents, read_domains
 from hf_moe.evaluation.errors import EvaluationError
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
 
@@ -44,15 +44,16 @@ def test_documents_are_measured_each_by_itself(model, tokenizer):
             assert (part.bytes, part.tokens) == (alone.bytes, alone.tokens)
 
 
-def test_figures_and_samples_agree(model, tokenizer):
+def test_metrics_and_samples_agree(model, tokenizer):
     documents = [text for text in DOCUMENTS if text]
-    figures, samples = measure_domain(model, tokenizer, documents, window=16, stride=8)
+    parts = bits_by_document(model, tokenizer, documents, window=16, stride=8, batch_size=8)
+    entry, samples = domain_entry(documents, parts, window=16, stride=8)
     whole = bits_per_byte(model, tokenizer, documents, window=16, stride=8, batch_size=8)
-    assert figures["metrics"]["bits_per_byte"]["value"] == pytest.approx(whole.value, rel=1e-12)
-    assert figures["metrics"]["perplexity"]["value"] == pytest.approx(whole.perplexity, rel=1e-9)
+    assert entry["metrics"]["bits_per_byte"]["value"] == pytest.approx(whole.value, rel=1e-12)
+    assert entry["metrics"]["perplexity"]["value"] == pytest.approx(whole.perplexity, rel=1e-9)
     nats, weights = zip(*(sample["values"]["bits_per_byte"] for sample in samples), strict=True)
     assert -sum(nats) / math.log(2) / sum(weights) == pytest.approx(whole.value, rel=1e-12)
-    assert figures["bytes"] == sum(len(text.encode()) for text in documents) == sum(weights)
+    assert entry["bytes"] == sum(len(text.encode()) for text in documents) == sum(weights)
 
 
 def test_standard_error_of_a_ratio_equals_its_spread():
@@ -84,9 +85,9 @@ def test_two_texts_of_one_name_and_rows_without_text_are_refused(tmp_path, capsy
     with pytest.raises(DataError, match=r"1 of 2 rows of .*\(line 2\). Line 2: 'text' is empty"):
         read_domains([str(tmp_path / "law.jsonl")], tiny_tokenizer)
     assert read_domains([str(tmp_path / "law.jsonl")], tiny_tokenizer, on_bad_row="skip") == {"law": ["a"]}
-    said = " ".join(capsys.readouterr().err.split())
-    assert "not used: the column 'id'" in said
-    assert "1 bad row left out (line 2)" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "not used: the column 'id'" in printed
+    assert "1 bad row left out (line 2)" in printed
 
 
 CHAT = {"messages": [user("two?"), assistant("four")]}
@@ -110,8 +111,9 @@ def test_what_the_recipes_train_on_is_measured(record, text, model, tmp_path):
         data_set = read_source(Source(str(tmp_path / "a.jsonl")))
         [example] = data_set.apply(Encoder(tokenizer, max_length=64).encode)[1]
         assert [tokenizer.bos_token_id, *encode_documents(tokenizer, domains["a"])[0]] == example.input_ids
-    figures, _ = measure_domain(model, tokenizer, evenly_spread(domains["a"], 30), window=16, stride=8)
-    assert 0 < figures["bytes"] <= 30
+    documents = evenly_spread(domains["a"], 30)
+    parts = bits_by_document(model, tokenizer, documents, window=16, stride=8)
+    assert 0 < domain_entry(documents, parts, window=16, stride=8)[0]["bytes"] <= 30
 
 
 def test_a_long_conversation_that_is_cut_stays_one():

@@ -1,4 +1,4 @@
-"""Which files a task reads, which splits may be missing, and what is said when one is."""
+"""Which files a task reads, which splits may be missing, and the error when one is."""
 
 import hashlib
 

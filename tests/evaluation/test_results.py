@@ -6,10 +6,18 @@ import json
 import pytest
 
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.evaluation.results import FORMAT, check_results, finite, harness_metrics, read_results
-from hf_moe.evaluation.samples import plain, read_samples, write_samples
+from hf_moe.evaluation.results import (
+    FORMAT,
+    check_results,
+    finite,
+    harness_metrics,
+    plain,
+    read_results,
+    read_samples,
+    write_samples,
+)
 
-FIGURE = {"value": 0.5, "stderr": None, "higher_is_better": True}
+METRIC = {"value": 0.5, "stderr": None, "higher_is_better": True}
 RESULTS = {
     "format": FORMAT,
     "date": "2026-11-22",
@@ -26,7 +34,7 @@ RESULTS = {
             "num_fewshot": 0,
             "num_samples": 2,
             "num_available": 2,
-            "metrics": {"acc,none": FIGURE},
+            "metrics": {"acc,none": METRIC},
             "definition": "lm-evaluation-harness",
             "definition_sha256": "c" * 64,
             "data": {},
@@ -40,7 +48,7 @@ RESULTS = {
         }
     },
     "groups": {},
-    "domains": {"novel": {"metrics": {"bits_per_byte": {**FIGURE, "value": None}}}},
+    "domains": {"novel": {"metrics": {"bits_per_byte": {**METRIC, "value": None}}}},
 }
 
 
@@ -99,9 +107,9 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_metrics_of_lm_eval_keep_their_filters_and_stderrs():
-    figures = {"alias": "arc", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,a,b": float("nan"),
+    results = {"alias": "arc", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,a,b": float("nan"),
                "f1_stderr,a,b": "N/A"}  # fmt: skip
-    assert harness_metrics(figures, {"acc": True}) == {
+    assert harness_metrics(results, {"acc": True}) == {
         "acc,none": {"value": 0.5, "stderr": 0.1, "higher_is_better": True},
         "f1,a,b": {"value": None, "stderr": None, "higher_is_better": None},
     }

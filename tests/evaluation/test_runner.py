@@ -19,9 +19,8 @@ from hf_moe.evaluation.errors import EvaluationError  # noqa: E402
 from hf_moe.evaluation.masking import MaskError  # noqa: E402
 from hf_moe.evaluation.paired import compare_results  # noqa: E402
 from hf_moe.evaluation.plan import Evaluation  # noqa: E402
-from hf_moe.evaluation.results import HARNESS, read_results  # noqa: E402
+from hf_moe.evaluation.results import HARNESS, read_results, read_samples  # noqa: E402
 from hf_moe.evaluation.runner import evaluate  # noqa: E402
-from hf_moe.evaluation.samples import read_samples  # noqa: E402
 from hf_moe.io.stages import RunRefusedError  # noqa: E402
 from tiny_benchmarks import write_mirror  # noqa: E402
 from tiny_moe import tiny_tokenizer, words  # noqa: E402
@@ -239,18 +238,18 @@ def test_two_evaluations_are_compared(finished, model_folder, mirror, domain, tm
         compare_results(finished[0], tmp_path / "other")
 
 
-def test_a_router_that_cannot_be_masked_costs_no_figures(model_folder, mirror, tmp_path, monkeypatch):
+def test_a_router_that_cannot_be_masked_costs_no_metrics(model_folder, mirror, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise MaskError("it chooses by a table")
 
-    monkeypatch.setattr(measure, "masked_figures", refuse)
+    monkeypatch.setattr(measure, "masked_metrics", refuse)
     settings = {**SETTINGS, "tasks": (ARC,), "limit": 2}
     results = evaluate(Evaluation(str(model_folder()), data_root=mirror, **settings), tmp_path / "run")
     experts = results["tasks"]["arc_easy"]["experts"]
     assert (experts["masked"], experts["masked_refused"]) == ([], "it chooses by a table")
 
 
-def test_a_dense_model_has_no_expert_figures(mirror, tmp_path):
+def test_a_dense_model_has_no_expert_metrics(mirror, tmp_path):
     tokenizer = tiny_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from hf_moe.adapters.load_adapter import AdapterError, load_adapter
-from hf_moe.comparison.compare_models import ModelChoice, load_model
+from hf_moe.comparison.run import ModelChoice, load_model
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.loading.auto_classes import is_language_model, named_auto_class, whole_auto_class
 from hf_moe.loading.pretrained import ModelError, ModelNotFoundError, find_model, load_language_model

@@ -1,4 +1,4 @@
-"""Training under a gate: scripted measurements for what it does, one real probe for that it works."""
+"""Training under thresholds: scripted measurements for what it does, one real probe for that it works."""
 
 import json
 
@@ -13,14 +13,14 @@ from hf_moe.training.rollback import BEST_FOLDER, STATE, RollbackCallback, _rest
 from tiny_hf_moe import random_ids
 from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora, words
 
-GATE = ["agreement.min >= 0.5"]
+CHECKS = ["agreement.min >= 0.5"]
 
 
 class Script:
-    """A probe whose figures are written down: agreement and the change of bits per byte, in the order of use."""
+    """A probe whose metrics are written down: agreement and the change of bits per byte, in the order of use."""
 
-    def __init__(self, *figures):
-        self.figures_to_come = list(figures)
+    def __init__(self, *metrics):
+        self.metrics_to_come = list(metrics)
         self.weights = []
         self.bases = []
 
@@ -28,9 +28,9 @@ class Script:
         self.weights.append(weights(model))
         return len(self.weights)
 
-    def figures(self, base, new):
+    def metrics(self, base, new):
         self.bases.append(base)
-        agreement, bits = self.figures_to_come.pop(0)
+        agreement, bits = self.metrics_to_come.pop(0)
         return {"agreement.min": MetricValue(agreement), "bits_per_byte.all": MetricValue(bits)}
 
 
@@ -53,7 +53,7 @@ def verdicts(trainer):
 def test_a_failure_restores_the_best_that_passed(tmp_path):
     # at steps 0, 1, 2 (best), 3 (worse), 4 (fails)
     probe = Script((1, 0), (0.9, -0.1), (0.9, -0.3), (0.9, -0.2), (0.1, -0.9))
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), probe)
     trainer = trainer_of(tmp_path, callback)
     trainer.train()
     assert verdicts(trainer) == [(0, True), (1, True), (2, True), (3, True), (4, False)]
@@ -70,9 +70,9 @@ def test_a_failure_restores_the_best_that_passed(tmp_path):
     assert torch.equal(weights(at_the_end), probe.weights[3])
 
 
-def test_the_optimizer_goes_back_and_the_schedule_goes_on(tmp_path):
+def test_the_optimizer_goes_back_and_the_schedule_continues(tmp_path):
     probe = Script((1, 0), (0.9, -0.1), (0.1, 0))
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), probe)
     trainer = trainer_of(tmp_path, callback, steps=2, lr_scheduler_type="linear")
     trainer.train()
     state = trainer.optimizer.state_dict()
@@ -82,7 +82,7 @@ def test_the_optimizer_goes_back_and_the_schedule_goes_on(tmp_path):
 
 def test_training_stops_after_failures_in_a_row(tmp_path):
     probe = Script((1, 0), (0.1, 0), (0.9, 0), (0.1, 0), (0.1, 0), (0.9, 0))
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe, stop_after=2)
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), probe, stop_after=2)
     trainer = trainer_of(tmp_path, callback, steps=9)
     trainer.train()
     assert verdicts(trainer) == [(0, True), (1, False), (2, True), (3, False), (4, False)]
@@ -92,7 +92,7 @@ def test_training_stops_after_failures_in_a_row(tmp_path):
 
 def test_nothing_to_go_back_to_is_said(tmp_path, caplog):
     probe = Script((0.1, 0), (0.1, 0), (0.1, 0))
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), probe)
     trainer = trainer_of(tmp_path, callback, steps=2)
     trainer.train()
     assert callback.failures_in_a_row == 2
@@ -102,9 +102,9 @@ def test_nothing_to_go_back_to_is_said(tmp_path, caplog):
     assert not (tmp_path / BEST_FOLDER).exists()
 
 
-def test_figures_may_be_relative_to_the_best(tmp_path):
+def test_metrics_may_be_relative_to_the_best(tmp_path):
     probe = Script((1, 0), (0.9, -0.1), (0.9, 0.1), (0.9, -0.1))
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe, against="best")
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), probe, against="best")
     trainer_of(tmp_path, callback, steps=3).train()
     # measurement 1 is the base, 2 to 5 steps 0 to 3
     assert probe.bases == [1, 2, 3, 3]
@@ -113,20 +113,20 @@ def test_figures_may_be_relative_to_the_best(tmp_path):
 
 def test_evaluations_are_judged_once(tmp_path):
     probe = Script(*[(1, 0)] * 3)
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), probe)
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), probe)
     trainer = trainer_of(tmp_path, callback, steps=2, eval_strategy="steps", eval_steps=1, save_steps=2)
     trainer.train()
     assert [step for step, _ in verdicts(trainer)] == [0, 1, 2]
 
 
-def test_a_resumed_adapter_run_goes_on_with_its_best(tmp_path):
+def test_a_resumed_adapter_run_keeps_its_best(tmp_path):
     def adapted():
         return with_expert_lora(hf_moe_model(num_hidden_layers=1))
 
     first = Script((1, 0), (0.9, -0.5), (0.9, 0))
-    trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(GATE), first), adapted(), steps=2).train()
+    trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(CHECKS), first), adapted(), steps=2).train()
     second = Script((0.1, 0))
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), second)
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), second)
     trainer = trainer_of(tmp_path, callback, adapted(), steps=3)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.best_step == 1
@@ -137,7 +137,7 @@ def test_a_resumed_adapter_run_goes_on_with_its_best(tmp_path):
 def test_what_is_frozen_stays_frozen_and_other_tensors_are_refused(tmp_path):
     model = with_expert_lora(hf_moe_model(num_hidden_layers=1))
     frozen = next(p for name, p in model.named_parameters() if "lora_" in name).requires_grad_(False)
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), Script((1, 0), (0.9, 0)))
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), Script((1, 0), (0.9, 0)))
     trainer_of(tmp_path, callback, model, steps=1).train()
     assert not frozen.requires_grad  # PEFT makes all trainable when its adapters come back
     frozen.requires_grad_(True)
@@ -146,8 +146,8 @@ def test_what_is_frozen_stays_frozen_and_other_tensors_are_refused(tmp_path):
 
 
 def test_a_resumed_whole_model_needs_its_reference(tmp_path):
-    trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(GATE), Script(*[(1, 0)] * 3)), steps=2).train()
-    callback = RollbackCallback(RoutingThresholds.parse(GATE), Script((1, 0)))
+    trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(CHECKS), Script(*[(1, 0)] * 3)), steps=2).train()
+    callback = RollbackCallback(RoutingThresholds.parse(CHECKS), Script((1, 0)))
     with pytest.raises(ValueError, match=r"resumes at step 1: .* Pass reference=probe.measure\(model\)"):
         trainer_of(tmp_path, callback, steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
@@ -160,9 +160,29 @@ def test_a_resumed_whole_model_needs_its_reference(tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, settings, message):
-    trainer = trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(GATE), Script()), **settings)
+    trainer = trainer_of(tmp_path, RollbackCallback(RoutingThresholds.parse(CHECKS), Script()), **settings)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_old_names_still_work(tmp_path):
+    class Old:
+        def measure(self, model):
+            return None
+
+        def figures(self, base, new):
+            return {"agreement.min": MetricValue(1.0)}
+
+    with pytest.warns(FutureWarning, match="gate is now called thresholds"):
+        callback = RollbackCallback(gate=RoutingThresholds.parse(CHECKS), probe=Old())
+    with pytest.warns(FutureWarning, match=r"Old\.figures of a probe is now called metrics"):
+        trainer_of(tmp_path, callback, steps=1).train()
+    assert callback.best_step == 1
+    with (
+        pytest.warns(FutureWarning, match="gate is now called thresholds"),
+        pytest.raises(TypeError, match="multiple values for keyword argument 'thresholds'"),
+    ):
+        RollbackCallback(gate="a", thresholds="b", probe=Old())
 
 
 def test_bad_arguments_are_refused(tmp_path):
@@ -170,9 +190,9 @@ def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ThresholdsError, match="can never hold"):
         RollbackCallback(tmp_path / "gate.yaml", Script())
     with pytest.raises(ValueError, match="stop_after must be at least 1, got 0"):
-        RollbackCallback(RoutingThresholds.parse(GATE), Script(), stop_after=0)
+        RollbackCallback(RoutingThresholds.parse(CHECKS), Script(), stop_after=0)
     with pytest.raises(ValueError, match="against must be 'base' or 'best', got 'last'"):
-        RollbackCallback(RoutingThresholds.parse(GATE), Script(), against="last")
+        RollbackCallback(RoutingThresholds.parse(CHECKS), Script(), against="last")
 
 
 def test_a_real_probe_finds_a_spoilt_router(tmp_path):
@@ -192,5 +212,5 @@ def test_a_real_probe_finds_a_spoilt_router(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     assert verdicts(trainer) == [(0, True), (1, True), (2, False)]
-    after = probe.figures(callback.reference, probe.measure(trainer.model))
+    after = probe.metrics(callback.reference, probe.measure(trainer.model))
     assert after["agreement.min"].value > 0.9

@@ -1,4 +1,8 @@
-"""Metric modules of the `evaluate` library, loaded by path: `evaluate.load(metric_path("expert_utilization"))`."""
+"""Metric modules of the `evaluate` library, loaded by path: `evaluate.load(metric_path("expert_utilization"))`.
+
+expert_utilization/   how evenly tokens are spread over the experts of a layer
+routing_agreement/    how often two models send a token to the same experts
+"""
 
 from pathlib import Path
 
@@ -6,7 +10,7 @@ METRICS = ("expert_utilization", "routing_agreement")
 
 
 def metric_path(name: str) -> str:
-    """The folder that `evaluate.load` takes.
+    """Return the folder that `evaluate.load` takes.
 
     Raises:
         ValueError: For an unknown name.

@@ -1,1 +1,4 @@
-"""Metric module `expert_utilization` of the `evaluate` library."""
+"""Metric module `expert_utilization` of the `evaluate` library.
+
+expert_utilization.py   the metric, its inputs and its citation
+"""

@@ -1,4 +1,4 @@
-"""How evenly the tokens of a text are spread over the experts of a layer."""
+"""Utilization of the experts of a layer: how evenly the tokens of a text are spread over them."""
 
 from typing import Any
 

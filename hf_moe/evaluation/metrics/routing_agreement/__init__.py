@@ -1,1 +1,4 @@
-"""Metric module `routing_agreement` of the `evaluate` library."""
+"""Metric module `routing_agreement` of the `evaluate` library.
+
+routing_agreement.py   the metric, its inputs and its citation
+"""

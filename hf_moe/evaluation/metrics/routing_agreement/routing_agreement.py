@@ -1,4 +1,4 @@
-"""How often two models, or two checkpoints of one, send a token to the same experts."""
+"""Agreement of two models, or two checkpoints of one: how often they send a token to the same experts."""
 
 from typing import Any
 

@@ -1,21 +1,65 @@
-"""Two models side by side on the same texts: routing, weights, bits per byte and latency, by layer and by domain."""
+"""Two models on the same texts: what a `TextProbe` measured of each, and how they differ in routing, weights, bits per
+byte and latency, by layer and by domain."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from hf_moe.comparison.measurement import Measurement
 from hf_moe.comparison.routing import RoutingComparison, compare_traces
-from hf_moe.comparison.weight_drift import LayerDrift, is_exact, weight_drift
+from hf_moe.comparison.weights import LayerDrift, LayerWeights, is_exact, weight_drift
+from hf_moe.evaluation.bits_per_byte import BitsPerByte
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.io.old_names import renamed_method
+from hf_moe.observability.routing_trace import RoutingTrace
 from hf_moe.observability.thresholds import MetricValue, json_number
 
 
 @dataclass(frozen=True)
+class Latency:
+    """The fastest of a few forward passes, without a cache and without hooks.
+
+    Attributes:
+        seconds: Of the pass.
+        tokens: In it.
+    """
+
+    seconds: float
+    tokens: int
+
+    @property
+    def milliseconds_per_1k_tokens(self) -> float:
+        return 1e6 * self.seconds / self.tokens
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on the texts of a `TextProbe`.
+
+    Attributes:
+        trace: Routing by domain, of single tokens.
+        bits: By domain.
+        latency: By domain; empty if it was not measured.
+        weights: Samples by layer; empty if they were not taken.
+        window: Tokens that the model read at once, at most. Windows advance by half of it, so that the routing of most
+            tokens counts twice.
+    """
+
+    trace: RoutingTrace
+    bits: dict[str, BitsPerByte]
+    latency: dict[str, Latency]
+    weights: dict[str, LayerWeights]
+    window: int
+
+
+@dataclass(frozen=True)
 class ModelComparison:
-    """Attributes:
-    routing: All tokens.
-    by_domain: Routing of each domain.
-    drift: Of the layers of `routing`, in their order; empty if no weights were taken.
+    """Differences between two models on the same texts; `compare_measurements` makes one.
+
+    Attributes:
+        base, new: The two measurements.
+        routing: Of all tokens.
+        by_domain: Routing of each domain.
+        drift: Of the layers of `routing`, in their order; empty if no weights were taken.
+        names: Of the two models, for tables and the page.
     """
 
     base: Measurement
@@ -27,7 +71,7 @@ class ModelComparison:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What could not be compared, and why."""
+        """Sentences on what could not be compared, and why."""
         drift = [reason for layer in self.drift for reason in layer.left_out]
         return tuple(dict.fromkeys((*self.routing.left_out, *drift)))
 
@@ -44,14 +88,14 @@ class ModelComparison:
         before, after = (_latency(side, domain) for side in (self.base, self.new))
         return None if before is None or after is None else after / before
 
-    def figures(self) -> dict[str, MetricValue]:
-        """What a gate can bound."""
+    def metrics(self) -> dict[str, MetricValue]:
+        """Metrics that `RoutingThresholds` can bound, by name."""
         domains = list(self.base.bits)
         bits = {name: self.bits_change(name) for name in domains}
         # NaN first: it is worse than every number
         worst = max(bits, key=lambda name: (bits[name] != bits[name], bits[name]))
         found = {
-            **self.routing.figures(),
+            **self.routing.metrics(),
             "bits_per_byte.all": MetricValue(self.bits_change()),
             "bits_per_byte.worst_domain": MetricValue(bits[worst], worst),
             **{f"bits_per_byte.domain.{name}": MetricValue(value) for name, value in bits.items()},
@@ -65,6 +109,8 @@ class ModelComparison:
             found["latency.worst_domain"] = MetricValue(known[slowest], slowest)
             found |= {f"latency.domain.{name}": MetricValue(ratio) for name, ratio in known.items()}
         return found
+
+    figures = renamed_method("figures", "metrics")
 
     def _worst_drift(self, part: str) -> MetricValue:
         named = zip(self.routing.layers, self.drift, strict=bool(self.drift))
@@ -82,8 +128,8 @@ class ModelComparison:
                 for name, side in zip(self.names, (self.base, self.new), strict=True)
             ],
             "figures": {
-                name: {"value": json_number(figure.value), "note": figure.note}
-                for name, figure in sorted(self.figures().items())
+                name: {"value": json_number(metric.value), "note": metric.note}
+                for name, metric in sorted(self.metrics().items())
             },
             "left_out": list(self.left_out),
             "domains": {name: self._domain_dict(name) for name in self.base.bits},
@@ -93,14 +139,14 @@ class ModelComparison:
         }
 
     def _domain_dict(self, name: str) -> dict[str, Any]:
-        routing = self.by_domain[name].figures() if name in self.by_domain else {}
-        shown = ("agreement.min", "agreement.mean", "overlap.mean", "load_shift.max", "load_shift.mean")
+        routing = self.by_domain[name].metrics() if name in self.by_domain else {}
+        listed = ("agreement.min", "agreement.mean", "overlap.mean", "load_shift.max", "load_shift.mean")
         return {
             "bytes": self.base.bits[name].bytes,
             "tokens": [side.bits[name].tokens for side in (self.base, self.new)],
             "bits_per_byte": [json_number(_bits(side, name)) for side in (self.base, self.new)],
             "milliseconds_per_1k_tokens": [_latency(side, name) for side in (self.base, self.new)],
-            **{figure: json_number(routing[figure].value) for figure in shown if figure in routing},
+            **{metric: json_number(routing[metric].value) for metric in listed if metric in routing},
         }
 
     def _layer_dict(self, position: int) -> dict[str, Any]:

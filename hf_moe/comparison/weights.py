@@ -1,4 +1,4 @@
-"""How far the weights of two models are apart, read one model at a time.
+"""Weight drift: how far the weights of two models are apart, read one model at a time.
 
 Of every matrix of an expert at most `SAMPLE` entries are kept, at positions that depend on nothing but its size: the
 relative Frobenius norm of a change is exact for smaller matrices, and has a standard error of about 1 % for larger
@@ -44,8 +44,10 @@ class TensorSample:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Attributes:
-    router, experts: Samples by the tensor's name; None if they cannot be read, for the reason in `unreadable`.
+    """Samples of the weights of one layer.
+
+    Attributes:
+        router, experts: Samples by the tensor's name; None if they cannot be read, for the reason in `unreadable`.
     """
 
     router: dict[str, TensorSample] | None
@@ -55,7 +57,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """Norm of the change over the norm of the base; None if it cannot be told.
+    """Norm of the change over the norm of the base; None where it is not known.
 
     Attributes:
         by_expert: `[E]` float64, of each expert alone.
@@ -69,12 +71,12 @@ class LayerDrift:
 
 @torch.no_grad()
 def sample_weights(model: nn.Module) -> dict[str, LayerWeights]:
-    """What is kept of a model's routers and routed experts, by layer name; active LoRA adapters are added to them."""
+    """Sample a model's routers and routed experts, by layer name; active LoRA adapters are added to them."""
     return {layer.plain_name: _sample_layer(model, layer) for layer in moe_layers(model)}
 
 
 def weight_drift(base: LayerWeights, new: LayerWeights) -> LayerDrift:
-    """How far the weights of one layer are from those of the base."""
+    """Compare the weights of one layer with those of the base."""
     router, _, router_reason = _drift("router", base.router, new.router)
     experts, by_expert, experts_reason = _drift("experts", base.experts, new.experts)
     reasons = (*base.unreadable, *new.unreadable, router_reason, experts_reason)
@@ -82,7 +84,7 @@ def weight_drift(base: LayerWeights, new: LayerWeights) -> LayerDrift:
 
 
 def is_exact(weights: dict[str, LayerWeights]) -> bool:
-    """Whether every entry was kept."""
+    """True if every entry was kept."""
     samples = [part for layer in weights.values() for part in (layer.router, layer.experts) if part is not None]
     return all(sample.scale == 1.0 for part in samples for sample in part.values())
 

@@ -9,8 +9,8 @@ from packaging.version import Version
 
 from hf_moe.adapters.adapter_experts import AdapterExpertsConfig
 from hf_moe.adapters.esft import SelectedExperts
-from hf_moe.comparison import weight_drift as module
-from hf_moe.comparison.weight_drift import is_exact, sample_weights, weight_drift
+from hf_moe.comparison import weights as module
+from hf_moe.comparison.weights import is_exact, sample_weights, weight_drift
 from hf_moe.layers.moe_layers import moe_layers
 from tiny_lora import adapted, build
 from tiny_moe import hf_moe_model, qwen_model
@@ -118,7 +118,7 @@ def test_adapter_experts_leave_the_base_experts_as_they_are():
     assert all(layer.experts == 0 for layer in drift(base, extended).values())
 
 
-def test_what_cannot_be_told_is_said():
+def test_unreadable_weights_are_left_out_with_a_reason():
     base, other = hf_moe_model(), hf_moe_model(num_experts=4)
     found = next(iter(drift(base, other).values()))
     assert (found.router, found.experts, found.by_expert) == (None, None, None)

@@ -1,4 +1,4 @@
-"""Two tiny models on the same texts: figures against those computed by hand, and the page."""
+"""Two tiny models on the same texts: metrics against those computed by hand, and the page."""
 
 import copy
 import json
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hf_moe.adapters.load_adapter import AdapterError
-from hf_moe.comparison.compare_models import ModelChoice, compare_models, load_model
-from hf_moe.comparison.model_comparison import compare_measurements
+from hf_moe.comparison.models import compare_measurements
 from hf_moe.comparison.page import render, write_page
 from hf_moe.comparison.routing_agreement import record_choices
+from hf_moe.comparison.run import ModelChoice, compare_models, load_model
 from hf_moe.comparison.table import print_comparison
 from hf_moe.comparison.text_probe import TextProbe, evenly_spread
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
@@ -60,14 +60,14 @@ def comparison(measured):
 
 
 def test_the_same_model_differs_in_nothing(measured):
-    figures = compare_measurements(measured[0], measured[0]).figures()
+    metrics = compare_measurements(measured[0], measured[0]).metrics()
     same = ("agreement.min", "agreement.mean", "overlap.min")
     none = ("load_shift.max", "newly_dead_experts", "bits_per_byte.all", "weight_drift.experts.max")
-    assert [figures[name].value for name in same] == [1.0] * 3
-    assert [figures[name].value for name in none] == [0.0] * 4
+    assert [metrics[name].value for name in same] == [1.0] * 3
+    assert [metrics[name].value for name in none] == [0.0] * 4
 
 
-def test_figures_match_those_taken_singly(probe, tokenizer, measured, comparison):
+def test_metrics_match_those_taken_singly(probe, tokenizer, measured, comparison):
     torch.manual_seed(0)
     base = model()
     new = disturbed(base)
@@ -76,17 +76,17 @@ def test_figures_match_those_taken_singly(probe, tokenizer, measured, comparison
         options = {"window": WINDOW, "stride": WINDOW // 2}
         values = [bits_per_byte(one, tokenizer, documents, **options).value for one in (base, new)]
         changes[name] = values[1] - values[0]
-    figures = comparison.figures()
+    metrics = comparison.metrics()
     for name, change in changes.items():
-        assert figures[f"bits_per_byte.domain.{name}"].value == pytest.approx(change, abs=1e-6)
+        assert metrics[f"bits_per_byte.domain.{name}"].value == pytest.approx(change, abs=1e-6)
     worst = max(changes, key=changes.get)
-    assert figures["bits_per_byte.worst_domain"].value == pytest.approx(changes[worst], abs=1e-6)
-    assert figures["bits_per_byte.worst_domain"].note == worst
-    assert 0 < figures["agreement.min"].value < 1
-    assert figures["agreement.min"].note == "model.layers.1.mlp"
+    assert metrics["bits_per_byte.worst_domain"].value == pytest.approx(changes[worst], abs=1e-6)
+    assert metrics["bits_per_byte.worst_domain"].note == worst
+    assert 0 < metrics["agreement.min"].value < 1
+    assert metrics["agreement.min"].note == "model.layers.1.mlp"
     assert comparison.routing.layers[0].agreement == 1.0  # before the disturbed router
-    assert figures["weight_drift.router.max"].note == "model.layers.1.mlp"
-    assert "latency.all" not in figures
+    assert metrics["weight_drift.router.max"].note == "model.layers.1.mlp"
+    assert "latency.all" not in metrics
 
 
 def test_agreement_is_that_of_recorded_choices(tokenizer):
@@ -110,16 +110,16 @@ def test_agreement_is_that_of_recorded_choices(tokenizer):
 
 def test_other_numbers_of_experts_compare_what_is_left(probe, measured):
     comparison = compare_measurements(measured[0], probe.measure(model(num_experts=4, num_experts_per_tok=1)))
-    figures = comparison.figures()
-    assert figures["agreement.min"].value is None
-    assert figures["weight_drift.experts.max"].value is None
-    assert figures["bits_per_byte.all"].value is not None
+    metrics = comparison.metrics()
+    assert metrics["agreement.min"].value is None
+    assert metrics["weight_drift.experts.max"].value is None
+    assert metrics["bits_per_byte.all"].value is not None
     assert any("number of experts differs (8 and 4)" in reason for reason in comparison.left_out)
     assert any("weights differ in shape" in reason for reason in comparison.left_out)
     page = render(comparison)
     assert "number of experts differs" in page
     print_comparison(comparison)
-    verdict = RoutingThresholds.parse(["agreement.min >= 0.5", "bits_per_byte.all <= +9"]).judge(figures)
+    verdict = RoutingThresholds.parse(["agreement.min >= 0.5", "bits_per_byte.all <= +9"]).judge(metrics)
     assert [failed.check.line for failed in verdict.failures] == [1]
 
 
@@ -131,9 +131,16 @@ def test_other_families_and_tokenizers(probe, measured):
     assert comparison.routing.layers[0].agreement is not None
     again = TextProbe(TEXTS, tiny_tokenizer(290), window=WINDOW, time_it=False, take_weights=False)
     comparison = compare_measurements(measured[0], again.measure(model()))
-    assert comparison.figures()["agreement.min"].value is None
+    assert comparison.metrics()["agreement.min"].value is None
     assert any("their tokenizers differ" in reason for reason in comparison.left_out)
-    assert comparison.figures()["load_shift.max"].value is not None
+    assert comparison.metrics()["load_shift.max"].value is not None
+
+
+def test_old_names_still_work(probe, measured, comparison):
+    for old in (comparison.figures, comparison.routing.figures, lambda: probe.figures(*measured)):
+        with pytest.warns(FutureWarning, match=r"\.figures is now called \w+\.metrics"):
+            found = old()
+        assert found["agreement.min"] == comparison.metrics()["agreement.min"]
 
 
 def test_different_texts_are_refused(tokenizer, measured):
@@ -151,7 +158,7 @@ def test_a_model_of_nan_fails_every_threshold(probe, measured):
     with torch.no_grad():
         broken.lm_head.weight[0] = float("nan")
     comparison = compare_measurements(measured[0], probe.measure(broken))
-    assert not RoutingThresholds.parse(["bits_per_byte.worst_domain <= +9"]).judge(comparison.figures()).passed
+    assert not RoutingThresholds.parse(["bits_per_byte.worst_domain <= +9"]).judge(comparison.metrics()).passed
     json.dumps(comparison.to_dict(), allow_nan=False)
     assert "not finite" in render(comparison)
     print_comparison(comparison)
@@ -219,7 +226,7 @@ def test_the_page_is_whole_and_names_stay_text(measured, tmp_path):
     hostile = ("<script>alert(1)</script>", "a\u202eb\"'><img src=x onerror=alert(1)>")
     comparison = compare_measurements(*measured, hostile)
     verdict = RoutingThresholds.parse(["agreement.min >= 0.99", "dead_experts <= 99"], "</title><b>gate.yaml").judge(
-        comparison.figures()
+        comparison.metrics()
     )
     write_page(tmp_path / "page.html", comparison, verdict)
     page = (tmp_path / "page.html").read_text()
@@ -229,7 +236,7 @@ def test_the_page_is_whole_and_names_stay_text(measured, tmp_path):
     assert not names & {"script", "img", "b", "iframe", "link"}
     assert not any(key.startswith("on") or key in ("src", "style") for _, attrs in parsed.tags for key in attrs)
     assert "\u202e" not in page
-    assert "The gate fails: 1 of 2 checks hold." in parsed.text
+    assert "Thresholds failed: 1 of 2 checks hold." in parsed.text
     assert "<script>alert(1)</script>" in parsed.text
     assert len(re.findall(r"expert 7: ", page)) == 2 * 2  # loads and drifts of two layers
     assert not re.search(r"https?://(?!www\.w3\.org)", page)

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_moe.adapters.load_adapter import load_adapter
-from hf_moe.comparison.measurement import Measurement
-from hf_moe.comparison.model_comparison import ModelComparison, compare_measurements
+from hf_moe.comparison.models import Measurement, ModelComparison, compare_measurements
 from hf_moe.comparison.text_probe import WINDOW, TextProbe
 from hf_moe.data.encoding import context_of
 from hf_moe.evaluation.errors import EvaluationError
@@ -24,13 +23,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load.
+    """A model to load.
 
     Attributes:
         path: A model folder, or a name on the Hub. Quantised checkpoints load as they are.
         adapter: Folder or name of a PEFT adapter on it.
         dtype: One of `DTYPES`; auto is as saved.
-        experts_implementation: Experts backend; the host's choice if None.
+        experts_implementation: Experts backend; transformers chooses if None.
         device: Such as "cuda"; the GPU if there is one.
     """
 
@@ -46,7 +45,7 @@ class ModelChoice:
 
     @property
     def name(self) -> str:
-        """For people: the last part of a path, so that no folder of this machine shows."""
+        """Name for reports: of a path the last part, so that no folder of this machine shows."""
         parts = [_last_part(self.path)]
         parts += [] if self.adapter is None else [f"with {_last_part(self.adapter)}"]
         parts += [] if self.dtype == "auto" else [f"in {self.dtype}"]
@@ -74,7 +73,7 @@ def compare_models(
 
     Raises:
         EvaluationError: If a model, an adapter or a tokenizer cannot be used.
-        OSError, ValueError: As the host's loaders.
+        OSError, ValueError: As the loaders of transformers.
     """
     for choice in (base, new):
         read_config(choice.path)
@@ -93,7 +92,7 @@ def compare_models(
 
 
 def load_model(choice: ModelChoice) -> nn.Module:
-    """The model with its adapter, for evaluation.
+    """Load the model with its adapter, for evaluation.
 
     Raises:
         EvaluationError: If the model cannot be used, before its weights are read.
