@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_moe.evaluation.harness import HfMoeLM
 from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.layers.watch_routing import Routing, watch_routing
-from hf_moe.observability.expert_load import load_entropy, max_violation
+from hf_moe.observability.layer_statistics import load_entropy, max_violation
 
 
 class ExpertUse:

@@ -115,7 +115,11 @@ def explain(model: nn.Module) -> Explanation:
             f"explain() takes a model (torch.nn.Module), got {type(model).__name__}; for a config or a checkpoint "
             f"folder use explain_config()."
         )
-    layers = moe_layers(model)
+    return explain_layers(model, moe_layers(model))
+
+
+def explain_layers(model: nn.Module, layers: list[MoeLayer]) -> Explanation:
+    """`explain` of a model whose `moe_layers` have been found before."""
     inner = inner_model(model)
     config = getattr(inner, "config", None)
     total, active = _count_parameters(model, layers)

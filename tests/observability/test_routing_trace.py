@@ -1,4 +1,4 @@
-"""A trace adds up what it is given, says it in figures, and reads back only what it could have written."""
+"""A trace adds up what it is given, names it in metrics, and reads back only what it could have written."""
 
 import json
 import math
@@ -56,6 +56,22 @@ def test_domains_add_up_to_all_tokens():
     assert trace.statistics("layers.0.mlp").counts.tolist() == [6, 6, 4, 2]
     assert trace.part("layers.0.mlp", None).counts.tolist() == [2, 2, 2, 0]
     assert trace.statistics("layers.1.mlp").tokens == 9
+
+
+def test_a_running_recording_is_read_when_the_trace_is():
+    pending = [
+        {"law": [statistics("a", [2, 2])]},
+        {None: [statistics("a", [1, 1])]},
+        {"law": [statistics("a", [4, 0])]},
+    ]
+    trace = RoutingTrace([empty_statistics("a", 2, 2)], {}, source=lambda: pending.pop(0))
+    assert len(pending) == 3, "taken before anything was read"
+    assert trace.domains == ["law"]
+    assert trace.statistics("a").counts.tolist() == [3, 3]
+    trace.end_recording()
+    assert pending == []
+    assert trace.source is None
+    assert trace.statistics("a", "law").counts.tolist() == [6, 2]
 
 
 def test_what_the_trace_lacks_is_refused():
