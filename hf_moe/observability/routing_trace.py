@@ -214,7 +214,7 @@ class RoutingTrace:
             part[each.name] = part[each.name] + each if each.name in part else each
 
     def part(self, layer: str, domain: str | None) -> LayerStatistics:
-        """As `statistics`, but None stands for the tokens outside of every domain."""
+        """The sums of one layer over the tokens of `domain`, or, if it is None, outside of every domain."""
         self._update()
         return self._parts.get(domain, {}).get(layer, self._empty[layer])
 
@@ -258,7 +258,7 @@ class RoutingTrace:
         return trace
 
     def end_recording(self) -> None:
-        """Take the last sums of `source`; later ones are not taken."""
+        """Take the last sums of `source` and let go of it."""
         self._update()
         self.source = None
 

@@ -219,7 +219,7 @@ def test_probabilities_give_entropy_and_margin():
         assert found.scored_tokens == found.tokens == 44
 
 
-def test_unknown_scores_are_said_not_guessed():
+def test_unknown_scores_are_reported_not_guessed():
     model = hf_moe_model()
     layer = moe_layers(model)[1]
     layer.router.register_forward_hook(

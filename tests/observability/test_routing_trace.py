@@ -128,6 +128,30 @@ def test_a_saved_trace_comes_back_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trace"]
 
 
+def test_the_stored_format_stays(tmp_path):
+    """Traces that users have must load: whoever changes one of these raises VERSION and still reads the old."""
+    hand_made().save(tmp_path)
+    manifest = json.loads((tmp_path / "trace.json").read_text())
+    assert manifest == {
+        "format": "hf_moe.routing_trace",
+        "version": 1,
+        "layers": [{"name": name, "num_experts": size, "top_k": 2} for name, size in LAYERS.items()],
+        "domains": ["law", "code"],
+        "model_facts": {"model_class": "Made"},
+        "tokens": None,
+    }
+    tensors = load_file(tmp_path / "statistics.safetensors")
+    fields = ("counts", "weight_mass", "totals", "sums", "coactivation")
+    assert tensors.keys() == {f"{name}.{part}.{layer}" for name in fields for part in range(3) for layer in range(2)}
+    assert tensors["counts.1.0"].tolist() == [4, 4, 2, 0]
+    assert tensors["weight_mass.1.0"].tolist() == [2.0, 2.0, 1.0, 0.0]
+    assert tensors["totals.1.0"].tolist() == [5, 0, -1, 5]
+    assert tensors["sums.1.0"].tolist() == [5 * math.log(4), 1.0]
+    assert {name.split(".")[0]: tensor.dtype for name, tensor in tensors.items()} == dict(
+        zip(fields, (torch.int64, torch.float64, torch.int64, torch.float64, torch.int64), strict=True)
+    )
+
+
 def test_other_folders_are_not_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match="no routing trace"):
