@@ -59,6 +59,7 @@ def record_routing(
         ValueError: If the model has no MoE layer, or `detail` is unknown. From inside a forward, if a layer's top-k
             has changed; in tokens mode also if the model is called without token ids, a layer sees other rows than
             the tokens, or texts do not fit the tokens.
+        TypeError: From inside a forward, as `watch_routing`.
         RuntimeError: At the end of the block, if no token reached a router.
         ImportError: In tokens mode without pyarrow.
 
@@ -112,10 +113,10 @@ def _require_tokens(trace: RoutingTrace) -> None:
 
 
 class _DomainSums:
-    """Sums by domain and layer on the model's device, and how each layer's logits become weights.
+    """Sums by domain and layer on the model's device, with the rules that make each layer's logits weights.
 
     Attributes:
-        not_finite: By the layer's name how many tokens had weights that are not finite, of the sums that were taken.
+        not_finite: By the layer's name the count of tokens whose weights were not finite, in the sums taken so far.
     """
 
     def __init__(self, layers: list[MoeLayer], model_facts: dict[str, Any]):
