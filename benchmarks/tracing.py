@@ -1,10 +1,10 @@
-"""What does recording the routing cost?
+"""Measure the cost of recording the routing.
 
     python benchmarks/tracing.py                    the CPU plan, under 3 minutes on 2 cores
     python benchmarks/tracing.py --device cuda
     python benchmarks/tracing.py --quick            tiny sizes: does it work?
 
-A Qwen3-MoE of 105 M parameters in float32 (4 layers, 64 experts of width 256, top 8), its experts on the host's
+A Qwen3-MoE of 105 M parameters in float32 (4 layers, 64 experts of width 256, top 8), its experts on transformers'
 grouped_mm: the same forward, and forward with backward, without recording, with `record_routing(model)` and with
 `record_routing(model, "tokens")`. The forward of one token shows the cost that no token shares: it has no target.
 Each contestant has a copy of the model; "plain again" is a second copy without recording: how far it is from 1 is what

@@ -40,10 +40,9 @@ if TYPE_CHECKING:
         HfMoeForTokenClassification,
         HfMoeModel,
     )
-    from hf_moe.observability.expert_load import count_expert_load
     from hf_moe.observability.explain import explain, explain_config
     from hf_moe.observability.health import diagnose
-    from hf_moe.observability.recording import record_routing
+    from hf_moe.observability.recording import count_expert_load, record_routing
     from hf_moe.observability.replay import replay_routing
     from hf_moe.observability.routing_trace import RoutingTrace
     from hf_moe.observability.thresholds import RoutingThresholds
@@ -91,7 +90,7 @@ _HOMES = {
     "checked_routing": "hf_moe.layers.moe_layers",
     "compare_models": "hf_moe.comparison.run",
     "compare_traces": "hf_moe.comparison.routing",
-    "count_expert_load": "hf_moe.observability.expert_load",
+    "count_expert_load": "hf_moe.observability.recording",
     "diagnose": "hf_moe.observability.health",
     "expert_lora_config": "hf_moe.adapters.expert_lora",
     "explain": "hf_moe.observability.explain",

@@ -42,19 +42,19 @@ def model(tmp_path_factory):
     return folder / "model"
 
 
-def test_a_run_leaves_page_trace_figures_and_plots(model, tmp_path):
+def test_a_run_leaves_page_trace_metrics_and_plots(model, tmp_path):
     output = tmp_path / "out"
-    code, said = run(model, "--data", model.parent / "data", "--by-domain", "--output", output)
-    assert code == 0, said
+    code, printed = run(model, "--data", model.parent / "data", "--by-domain", "--output", output)
+    assert code == 0, printed
     assert sorted(path.name for path in output.iterdir()) == RESULTS
     trace = RoutingTrace.load(output / "trace")
     assert trace.domains == ["law", "code", "maths"]
     first = trace.statistics(trace.layers[0])
-    assert count(first.tokens) in said
+    assert count(first.tokens) in printed
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["metrics"]["all"]["load_cv/mean"] == pytest.approx(trace.metrics()["load_cv/mean"])
     assert metrics["metrics"]["domain maths"]["tokens"] == 60
-    assert metrics["health"]["verdict"] in said or "Too few tokens" in said
+    assert metrics["health"]["verdict"] in printed or "Too few tokens" in printed
     page = (output / "report.html").read_text()
     assert f"<bdi>{model.parent.name}/model</bdi>" in page
     assert str(tmp_path) not in page
@@ -66,24 +66,24 @@ def test_conversations_are_traced_with_a_template(model, tmp_path):
     (tmp_path / "chat.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps({'messages': []})}\n")
     (tmp_path / "letters.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     data = ("--data", tmp_path / "chat.jsonl", "--output", tmp_path / "out", "--detail", "counts")
-    code, said = run(model, *data)
+    code, printed = run(model, *data)
     assert code == 2
-    assert "the tokenizer has no chat template" in said
+    assert "the tokenizer has no chat template" in printed
     data += ("--chat-template", tmp_path / "letters.jinja")
-    code, said = run(model, *data)
+    code, printed = run(model, *data)
     assert code == 2
-    assert "1 of 2 rows" in said
-    assert "(line 2)" in said
-    code, said = run(model, *data, "--on-bad-row", "skip")
-    assert code == 0, said
-    assert "1 bad row left out (line 2)" in said
+    assert "1 of 2 rows" in printed
+    assert "(line 2)" in printed
+    code, printed = run(model, *data, "--on-bad-row", "skip")
+    assert code == 0, printed
+    assert "1 bad row left out (line 2)" in printed
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["all"]["tokens"] == 6
 
 
 def test_without_domains_the_text_is_one_and_its_tokens_come_from_all_files(model, tmp_path):
     options = ("--max-tokens", 300, "--detail", "counts", "--output", tmp_path / "out")
-    code, said = run(model, "--data", model.parent / "data", *options)
-    assert code == 0, said
+    code, printed = run(model, "--data", model.parent / "data", *options)
+    assert code == 0, printed
     trace = RoutingTrace.load(tmp_path / "out" / "trace")
     assert (trace.domains, trace.tokens) == (["text"], None)
     assert trace.statistics(trace.layers[0]).tokens == 300
@@ -94,8 +94,8 @@ def test_a_second_run_replaces_the_first_and_without_text_none_is_stored(model, 
     output = tmp_path / "out"
     data = ("--data", model.parent / "data" / "law.txt", "--output", output)
     for options in ((), ("--no-text",)):
-        code, said = run(model, *data, *options)
-        assert code == 0, said
+        code, printed = run(model, *data, *options)
+        assert code == 0, printed
     trace = RoutingTrace.load(output / "trace")
     assert trace.tokens.is_audit
     assert "neither the tokens&#39; ids nor their text" in (output / "report.html").read_text()
@@ -110,8 +110,8 @@ def test_an_adapter_is_traced_too(model, tmp_path):
     get_peft_model(HfMoeForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
     data = ("--data", model.parent / "data" / "law.txt", "--detail", "counts")
     for name, options in (("base", ()), ("adapted", ("--adapter", tmp_path / "adapter"))):
-        code, said = run(model, *data, *options, "--output", tmp_path / name)
-        assert code == 0, said
+        code, printed = run(model, *data, *options, "--output", tmp_path / name)
+        assert code == 0, printed
     base, adapted = (RoutingTrace.load(tmp_path / name / "trace") for name in ("base", "adapted"))
     assert base.layers == adapted.layers
     assert base.metrics() != adapted.metrics()
@@ -132,24 +132,24 @@ def test_an_adapter_is_traced_too(model, tmp_path):
 )
 def test_bad_input_exits_with_2_and_leaves_nothing(model, tmp_path, arguments, message):
     arguments = [model.parent / "data" if each == "DATA" else each for each in arguments]
-    code, said = run(model, *arguments, "--output", tmp_path / "out")
+    code, printed = run(model, *arguments, "--output", tmp_path / "out")
     assert code == 2
-    assert message in said
-    assert "Traceback" not in said
+    assert message in printed
+    assert "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_model_is_named(tmp_path, model):
-    code, said = run(tmp_path / "none", "--data", model.parent / "data", "--output", tmp_path / "out")
+    code, printed = run(tmp_path / "none", "--data", model.parent / "data", "--output", tmp_path / "out")
     assert code == 2
-    assert str(tmp_path / "none") in said.replace(" ", "")
+    assert str(tmp_path / "none") in printed.replace(" ", "")
 
 
 def test_a_folder_of_something_else_is_left_alone(model, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    code, said = run(model, "--data", model.parent / "data", "--output", tmp_path)
+    code, printed = run(model, "--data", model.parent / "data", "--output", tmp_path)
     assert code == 2
-    assert "holds something else. Name a new one with --output." in said
+    assert "holds something else. Name a new one with --output." in printed
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

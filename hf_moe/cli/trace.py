@@ -1,4 +1,4 @@
-"""hf-moe trace"""
+"""hf-moe trace: run a model over text, and write its routing as a trace, a page, metrics and plots."""
 
 import math
 import random
@@ -19,7 +19,7 @@ MOST_PANELS = 12
 
 
 class Detail(StrEnum):
-    """What a trace holds. No Literal: typer takes it from 0.19 on."""
+    """Detail of a trace. No Literal: typer takes it from 0.19 on."""
 
     counts = "counts"
     tokens = "tokens"
@@ -46,9 +46,9 @@ def trace(
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
     experts_implementation: Annotated[str | None, typer.Option(help="Experts backend, such as hf_moe.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for page, trace, figures and plots.")] = Path("trace-output"),
+    output: Annotated[Path, typer.Option(help="Folder for page, trace, metrics and plots.")] = Path("trace-output"),
 ) -> None:
-    """Run a model over text and see its routing: a page to look at, a verdict, figures and plots."""
+    """Run a model over text and see its routing: a page to look at, a verdict, metrics and plots."""
     require("recipes", "datasets", "jinja2", "matplotlib", "peft", "pyarrow")
     from hf_moe.comparison.run import ModelChoice
 
@@ -63,30 +63,30 @@ def trace(
         choice = ModelChoice(model, adapter, dtype, experts_implementation, device)
         tokenizer = tokenizer_of(choice.path, chat_template)
         texts = _read(data, by_domain, tokenizer, on_bad_row)
-        found = _trace(choice, tokenizer(), texts, max_tokens, detail.value, audit=no_text)
-        _write(output, found, _name(choice))
+        routing = _trace(choice, tokenizer(), texts, max_tokens, detail.value, audit=no_text)
+        _write(output, routing, _name(choice))
     except (OSError, RuntimeError, ValueError) as error:
         fail(said(error, model, adapter))
     except KeyboardInterrupt:
         fail("interrupted. Nothing was written.", code=130)
-    _print(found, output)
+    _print(routing, output)
 
 
 def _name(choice: Any) -> str:
-    """What the page is called; a folder named only "model" goes with the one that it is in."""
+    """Title of the page; a folder named only "model" goes with the one that it is in."""
     folder = Path(choice.path)
     return f"{folder.resolve().parent.name}/{choice.name}" if folder.name == "model" else choice.name
 
 
 def _check_output(output: Path) -> None:
-    """Only a result of this command may be replaced."""
+    """Refuse a folder that holds anything but a result of this command."""
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not (output / METRICS).is_file():
         fail(f"the folder {str(output)!r} holds something else. Name a new one with --output.")
 
 
 def _read(paths: Sequence[str], by_domain: bool, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
-    """Documents by domain, in a random order that is always the same: the first ones are from all over the text."""
+    """Read documents by domain, in a random order that is always the same, so that the first are from all over."""
     from hf_moe.evaluation.domains import read_documents
 
     domains: dict[str, list[str]] = {}
@@ -102,7 +102,7 @@ def _read(paths: Sequence[str], by_domain: bool, tokenizer: Any, on_bad_row: str
 
 
 def _files(path: str) -> list[str]:
-    """All files of a folder that are read, but .json: many of these hold no data."""
+    """List the files of a folder that are read; not .json, because many of these hold no data."""
     from hf_moe.data.sources import FILES
 
     if not Path(path).is_dir():
@@ -147,66 +147,64 @@ def _progress(model: Any, most_tokens: int) -> Iterator[None]:
             hook.remove()
 
 
-def _write(output: Path, found: Any, name: str) -> None:
-    """All files or none."""
+def _write(output: Path, routing: Any, name: str) -> None:
+    """Write all files or none."""
     from hf_moe.io.whole_files import whole_folder, write_json
-    from hf_moe.observability.report.from_trace import report_data
-    from hf_moe.observability.report.page import write_report
 
     with whole_folder(output) as folder:
-        found.save(folder / TRACE)
-        write_report(folder / REPORT, report_data(found, name))
-        write_json(folder / METRICS, _metrics(found, name))
-        _plot(folder / "plots", found)
+        routing.save(folder / TRACE)
+        routing.report(folder / REPORT, name)
+        write_json(folder / METRICS, _metrics(routing, name))
+        _plot(folder / "plots", routing)
 
 
-def _metrics(found: Any, name: str) -> dict[str, Any]:
+def _metrics(routing: Any, name: str) -> dict[str, Any]:
     """JSON values; what is not known is null."""
-    health = found.health()
-    parts = {"all": found.metrics(), **{f"domain {domain}": found.metrics(domain) for domain in found.domains}}
+    health = routing.health()
+    parts = {"all": routing.metrics(), **{f"domain {domain}": routing.metrics(domain) for domain in routing.domains}}
     return {
         "model": name,
-        "model_facts": found.model_facts,
+        "model_facts": routing.model_facts,
         "health": {
             "verdict": health.verdict,
             "pattern": health.pattern,
             "findings": [vars(finding) for finding in health.findings],
         },
-        "metrics": {part: _known(figures) for part, figures in parts.items()},
+        "metrics": {part: _known(metrics) for part, metrics in parts.items()},
     }
 
 
-def _known(figures: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+def _known(metrics: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _plot(folder: Path, found: Any) -> None:
+def _plot(folder: Path, routing: Any) -> None:
     from hf_moe.observability.plots import plot_expert_load, plot_layer_load, plot_load_histograms
     from hf_moe.observability.report.text import short_labels
 
-    layers, labels = [found.statistics(layer) for layer in found.layers], short_labels(found.layers)
+    layers, labels = [routing.statistics(layer) for layer in routing.layers], short_labels(routing.layers)
     plot_layer_load(folder / "layer_load.png", layers, labels)
     plot_load_histograms(folder / "load_histograms.png", layers, labels)
-    if len(found.domains) > 1:
-        shown = range(0, len(layers), -(-len(layers) // MOST_PANELS))
-        loads = {name: [found.statistics(layers[i].name, name).counts for i in shown] for name in found.domains}
-        plot_expert_load(folder / "domain_load.png", loads, [labels[i] for i in shown])
+    if len(routing.domains) > 1:
+        panels = range(0, len(layers), -(-len(layers) // MOST_PANELS))
+        loads = {name: [routing.statistics(layers[i].name, name).counts for i in panels] for name in routing.domains}
+        plot_expert_load(folder / "domain_load.png", loads, [labels[i] for i in panels])
 
 
-def _print(found: Any, output: Path) -> None:
+def _print(routing: Any, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from hf_moe.observability.report.text import count, decimal, short_labels, times
 
-    layers, labels = [found.statistics(layer) for layer in found.layers], short_labels(found.layers)
-    health = found.health()
+    layers, labels = [routing.statistics(layer) for layer in routing.layers], short_labels(routing.layers)
+    health = routing.health()
     table = Table("layer", *_right("tokens", "busiest expert", "dead", "load CV", "router entropy"))
     for layer, label in zip(layers, labels, strict=True):
         busiest = f"{times(1 + layer.max_violation)} the even share"
-        figures = (busiest, count(len(layer.dead_experts)), decimal(layer.load_cv), decimal(layer.router_entropy))
-        table.add_row(Text(label), count(layer.tokens), *figures)
+        balance = (busiest, count(len(layer.dead_experts)), decimal(layer.load_cv), decimal(layer.router_entropy))
+        table.add_row(Text(label), count(layer.tokens), *balance)
     console = Console()
     console.print(table)
     summary, *findings = str(health).split("\n")

@@ -13,7 +13,7 @@ from hf_moe.comparison.routing import LayerComparison
 from hf_moe.comparison.table import ABSENT, experts, number, percent, share
 from hf_moe.io.whole_files import write_text
 from hf_moe.observability.report.text import short_count, short_labels, visible
-from hf_moe.observability.thresholds import CheckResult, Verdict, shown_value
+from hf_moe.observability.thresholds import CheckResult, Verdict, format_value
 
 # edges of the colour steps: ratios of an expert's new load to its old one
 LOAD_STEPS = (0.25, 0.5, 0.71, 0.91, 1.1, 1.41, 2.0, 4.0)
@@ -144,12 +144,12 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def _check(result: CheckResult) -> dict[str, Any]:
-    value = result.figure.value
+    value = result.measured.value
     return {
         "line": result.check.line,
         "text": visible(result.check.text),
-        "measured": "not measured" if value is None else shown_value(result.check.metric, value),
-        "note": visible(result.figure.note, 400),
+        "measured": "not measured" if value is None else format_value(result.check.metric, value),
+        "note": visible(result.measured.note, 400),
         "passed": result.passed,
     }
 

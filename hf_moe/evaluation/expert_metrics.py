@@ -13,7 +13,7 @@ from hf_moe.evaluation.paired import paired_differences
 from hf_moe.evaluation.results import Sample
 from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.layers.watch_routing import Routing, watch_routing
-from hf_moe.observability.expert_load import load_entropy, max_violation
+from hf_moe.observability.layer_statistics import load_entropy, max_violation
 
 
 class ExpertUse:

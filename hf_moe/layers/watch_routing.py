@@ -82,7 +82,9 @@ Instead = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def watch_routing(model: nn.Module, on_routing: Callable[[Routing], Instead | None]) -> Iterator[list[MoeLayer]]:
+def watch_routing(
+    model: nn.Module, on_routing: Callable[[Routing], Instead | None], *, layers: list[MoeLayer] | None = None
+) -> Iterator[list[MoeLayer]]:
     """While the block runs, call `on_routing` with each decision, before the layer's experts run.
 
     If it returns `(index, weights)`, both `[T, K]`, the experts get these instead; the router's own output stays. If
@@ -91,6 +93,9 @@ def watch_routing(model: nn.Module, on_routing: Callable[[Routing], Instead | No
     `model` may be wrapped (PEFT, DDP). The hooks are Python: install them before `torch.compile` first runs the model,
     or the compiled graph leaves them out.
 
+    Args:
+        layers: What `moe_layers(model)` returned, not empty; found here if not given.
+
     Yields:
         The layers, in the model's order.
 
@@ -98,7 +103,7 @@ def watch_routing(model: nn.Module, on_routing: Callable[[Routing], Instead | No
         ValueError: If the model has no MoE layer.
         TypeError: From inside a forward, if a layer's experts get no integer ids.
     """
-    layers = required_layers(model)
+    layers = required_layers(model) if layers is None else layers
     watch = _Watch(on_routing)
     # not the outermost module: PEFT's generate calls the model that it wraps
     called = inner_model(model)

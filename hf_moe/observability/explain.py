@@ -1,4 +1,4 @@
-"""What a Mixture-of-Experts model consists of and what runs it: `print(explain(model))`."""
+"""Explain a Mixture-of-Experts model, its parts and the backend that runs it: `print(explain(model))`."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ ACTIVE_RULE = (
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """MoE layers of one shape: `layers` like "model.layers.0-15.mlp"; the geometry as in `MoeLayer`."""
+    """MoE layers of one shape; `layers` is like "model.layers.0-15.mlp", the geometry as in `MoeLayer`."""
 
     layers: str
     count: int
@@ -47,7 +47,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. `str()` is a text for people, `to_dict()` the same for JSON.
+    """Result of `explain`; `str()` is a text to read, `to_dict()` the same for JSON.
 
     Attributes:
         model_class: Class of the model inside all wrappers.
@@ -59,10 +59,11 @@ class Explanation:
         router: "trainable", "frozen", "partly trainable", or "none" (no layer has a router module).
         layers: MoE layers, those of one shape together.
         backend: The experts implementations that run, joined by ", "; "" without MoE layers.
-        choices: What `hf_moe` runs where it is the backend, and why; one sentence for each kind of layer.
-        refusals: Implementation -> why it cannot run this model. Empty for quantised experts: their quantiser decides.
-            Of a model without weights (meta device), as `choices`, for the device of this machine.
-        warnings: What deserves attention, one sentence each.
+        choices: The implementation that `hf_moe` chooses where it is the backend, with the reason; a sentence for each
+            kind of layer.
+        refusals: Implementation -> reason why it cannot run this model. Empty for quantised experts: their quantiser
+            decides. Of a model without weights (meta device), as `choices`, for the device of this machine.
+        warnings: Whatever deserves attention, one sentence each.
     """
 
     model_class: str
@@ -115,7 +116,11 @@ def explain(model: nn.Module) -> Explanation:
             f"explain() takes a model (torch.nn.Module), got {type(model).__name__}; for a config or a checkpoint "
             f"folder use explain_config()."
         )
-    layers = moe_layers(model)
+    return explain_layers(model, moe_layers(model))
+
+
+def explain_layers(model: nn.Module, layers: list[MoeLayer]) -> Explanation:
+    """`explain` a model whose `moe_layers` have been found before."""
     inner = inner_model(model)
     config = getattr(inner, "config", None)
     total, active = _count_parameters(model, layers)
@@ -179,7 +184,7 @@ def _count_parameters(model: nn.Module, layers: list[MoeLayer]) -> tuple[int, in
 
 
 def _expert_weights(experts: nn.Module) -> Iterable[nn.Parameter]:
-    """What the geometry counts: the projections in whatever storage, and all else with an entry for each expert."""
+    """Parameters that the geometry counts: the projections in any storage, and all with an entry for each expert."""
     for name, parameter in experts.named_parameters():
         owner, _, leaf = name.rpartition(".")
         is_projection = leaf in ("gate_up_proj", "up_proj", "down_proj") or owner.startswith("parametrizations")
@@ -230,7 +235,7 @@ def _dtype_name(model: nn.Module, layers: list[MoeLayer]) -> str:
 
 
 def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
-    """Reasons by backend, the first layer that has one speaks; and warnings about the backends in use."""
+    """Reasons by backend, from the first layer that has one, and warnings about the backends in use."""
     refused: dict[str, str] = {}
     warnings: dict[str, list[str]] = {}
     for layer in layers:
@@ -254,7 +259,7 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
 
 
 def _device(weight: torch.Tensor) -> torch.device:
-    """Where the weight is; for one that is nowhere, where this machine would put it."""
+    """Device of the weight; of one on the meta device, that on which this machine would put it."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight.is_meta else weight.device
 
 

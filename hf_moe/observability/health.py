@@ -1,7 +1,7 @@
-"""Is the routing healthy? A verdict in plain words from the statistics of each layer.
+"""Judge the health of a routing from the statistics of each layer: a verdict in plain words.
 
 Each layer is judged on its own: eight layers that each send every token to an expert of their own have a perfect load
-when the layers are pooled, and that is what the host's balancing loss does.
+when the layers are pooled, and transformers' balancing loss pools them.
 """
 
 import math
@@ -23,9 +23,9 @@ Verdict = Literal[
     "unknown",
     "healthy",
 ]
-# assignments: an expert that gets a thirtieth of the mean load still shows up with 95 % probability
+# assignments: an expert that gets a thirtieth of the mean load still appears with 95 % probability
 ENOUGH_PER_EXPERT = 100
-# a collapse shows with fewer
+# a collapse is seen with fewer
 ENOUGH_FOR_COLLAPSE = 2
 # share of the experts beyond top_k that are in effect used: below, a layer has collapsed
 COLLAPSED = 0.1
@@ -34,7 +34,7 @@ MOST_TOKENS, TIMES_EVEN = 0.75, 3.0
 # how far the share of experts in use must fall over the history, and how steadily (Kendall's tau)
 FALL, STEADINESS, SHORTEST_HISTORY = 0.15, -0.6, 4
 MOST_DROPPED = 0.1
-# share of an even load below which an expert is rarely chosen: said, but no verdict (it may wait for other text)
+# share of an even load below which an expert is rarely chosen: reported without a verdict (it may serve other text)
 RARELY = 1 / 8
 
 
@@ -44,8 +44,8 @@ class Finding:
 
     Attributes:
         layer: The layer's name.
-        kind: As the verdict that it leads to.
-        message: What was seen, with figures, and the likely cause.
+        kind: The verdict that it leads to.
+        message: What was seen, in numbers, and the likely cause.
     """
 
     layer: str
@@ -55,7 +55,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Health:
-    """What `diagnose` found.
+    """Result of `diagnose`; `str()` is the verdict and the findings in words.
 
     Attributes:
         verdict: The gravest kind of the findings; `unknown` if a layer saw too few tokens to judge; else `healthy`.
@@ -116,9 +116,9 @@ def diagnose(layers: Sequence[LayerStatistics], history: Sequence[Sequence[Layer
     """Judge the routing of every layer.
 
     Args:
-        layers: The statistics of now.
+        layers: The latest statistics.
         history: Earlier ones of the same layers over equal spans of training, oldest first: a fall is seen from
-            `SHORTEST_HISTORY` points on, with now.
+            `SHORTEST_HISTORY` points on, the latest included.
 
     Raises:
         ValueError: If there is no layer, or the history is of other layers.
@@ -127,7 +127,7 @@ def diagnose(layers: Sequence[LayerStatistics], history: Sequence[Sequence[Layer
         raise ValueError("there is no layer to judge. Record the routing of a Mixture-of-Experts model.")
     names = [layer.name for layer in layers]
     if any([layer.name for layer in point] != names for point in history):
-        raise ValueError("the history must hold the same layers in the same order as the statistics of now.")
+        raise ValueError("the history must hold the same layers in the same order as the latest statistics.")
     findings = []
     for position, layer in enumerate(layers):
         findings += _judge(layer, [point[position] for point in history])
@@ -154,7 +154,7 @@ def spread(layer: LayerStatistics) -> float:
 
 
 def _judge(layer: LayerStatistics, history: list[LayerStatistics]) -> list[Finding]:
-    """Of one layer; a collapse explains dead experts and a fall, which are then left out."""
+    """Findings of one layer; a collapse explains dead experts and a fall, which are then left out."""
     if not (bool(layer.weight_mass.isfinite().all()) and math.isfinite(layer.entropy_sum)):
         text = "router weights are NaN or infinite. Go back to an earlier checkpoint."
         return [Finding(layer.name, "invalid", text)]

@@ -1,4 +1,7 @@
-"""What the tokens of one MoE layer did, as sums that add up over batches, processes and domains."""
+"""Sums over the tokens of one MoE layer, and the metrics of balance that they give.
+
+The sums add up over batches, processes and domains.
+"""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -6,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from hf_moe.observability.expert_load import load_entropy, max_violation
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LayerStatistics:
         counts: `[E]` int64, assignments (a token, an expert).
         weight_mass: `[E]` float64, sum of the weights of the assignments.
         empty_slots: Slots without an expert: null experts and assignments dropped over capacity.
-        dropped: Of these, the dropped ones; None where the router does not tell the two apart.
+        dropped: Of these, the dropped ones; None where the router does not distinguish the two.
         scored_tokens: Tokens whose router probabilities were known: those of the next two sums.
         entropy_sum: Sum of the entropies of the tokens' router probabilities, nats.
         margin_sum: Sum of the differences between the two largest router probabilities of each token.
@@ -68,12 +69,12 @@ class LayerStatistics:
 
     @property
     def max_violation(self) -> float:
-        """How far the busiest expert is above the mean load (arXiv:2408.15664): 0 is balanced, E - 1 one for all."""
+        """`max_violation` of the counts: 0 is balanced, E - 1 is one expert for all."""
         return max_violation(self.counts) if self.counts.any() else math.nan
 
     @property
     def load_entropy(self) -> float:
-        """Entropy of the load, from 0 (one expert takes all) to 1 (all take the same)."""
+        """`load_entropy` of the counts, from 0 (one expert takes all) to 1 (all take the same)."""
         return load_entropy(self.counts) if self.counts.any() else math.nan
 
     @property
@@ -104,12 +105,12 @@ class LayerStatistics:
 
     @property
     def drop_share(self) -> float:
-        """Share of all slots dropped over the experts' capacity; NaN where the router does not tell."""
+        """Share of all slots dropped over the experts' capacity; NaN where that is not known."""
         return math.nan if self.dropped is None or not self.tokens else self.dropped / (self.tokens * self.top_k)
 
 
 def empty_statistics(name: str, num_experts: int, top_k: int, *, coactivation: bool = True) -> LayerStatistics:
-    """No token yet."""
+    """Statistics of a layer that no token has reached."""
     return LayerStatistics(
         name=name,
         num_experts=num_experts,
@@ -131,3 +132,41 @@ def jensen_shannon(load: Tensor, other: Tensor) -> float:
     entropies = [torch.special.entr(part.double()).sum() for part in (mean, load, other)]
     value = float(entropies[0] - (entropies[1] + entropies[2]) / 2) / math.log(2)
     return min(max(value, 0.0), 1.0)  # rounding
+
+
+def load_entropy(counts: Tensor) -> float:
+    """Entropy of the load over the experts, from 0 (one expert takes all) to 1 (all take the same).
+
+    Args:
+        counts: `[E]`, assignments of each expert, not all zero.
+
+    Raises:
+        ValueError: If they are all zero.
+    """
+    if len(counts) == 1:
+        return 1.0
+    share = _shares(counts)
+    return float(torch.special.entr(share).sum() / math.log(len(share)))
+
+
+def max_violation(counts: Tensor) -> float:
+    """Distance of the busiest expert from the mean load, in mean loads: 0 is balanced, E - 1 is one expert for all.
+
+    Args:
+        counts: `[E]`, assignments of each expert, not all zero.
+
+    Raises:
+        ValueError: If they are all zero.
+
+    Source: Wang et al. 2024 (arXiv:2408.15664), MaxVio.
+    """
+    return float(_shares(counts).max() * len(counts) - 1)
+
+
+def _shares(counts: Tensor) -> Tensor:
+    total = counts.sum()
+    if not total:
+        raise ValueError(
+            "expert counts are all zero: no token reached the router. Run the model inside count_expert_load."
+        )
+    return counts.double() / total

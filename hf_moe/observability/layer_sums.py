@@ -1,4 +1,4 @@
-"""Sums over the decisions of one layer, on the model's device: adding makes no synchronisation.
+"""Add up the decisions of one layer on the model's device, without a synchronisation.
 
 Shape suffixes: T tokens, K slots per token, E experts, X experts that the router scores (null experts included).
 """
@@ -20,7 +20,7 @@ _TOLERANCE = 0.05
 
 
 class ScoreRule:
-    """How a layer's logits become weights: recognised once, then checked on a few tokens of each forward."""
+    """The rule that makes a layer's logits weights: recognised once, then checked on a few tokens of each forward."""
 
     def __init__(self) -> None:
         self._rule: RouterScores | None = None
@@ -61,7 +61,10 @@ def scored_ids(routing: Routing) -> Tensor:
 
 
 class LayerSums:
-    """What `LayerStatistics` holds, growing."""
+    """The sums of `LayerStatistics`, growing while the model runs.
+
+    Small batches are gathered first: `flush` adds them, and `read` sees only what was added.
+    """
 
     def __init__(self, layer: MoeLayer, rule: ScoreRule, device: torch.device, *, coactivation: bool = True):
         self._layer = layer
@@ -77,7 +80,7 @@ class LayerSums:
             self._mass = torch.zeros(size + 1, dtype=exact, device=device)
             self._pairs = torch.zeros(size, size, dtype=torch.int64, device=device) if coactivation else None
             # entropy and margin
-            self._figures = torch.zeros(2, dtype=exact, device=device)
+            self._scores = torch.zeros(2, dtype=exact, device=device)
             # tokens, tokens with known probabilities, tokens with weights that are not finite, dropped slots
             self._totals = torch.zeros(4, dtype=torch.int64, device=device)
         self._knows_drops = True
@@ -105,15 +108,15 @@ class LayerSums:
             self._add(_joined(gathered))
 
     def read(self, is_scored: bool) -> tuple[LayerStatistics, int]:
-        """The statistics of what was flushed, and how many tokens had weights that are not finite. Synchronises.
+        """Statistics of what was added, and the count of tokens whose weights are not finite. Synchronises the device.
 
         Args:
-            is_scored: Whether the probabilities that were added are to be trusted.
+            is_scored: Whether the probabilities that were added can be trusted.
         """
         layer = self._layer
         counts = self._counts.cpu()[: layer.num_experts].clone()
         tokens, scored, not_finite, dropped = self._totals.tolist()
-        entropy, margin = self._figures.tolist()
+        entropy, margin = self._scores.tolist()
         pairs = None if self._pairs is None else self._pairs.cpu().clone()
         if pairs is not None:
             pairs.diagonal().copy_(counts)  # differs where a token has one expert twice
@@ -143,7 +146,7 @@ class LayerSums:
             self._add_choice(routing, mask_T)
             self._add_totals(routing, mask_T)
             if rule is not None and routing.logits is not None:
-                self._add_figures(rule.probabilities(routing.logits.detach()), mask_T)
+                self._add_scores(rule.probabilities(routing.logits.detach()), mask_T)
 
     def _add_choice(self, routing: Routing, mask_T: Tensor) -> None:
         num_experts, weights_TK = self._layer.num_experts, routing.weights.detach()
@@ -171,16 +174,16 @@ class LayerSums:
             is_dropped_TK = (routing.choice < num_experts) & (index_TK >= num_experts)
             self._totals[3] += (is_dropped_TK & mask_T[:, None]).sum()
 
-    def _add_figures(self, probabilities_TX: Tensor, mask_T: Tensor) -> None:
-        entropy_T, margin_T = _figures(probabilities_TX)
+    def _add_scores(self, probabilities_TX: Tensor, mask_T: Tensor) -> None:
+        entropy_T, margin_T = _entropy_and_margin(probabilities_TX)
         is_known_T = mask_T & entropy_T.isfinite()
         self._totals[1] += is_known_T.sum()
-        for position, figure_T in enumerate((entropy_T, margin_T)):
-            self._figures[position] += figure_T.where(is_known_T, 0.0).sum(dtype=self._figures.dtype)
+        for position, values_T in enumerate((entropy_T, margin_T)):
+            self._scores[position] += values_T.where(is_known_T, 0.0).sum(dtype=self._scores.dtype)
 
 
 def _copy(routing: Routing) -> Routing:
-    """With tensors of its own, which the model cannot write over, and a mask in any case."""
+    """Copy the tensors, so that the model cannot write over them; the copy always has a mask."""
     index_TK = routing.index.detach().clone()
     mask_T = index_TK.new_ones(len(index_TK), dtype=torch.bool) if routing.mask is None else routing.mask
     return Routing(
@@ -195,7 +198,7 @@ def _copy(routing: Routing) -> Routing:
 
 
 def _joined(parts: list[Routing]) -> Routing:
-    """The tokens of several forwards of one layer as one."""
+    """Join the tokens of several forwards of one layer."""
     return Routing(
         layer=parts[0].layer,
         logits=_cat([part.logits for part in parts]),
@@ -212,8 +215,8 @@ def _cat(tensors: list[Tensor | None]) -> Tensor | None:
     return torch.cat(given) if len(given) == len(tensors) else None
 
 
-def _figures(probabilities_TX: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy (nats), and the difference between the two largest."""
+def _entropy_and_margin(probabilities_TX: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy in nats, and the difference between the two largest; `[T]` each."""
     p_TX = probabilities_TX
     entropy_T = -(p_TX * p_TX.clamp_min(torch.finfo(p_TX.dtype).tiny).log()).sum(-1)
     # a maximum, then one without it: four times as fast as topk(2) on a CPU

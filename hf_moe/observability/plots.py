@@ -1,4 +1,4 @@
-"""Plots of a run as PNG or SVG files, by the path's ending. Needs matplotlib, which is imported when one is drawn."""
+"""Plot a run as PNG or SVG files, by the path's ending. Needs matplotlib, which is imported when one is drawn."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ BLUE_TO_ORANGE = ("#12406f", "#2f6fab", "#86b1d6", "#f3f1ec", "#eaa862", "#c56a1
 
 
 def plot_loss(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """One panel per training run: the loss, and the largest expert load as a multiple of the mean.
+    """Draw a panel per training run: the loss, and the largest expert load as a multiple of the mean.
 
     Args:
         curves: The Trainer's training logs by title: records with `step`, `loss` and, if it was logged,
@@ -40,7 +40,7 @@ def plot_loss(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -
 def plot_bits_per_byte(
     path: Path, values: Mapping[str, Mapping[str, float]], *, new_domain: str | None = None
 ) -> None:
-    """Grouped bars: for every domain the bits per byte of each variant, lower is better.
+    """Draw grouped bars: for every domain the bits per byte of each variant, lower is better.
 
     Args:
         values: Variant -> domain -> bits per byte.
@@ -66,7 +66,7 @@ def plot_bits_per_byte(
 
 
 def plot_layer_load(path: Path, layers: Sequence[LayerStatistics], labels: Sequence[str]) -> None:
-    """A heat map: layers by experts, load as a multiple of the even share, on a logarithmic scale; dead ones black."""
+    """Draw a heat map: layers by experts, load over the even share on a logarithmic scale, dead experts black."""
     values = torch.full((len(layers), max(layer.num_experts for layer in layers)), math.nan)
     for row, layer in enumerate(layers):
         octaves = (layer.load * layer.num_experts).log2()
@@ -87,7 +87,7 @@ def plot_layer_load(path: Path, layers: Sequence[LayerStatistics], labels: Seque
 
 
 def plot_load_histograms(path: Path, layers: Sequence[LayerStatistics], labels: Sequence[str]) -> None:
-    """For every layer its experts from the busiest on, load as a multiple of the even share (the line)."""
+    """Draw for every layer its experts from the busiest on, load as a multiple of the even share (the line)."""
     columns = min(len(layers), 4)
     rows = -(-len(layers) // columns)
     figure, axes = _figure(rows, columns, width=2.6 * columns + 0.6, height=1.5 * rows + 0.4)
@@ -106,7 +106,7 @@ def plot_load_histograms(path: Path, layers: Sequence[LayerStatistics], labels: 
 
 
 def plot_expert_load(path: Path, loads: Mapping[str, Sequence[Tensor]], titles: Sequence[str] | None = None) -> None:
-    """A heat map per MoE layer: domains by experts, load as a multiple of the mean (1 = balanced).
+    """Draw a heat map per MoE layer: domains by experts, load as a multiple of the mean (1 = balanced).
 
     Args:
         loads: Domain -> per layer the counts of shape (num_experts,).
@@ -156,7 +156,7 @@ def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     from matplotlib import rc_context
 
-    # no tag of software or date, no random ids: the same figures give the same bytes
+    # no tag of software or date, no random ids: the same values give the same bytes
     path.unlink(missing_ok=True)  # what a link there points to is not written over
     is_svg = path.suffix == ".svg"
     with rc_context({"svg.hashsalt": "hf_moe", "svg.fonttype": "none"}):

@@ -1,4 +1,4 @@
-"""Make a model route as it was recorded: the same experts in training as in inference, or after quantisation."""
+"""Make a model route as recorded: the same experts in training as in inference, or after quantisation."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,13 +13,13 @@ from hf_moe.layers.moe_layers import MoeLayer
 from hf_moe.layers.unseen_experts import required_layers
 from hf_moe.layers.watch_routing import ModelCall, Routing, watch_routing
 from hf_moe.observability.layer_sums import ScoreRule
-from hf_moe.observability.recorded_rows import RecordedRows
 from hf_moe.observability.routing_trace import RoutingTrace
-from hf_moe.observability.token_rows import TokenRows
+from hf_moe.observability.token_recording import TokenRows
 from hf_moe.observability.token_table import TokenRow
 
 Weights = Literal["recomputed", "recorded"]
 Unrecorded = Literal["refuse", "own"]
+_LENGTHS_KEPT = 8
 
 
 @contextmanager
@@ -68,13 +68,13 @@ def replay_routing(
             raise ValueError("the trace holds no tokens to replay. Record with detail='tokens', and end its block.")
         recorded = recorded.tokens.rows()
     replay = _Replay(RecordedRows(recorded), layers, weights, unrecorded)
-    with watch_routing(model, torch.compiler.disable(replay.decide)):
+    with watch_routing(model, torch.compiler.disable(replay.decide), layers=layers):
         yield
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Where the tokens of one row of a call lie in a recorded row: its tokens [begin, begin + count)."""
+    """Place of one row's tokens of a call in a recorded row: its tokens [begin, begin + count)."""
 
     source: TokenRow
     begin: int
@@ -100,7 +100,7 @@ class _Plan:
 
 
 class _Replay:
-    def __init__(self, recorded: RecordedRows, layers: list[MoeLayer], weights: Weights, unrecorded: Unrecorded):
+    def __init__(self, recorded: "RecordedRows", layers: list[MoeLayer], weights: Weights, unrecorded: Unrecorded):
         self._recorded = recorded
         self._recorded_weights = weights == "recorded"
         self._may_miss = unrecorded == "own"
@@ -212,3 +212,66 @@ def _check_layers(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
             "the trace must have the layers of the model, with the same names, experts and top-k (in this order); "
             f"trace and model differ: {differing}."
         )
+
+
+class RecordedRows:
+    """Recorded rows in memory, found by their first tokens. The first of several alike counts."""
+
+    def __init__(self, rows: Iterable[TokenRow]):
+        """
+        Raises:
+            ValueError: If there is no row, or the rows come from an audit and hold no token ids.
+        """
+        self.rows = list(rows)
+        if not self.rows:
+            raise ValueError("there is no recorded row to replay. Record with detail='tokens'.")
+        self._ids: list[np.ndarray] = []
+        for row in self.rows:
+            if row.token_ids is None:
+                raise ValueError("an audit holds no token ids to replay by. Record without audit=True.")
+            self._ids.append(row.token_ids.astype(np.int64))
+        self._tables: dict[tuple[int, bool], dict[bytes, int]] = {}
+        self._lengths = sorted({len(ids) for ids in self._ids}, reverse=True)
+
+    def find(self, tokens: np.ndarray) -> tuple[TokenRow, int] | None:
+        """The row that begins with `tokens`, else the longest row with which `tokens` begin; and how many tokens of
+        both agree. None if there is neither.
+
+        Args:
+            tokens: `[S]` int64.
+        """
+        found = self._table(len(tokens), exact=False).get(tokens.tobytes())
+        if found is not None:
+            return self.rows[found], len(tokens)
+        for length in (each for each in self._lengths if 0 < each < len(tokens)):
+            found = self._table(length, exact=True).get(tokens[:length].tobytes())
+            if found is not None:
+                return self.rows[found], length
+        return None
+
+    def closest(self, tokens: np.ndarray) -> str:
+        """Describe the place at which `tokens` part from the recorded row that agrees longest."""
+        agreed = [_agreed(ids, tokens) for ids in self._ids]
+        best = int(np.argmax(agreed))
+        place, ids = agreed[best], self._ids[best]
+        recorded = f"token {ids[place]}" if place < len(ids) else "no further token"
+        got = f"token {tokens[place]}" if place < len(tokens) else "no further token"
+        return f"recorded row {self.rows[best].row} is closest: at position {place} it has {recorded}, the model {got}"
+
+    def _table(self, length: int, *, exact: bool) -> dict[bytes, int]:
+        """Rows by their first `length` tokens, those of exactly this length or of at least it."""
+        if (length, exact) not in self._tables:
+            while len(self._tables) >= _LENGTHS_KEPT:
+                self._tables.pop(next(iter(self._tables)))
+            table: dict[bytes, int] = {}
+            for index, ids in enumerate(self._ids):
+                if len(ids) == length or (not exact and len(ids) > length):
+                    table.setdefault(ids[:length].tobytes(), index)
+            self._tables[length, exact] = table
+        return self._tables[length, exact]
+
+
+def _agreed(one: np.ndarray, other: np.ndarray) -> int:
+    shared = min(len(one), len(other))
+    differs = np.flatnonzero(one[:shared] != other[:shared])
+    return int(differs[0]) if len(differs) else shared

@@ -1,7 +1,7 @@
-"""What the routers of a model did with the tokens they saw: load, weights, entropy, by layer and by domain."""
+"""The record of what the routers of a model did: load, weights and entropy, by layer and by domain."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
@@ -18,7 +18,9 @@ from hf_moe.observability.trace_files import StoredTrace, load_trace, save_trace
 if TYPE_CHECKING:
     import pandas
 
-# figures of `metrics`, each with the value of the worst layer: the largest or the smallest
+TraceSource = Callable[[], Mapping[str | None, Sequence[LayerStatistics]]]
+
+# metrics of a layer, each with the function that picks the worst layer's value
 _WORST: dict[str, Callable[..., float]] = {
     "load_cv": max,
     "max_violation": max,
@@ -42,18 +44,21 @@ class RoutingTrace:
             `active_parameters`, `layers` (their number), `experts` and `top_k` (a list where layers differ),
             `router_scores` (by layer how logits become weights, null where unknown), `detail`.
         tokens: The table of tokens (`detail="tokens"`), or None. It can be read when the recording has ended.
+        source: While a recording runs, the function that hands over the sums since its last call, by domain; else
+            None. The sums stay on the model's device until the trace is read.
     """
 
-    def __init__(self, empty: Sequence[LayerStatistics], model_facts: dict[str, Any]):
+    def __init__(
+        self, empty: Sequence[LayerStatistics], model_facts: dict[str, Any], *, source: TraceSource | None = None
+    ):
         """`empty`: for each layer, in order, the statistics of no token (`empty_statistics`)."""
         self._empty = {statistics.name: statistics for statistics in empty}
         # None holds what was seen outside of every domain
         self._parts: dict[str | None, dict[str, LayerStatistics]] = {}
         self._domain: str | None = None
         self._token_texts: Sequence[Sequence[str]] | None = None
-        # a running recording keeps its sums on the model's device; this moves them here
-        self._fetch: Callable[[], None] | None = None
         self._is_reduced = False
+        self.source = source
         self.model_facts = model_facts
         self.tokens: TokenTable | None = None
 
@@ -82,10 +87,10 @@ class RoutingTrace:
         return reduce(add, found) if found else self._empty[layer]
 
     def metrics(self, domain: str | None = None) -> dict[str, float]:
-        """Figures of balance by name, NaN where they cannot be told.
+        """Metrics of balance by name, NaN where they are not known.
 
         For each of `load_cv`, `max_violation`, `load_entropy`, `router_entropy`, `margin`, `empty_share` and
-        `drop_share`: `FIGURE/mean` and `FIGURE/worst` over the layers that know it, and `FIGURE/LAYER`.
+        `drop_share`: `METRIC/mean` and `METRIC/worst` over the layers that know it, and `METRIC/LAYER`.
         `dead_experts/total` and `dead_experts/LAYER`, and `tokens`, the largest count of a layer.
         The definitions are those of `LayerStatistics`.
 
@@ -94,12 +99,12 @@ class RoutingTrace:
         """
         layers = {name: self.statistics(name, domain) for name in self.layers}
         found: dict[str, float] = {"tokens": float(max(each.tokens for each in layers.values()))}
-        for figure, worst in _WORST.items():
-            values = {name: float(getattr(each, figure)) for name, each in layers.items()}
+        for metric, worst in _WORST.items():
+            values = {name: float(getattr(each, metric)) for name, each in layers.items()}
             known = [value for value in values.values() if not math.isnan(value)]
-            found[f"{figure}/mean"] = sum(known) / len(known) if known else math.nan
-            found[f"{figure}/worst"] = worst(known) if known else math.nan
-            found |= {f"{figure}/{name}": value for name, value in values.items()}
+            found[f"{metric}/mean"] = sum(known) / len(known) if known else math.nan
+            found[f"{metric}/worst"] = worst(known) if known else math.nan
+            found |= {f"{metric}/{name}": value for name, value in values.items()}
         dead = {name: math.nan if not each.tokens else len(each.dead_experts) for name, each in layers.items()}
         found["dead_experts/total"] = float(sum(count for count in dead.values() if not math.isnan(count)))
         return found | {f"dead_experts/{name}": float(count) for name, count in dead.items()}
@@ -145,7 +150,7 @@ class RoutingTrace:
 
     @contextmanager
     def domain(self, name: str, token_texts: Sequence[Sequence[str]] | None = None) -> Iterator[None]:
-        """What runs inside the block belongs to this domain (a subject, a language, a label); blocks may nest.
+        """Count what runs inside the block under this domain (a subject, a language, a label); blocks may nest.
 
         Args:
             token_texts: For the one forward in the block the text of each token: a list for each row, padding left
@@ -179,7 +184,7 @@ class RoutingTrace:
         Raises:
             RuntimeError: If the recording still runs, or the trace has been reduced before.
         """
-        if self._fetch is not None:
+        if self.source is not None:
             raise RuntimeError("reduce() must be called after the recording has ended: outside of the with block.")
         if self._is_reduced:
             raise RuntimeError("the trace has been reduced before: a second time would count every process twice.")
@@ -209,7 +214,7 @@ class RoutingTrace:
             part[each.name] = part[each.name] + each if each.name in part else each
 
     def part(self, layer: str, domain: str | None) -> LayerStatistics:
-        """As `statistics`, but None stands for the tokens outside of every domain."""
+        """The sums of one layer over the tokens of `domain`, or, if it is None, outside of every domain."""
         self._update()
         return self._parts.get(domain, {}).get(layer, self._empty[layer])
 
@@ -252,6 +257,12 @@ class RoutingTrace:
         trace.tokens = stored.tokens
         return trace
 
+    def end_recording(self) -> None:
+        """Take the last sums of `source` and let go of it."""
+        self._update()
+        self.source = None
+
     def _update(self) -> None:
-        if self._fetch is not None:
-            self._fetch()
+        if self.source is not None:
+            for domain, statistics in self.source().items():
+                self.add(statistics, domain)

@@ -1,4 +1,4 @@
-"""The figures that a gate can bound: what each means, and which values it can have."""
+"""Metrics that thresholds can bound: the meaning of each, and the values it can have."""
 
 import math
 import re
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure.
+    """One metric.
 
     Attributes:
-        name: As in a gate file.
-        meaning: For people, without a full stop.
+        name: As in a file of thresholds.
+        meaning: In words, without a full stop.
         low: Smallest possible value.
         high: Largest possible value.
         is_count: Whether it is a whole number.

@@ -1,12 +1,12 @@
-"""A gate: thresholds in a YAML file that measured figures of a model's routing must keep.
+"""Thresholds in a YAML file that measured metrics of a model's routing must keep.
 
     checks:
       - agreement.min >= 0.9
       - dead_experts == 0
       - bits_per_byte.worst_domain <= +0.02
 
-One comparison a line, `metric operator number`; the metrics are those of `METRICS`. A gate that could never fail, or
-never pass, is refused when it is read.
+One comparison a line, `metric operator number`; the metrics are those of `METRICS`. Thresholds that could never fail,
+or never pass, are refused when they are read.
 """
 
 import math
@@ -35,7 +35,7 @@ _FORM = "Write 'metric operator number', such as 'agreement.min >= 0.9'."
 
 
 class ThresholdsError(ValueError):
-    """A gate that cannot be used; names the file, the line, the rule and the way out."""
+    """Thresholds that cannot be used; names the file, the line, the rule and the way out."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MetricValue:
 
     Attributes:
         value: None if it could not be measured.
-        note: Where the value was found (the worst layer), or why there is none.
+        note: The place of the value (the worst layer), or the reason why there is none.
     """
 
     value: float | None
@@ -53,7 +53,7 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a gate."""
+    """One line of the thresholds."""
 
     metric: str
     operator: str
@@ -61,31 +61,31 @@ class Check:
     line: int
     text: str
 
-    def judge(self, figures: Mapping[str, MetricValue]) -> "CheckResult":
-        figure = figures.get(self.metric, MetricValue(None, "this comparison does not measure it"))
-        holds = figure.value is not None and OPERATORS[self.operator](figure.value, self.threshold)
-        return CheckResult(self, figure, holds)
+    def judge(self, metrics: Mapping[str, MetricValue]) -> "CheckResult":
+        measured = metrics.get(self.metric, MetricValue(None, "this comparison does not measure it"))
+        holds = measured.value is not None and OPERATORS[self.operator](measured.value, self.threshold)
+        return CheckResult(self, measured, holds)
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """A check and what was measured. A figure that could not be measured, or is NaN, fails its check."""
+    """A check and what was measured. A metric that could not be measured, or is NaN, fails its check."""
 
     check: Check
-    figure: MetricValue
+    measured: MetricValue
     passed: bool
 
     def __str__(self) -> str:
         place = f"line {self.check.line}: {self.check.text}"
-        if self.figure.value is None:
-            return f"{place}: not measured: {self.figure.note}"
-        note = f" ({self.figure.note})" if self.figure.note else ""
-        return f"{place}: measured {shown_value(self.check.metric, self.figure.value)}{note}"
+        if self.measured.value is None:
+            return f"{place}: not measured: {self.measured.note}"
+        note = f" ({self.measured.note})" if self.measured.note else ""
+        return f"{place}: measured {format_value(self.check.metric, self.measured.value)}{note}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says of one set of figures."""
+    """The results of all checks on one set of metrics."""
 
     source: str
     results: tuple[CheckResult, ...]
@@ -100,9 +100,7 @@ class Verdict:
 
     def __str__(self) -> str:
         held = len(self.results) - len(self.failures)
-        head = (
-            f"gate {self.source}: {'passed' if self.passed else 'FAILED'}, {held} of {len(self.results)} checks hold"
-        )
+        head = f"{self.source}: {'passed' if self.passed else 'FAILED'}, {held} of {len(self.results)} checks hold"
         return "\n".join([head, *(f"  failed: {result}" for result in self.failures)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,8 +111,8 @@ class Verdict:
             "checks": [
                 {
                     **asdict(result.check),
-                    "measured": json_number(result.figure.value),
-                    "note": result.figure.note,
+                    "measured": json_number(result.measured.value),
+                    "note": result.measured.note,
                     "passed": result.passed,
                 }
                 for result in self.results
@@ -132,26 +130,26 @@ class RoutingThresholds:
     """
 
     checks: tuple[Check, ...]
-    source: str = "gate"
+    source: str = "thresholds"
 
     @classmethod
-    def parse(cls, lines: Sequence[str], source: str = "gate") -> "RoutingThresholds":
-        """A gate from its lines, such as `["agreement.min >= 0.9"]`.
+    def parse(cls, lines: Sequence[str], source: str = "thresholds") -> "RoutingThresholds":
+        """Read lines such as `["agreement.min >= 0.9"]`.
 
         Raises:
             ThresholdsError: If a line cannot be used, or lines contradict each other.
         """
-        return _gate([(text, number) for number, text in enumerate(lines, start=1)], source)
+        return _thresholds([(text, number) for number, text in enumerate(lines, start=1)], source)
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingThresholds":
-        """Read a gate file.
+        """Read a file of thresholds.
 
         Raises:
             ThresholdsError: If the file or a line in it cannot be used.
             OSError: If it cannot be read.
         """
-        return _gate(_lines(_text(Path(path)), str(path)), str(path))
+        return _thresholds(_lines(_text(Path(path)), str(path)), str(path))
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -159,7 +157,7 @@ class RoutingThresholds:
         return tuple(dict.fromkeys(name for check in self.checks if (name := domain_of(check.metric)) is not None))
 
     def require(self, is_measured: Callable[[str], bool], where: str) -> None:
-        """Refuse checks whose figures will never be there, before anything is measured.
+        """Refuse checks of metrics that will not be measured, before anything is.
 
         Raises:
             ThresholdsError: Naming the first such check.
@@ -184,12 +182,12 @@ class RoutingThresholds:
                     f"{', '.join(domains)}. Name one of them, or add its text."
                 )
 
-    def judge(self, figures: Mapping[str, MetricValue]) -> Verdict:
-        return Verdict(self.source, tuple(check.judge(figures) for check in self.checks))
+    def judge(self, metrics: Mapping[str, MetricValue]) -> Verdict:
+        return Verdict(self.source, tuple(check.judge(metrics) for check in self.checks))
 
 
-def shown_value(metric: str, value: float) -> str:
-    """For people: counts as whole numbers, changes with their sign."""
+def format_value(metric: str, value: float) -> str:
+    """Format a value for reading: counts as whole numbers, changes with their sign."""
     known = metric_named(metric)
     if known is not None and known.is_count and math.isfinite(value):
         return str(int(value))
@@ -197,7 +195,7 @@ def shown_value(metric: str, value: float) -> str:
 
 
 def json_number(value: float | None) -> float | str | None:
-    """As JSON can hold it: NaN and infinity become text."""
+    """Make a value one that JSON can hold: NaN and infinity become text."""
     return value if value is None or math.isfinite(value) else str(value)
 
 
@@ -205,7 +203,7 @@ def _text(path: Path) -> str:
     data = path.read_bytes()
     if len(data) > LARGEST_FILE:
         raise ThresholdsError(
-            f"{path}: a gate has at most {LARGEST_FILE:,} bytes, got {len(data):,}. Is it another file?"
+            f"{path}: a file of thresholds has at most {LARGEST_FILE:,} bytes, got {len(data):,}. Is it another file?"
         )
     try:
         return data.decode("utf-8-sig")
@@ -223,11 +221,11 @@ def _lines(text: str, source: str) -> list[tuple[str, int]]:
         raise ThresholdsError(f"{source}{place}: not valid YAML: {error.problem}. Mend the line.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ThresholdsError(
-            f"{source}: not valid YAML ({type(error).__name__}). A gate is 'checks:' and a list."
+            f"{source}: not valid YAML ({type(error).__name__}). Thresholds are 'checks:' and a list."
         ) from error
     if not isinstance(root, yaml.MappingNode):
         raise ThresholdsError(
-            f"{source}: a gate must be a mapping with the key 'checks', got {_kind(root)}. {_EXAMPLE}"
+            f"{source}: thresholds must be a mapping with the key 'checks', got {_kind(root)}. {_EXAMPLE}"
         )
     return _under_checks(root, source)
 
@@ -242,7 +240,7 @@ def _under_checks(root: yaml.MappingNode, source: str) -> list[tuple[str, int]]:
         if key.value != "checks":
             near = get_close_matches(str(key.value), METRICS, n=1)
             hint = f"Write it as a line under 'checks:', '- {near[0]} >= ...'." if near else "The one key is 'checks'."
-            raise ThresholdsError(f"{source}, line {line}: unknown key {_shown(key)}. {hint}")
+            raise ThresholdsError(f"{source}, line {line}: unknown key {_quoted(key)}. {hint}")
         if found is not None:
             raise ThresholdsError(f"{source}, line {line}: the key 'checks' is there twice. Join the two lists.")
         found = value
@@ -260,16 +258,16 @@ def _under_checks(root: yaml.MappingNode, source: str) -> list[tuple[str, int]]:
 def _kind(node: yaml.Node | None) -> str:
     if node is None:
         return "nothing"
-    return _shown(node) if isinstance(node, yaml.ScalarNode) else f"a {node.id}".replace("sequence", "list")
+    return _quoted(node) if isinstance(node, yaml.ScalarNode) else f"a {node.id}".replace("sequence", "list")
 
 
-def _shown(node: yaml.Node) -> str:
+def _quoted(node: yaml.Node) -> str:
     return repr(node.value)[:60] if isinstance(node, yaml.ScalarNode) else f"of a {node.id}"
 
 
-def _gate(lines: list[tuple[str, int]], source: str) -> RoutingThresholds:
+def _thresholds(lines: list[tuple[str, int]], source: str) -> RoutingThresholds:
     if not lines:
-        raise ThresholdsError(f"{source}: the gate has no check: it would pass anything. {_EXAMPLE}")
+        raise ThresholdsError(f"{source}: there is no check: anything would pass. {_EXAMPLE}")
     checks = tuple(_check(text, line, f"{source}, line {line}") for text, line in lines)
     _refuse_contradictions(checks, source)
     return RoutingThresholds(checks, source)
@@ -345,7 +343,7 @@ def _passing(check: Check, metric: Metric) -> _Interval:
 
 
 def _refuse_pointless(check: Check, metric: Metric, where: str) -> None:
-    """A check that no measurement, or every measurement, keeps."""
+    """Refuse a check that no measurement, or every measurement, keeps."""
     possible = _Interval(metric.low, metric.high)
     if metric.is_count and not check.threshold.is_integer():
         raise ThresholdsError(
@@ -367,7 +365,7 @@ def _refuse_pointless(check: Check, metric: Metric, where: str) -> None:
 
 
 def _refuse_contradictions(checks: Sequence[Check], source: str) -> None:
-    """Two checks that no model keeps together, or that say the same thing twice."""
+    """Refuse two checks that no model keeps together, or that bound the same thing twice."""
     for position, check in enumerate(checks):
         for earlier in checks[:position]:
             pair = f"{source}, lines {earlier.line} and {check.line}: {earlier.text!r} and {check.text!r}"
@@ -378,7 +376,7 @@ def _refuse_contradictions(checks: Sequence[Check], source: str) -> None:
 
 
 def _contradict(one: Check, two: Check) -> bool:
-    """Whether no figures keep both, where `one` is of the same metric or of one that is never above that of `two`."""
+    """Whether no metrics keep both, where `one` is of the same metric or of one that is never above that of `two`."""
     metrics = [metric_named(check.metric) for check in (one, two)]
     if metrics[0] is None or metrics[1] is None:
         return False

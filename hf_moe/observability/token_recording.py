@@ -1,5 +1,6 @@
 """Write the decision for every token to disk while the model runs; memory holds one row group and one forward."""
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,6 @@ from torch import Tensor
 
 from hf_moe.layers.moe_layers import MoeLayer
 from hf_moe.layers.watch_routing import ModelCall, Routing
-from hf_moe.observability.routing_trace import RoutingTrace
-from hf_moe.observability.token_rows import TokenRows
 from hf_moe.observability.token_table import ROWS, TOKENS, LayerSpec, TokenTable, pyarrow, rows_schema, tokens_schema
 
 _ROW_GROUP = 8192
@@ -21,7 +20,7 @@ _ROW_GROUP = 8192
 
 @dataclass
 class _Forward:
-    """What one forward of the model decided so far."""
+    """The decisions of one forward of the model so far: by layer ids and weights, `[T, K]`."""
 
     call: ModelCall
     domain: str | None
@@ -30,11 +29,15 @@ class _Forward:
 
 
 class TokenRecording:
-    """Collects the layers of a forward; when the next one begins, its tokens go to the file."""
+    """Collects the decisions of a forward's layers; when the next one begins, they go to the file."""
 
-    def __init__(self, trace: RoutingTrace, layers: list[MoeLayer], *, audit: bool, scratch: str | Path | None):
+    def __init__(self, layers: list[MoeLayer], *, audit: bool, scratch: str | Path | None):
+        """As in `record_routing`.
+
+        Raises:
+            ImportError: Without pyarrow.
+        """
         pyarrow()
-        self._trace = trace
         self._specs = {layer.name: LayerSpec(layer.plain_name, layer.num_experts, layer.top_k) for layer in layers}
         self._audit = audit
         self._folder = tempfile.TemporaryDirectory(prefix="routing-trace-", dir=scratch)
@@ -42,8 +45,16 @@ class TokenRecording:
         self._rows = TokenRows()
         self._files: _Files | None = None
 
-    def hear(self, routing: Routing) -> None:
-        """One layer's decision; the recomputations of gradient checkpointing are left out by the caller."""
+    def add(self, routing: Routing, domain: str | None, texts: Sequence[Sequence[str]] | None) -> None:
+        """Keep one layer's decision; the caller leaves out the recomputations of gradient checkpointing.
+
+        Args:
+            domain: That of the forward, as the first of its layers has it.
+            texts: The text of each token, likewise: a list for each row, padding left out.
+
+        Raises:
+            ValueError: If the decision cannot be given to single tokens of the call.
+        """
         call, name = routing.call, routing.layer.name
         if call is None or call.input_ids is None:
             raise ValueError(
@@ -57,7 +68,7 @@ class TokenRecording:
             )
         if self._forward is None or self._forward.call is not call:
             self.end_forward()
-            self._forward = _Forward(call, self._trace.current_domain, self._trace.current_token_texts, {})
+            self._forward = _Forward(call, domain, texts, {})
         if name in self._forward.decisions:
             raise ValueError(f"layer {name!r} ran twice in one call of the model. Record it with detail='counts'.")
         spec = self._specs[name]
@@ -137,6 +148,75 @@ def _texts(texts: Sequence[Sequence[str]] | None, mask_BS: np.ndarray) -> list[s
         )
     # lone surrogates cannot be written
     return [text.encode("utf-8", "replace").decode() for row in texts for text in row]
+
+
+class TokenRows:
+    """The token sequences of the batch that runs, over the calls of a `generate` that feeds them piece by piece.
+
+    Their numbers, their lengths and the hashes of their tokens so far.
+    """
+
+    def __init__(self) -> None:
+        self._first_row = 0
+        self._domain: str | None = None
+        self.lengths = np.zeros(0, np.int64)
+        self._hashes: list[Any] = []
+
+    def continues(self, call: ModelCall) -> bool:
+        """Whether the call continues the sequences of the call before it.
+
+        Raises:
+            ValueError: If it continues others, which were not seen.
+        """
+        if call.cached == 0:
+            return False
+        if call.shape is None or call.shape[0] != len(self.lengths):
+            raise ValueError(
+                f"the model is called with a cache of {call.cached} positions that were not seen, at least not with "
+                "this batch size. Begin before the first tokens of a sequence."
+            )
+        return True
+
+    def begin(self, count: int, domain: str | None, first_row: int) -> None:
+        self._first_row, self._domain = first_row, domain
+        self.lengths = np.zeros(count, np.int64)
+        self._hashes = [hashlib.sha256() for _ in range(count)]
+
+    def extend(self, ids_BS: np.ndarray, mask_BS: np.ndarray, call: ModelCall) -> tuple[np.ndarray, np.ndarray]:
+        """Add the tokens of a call; their rows `[N]` and positions `[N]`, without padding.
+
+        Raises:
+            ValueError: If the cache does not hold what was added before: it was cut back or reordered.
+        """
+        if call.cached:
+            held = np.full(len(self.lengths), call.cached)
+            if call.mask is not None:
+                held = call.mask[:, : call.cached].sum(1).cpu().numpy()
+            if not np.array_equal(held, self.lengths):
+                raise ValueError(
+                    f"the cache holds {held.tolist()} tokens of the rows, {self.lengths.tolist()} were seen: it was "
+                    "cut back, as assisted generation does. Single tokens cannot be followed then."
+                )
+        row_N, column_N = np.nonzero(mask_BS)
+        order_BS = mask_BS.cumsum(1) - 1 + self.lengths[:, None]
+        for hash_, ids, mask in zip(self._hashes, ids_BS, mask_BS, strict=True):
+            hash_.update(np.ascontiguousarray(ids[mask], dtype="<i8").tobytes())
+        self.lengths = self.lengths + mask_BS.sum(1)
+        return self._first_row + row_N, order_BS[row_N, column_N].astype(np.int32)
+
+    def end(self) -> list[dict[str, Any]]:
+        """Drop the rows; returns their records for `rows.parquet`, without the tokens' places."""
+        ended = [
+            {
+                "row": self._first_row + number,
+                "domain": self._domain,
+                "length": int(self.lengths[number]),
+                "sha256": hash_.hexdigest(),
+            }
+            for number, hash_ in enumerate(self._hashes)
+        ]
+        self.begin(0, None, 0)
+        return ended
 
 
 class _Files:

@@ -31,7 +31,7 @@ class LayerSpec:
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
-        """The smallest that also holds `num_experts`, the mark of an empty slot."""
+        """The smallest dtype that also holds `num_experts`, the mark of an empty slot."""
         return np.dtype(np.uint8 if self.num_experts < 2**8 else np.uint16)
 
 
@@ -103,7 +103,7 @@ class TokenTable:
 
     @staticmethod
     def open(folder: Path, entry: Any, layers: list[LayerSpec]) -> "TokenTable":
-        """The table beside a manifest that says `entry` of it; values are checked when they are read.
+        """Open the table that a manifest describes by `entry`; values are checked when they are read.
 
         Raises:
             ValueError: If files and manifest do not fit together.
@@ -168,7 +168,7 @@ class TokenTable:
             yield self._row(entry, group)
 
     def copy_to(self, folder: Path) -> dict[str, Any]:
-        """Copy the files; returns what the manifest says of them."""
+        """Copy the files; returns the manifest's entry about them."""
         for name in (TOKENS, ROWS):
             shutil.copyfile(self._folder / name, folder / name)
         return {name: getattr(self, name) for name in ("num_tokens", "num_rows", "is_audit", "has_text")}

@@ -1,4 +1,4 @@
-"""A routing trace on disk: a folder with a JSON manifest and the sums as safetensors. Reading trusts nothing.
+"""Save and load a routing trace: a folder with a JSON manifest and the sums as safetensors. Reading trusts nothing.
 
 `trace.json` is written last and names format, layers, domains and model; `statistics.safetensors` holds, for part P
 (0: outside of every domain, 1...: the domains in order) and layer L (in order):
@@ -36,7 +36,7 @@ _BYTES_PER_EXPERT = 16  # a count and a weight
 
 @dataclass(frozen=True)
 class StoredTrace:
-    """What a folder holds.
+    """A trace as its folder holds it.
 
     Attributes:
         empty: For each layer, in order, the statistics of no token.
@@ -56,7 +56,7 @@ class StoredTrace:
 
 
 def save_trace(trace: StoredTrace, folder: Path) -> None:
-    """See `RoutingTrace.save`."""
+    """Write the folder of a trace; errors as in `RoutingTrace.save`."""
     if folder.exists() and not (folder.is_dir() and (_is_trace(folder) or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} exists and is no routing trace. Save the trace into a new folder.")
     with whole_folder(folder) as temporary:
@@ -68,7 +68,7 @@ def save_trace(trace: StoredTrace, folder: Path) -> None:
 
 
 def load_trace(folder: Path) -> StoredTrace:
-    """See `RoutingTrace.load`."""
+    """Read the folder and check every value; errors as in `RoutingTrace.load`."""
     manifest = _read_manifest(folder)
     layers = [_layer(entry, folder) for entry in _list(manifest, "layers", folder)]
     if not layers or len({each.name for each in layers}) != len(layers):
@@ -163,7 +163,7 @@ def _layer(entry: Any, folder: Path) -> LayerSpec:
 
 
 def _refuse_more_than_is_stored(layers: list[LayerSpec], parts: int, folder: Path) -> None:
-    """A few bytes of the manifest may name a layer of any size: the memory that it takes must be in the file."""
+    """Refuse a manifest that names more experts than the file can hold: the memory for them would be taken first."""
     path = folder / STATISTICS
     held = path.stat().st_size if path.is_file() else 0
     needed = parts * sum(layer.num_experts for layer in layers) * _BYTES_PER_EXPERT
@@ -219,7 +219,7 @@ def _statistics(empty: LayerStatistics, place: str, tensors: dict[str, Tensor], 
 
 
 def _contradiction(layer: LayerStatistics) -> str | None:
-    """What cannot be, whatever the model did."""
+    """Reason why no model can have left these statistics, if there is one."""
     slots = layer.tokens * layer.top_k
     if layer.tokens < 0 or not 0 <= layer.scored_tokens <= layer.tokens:
         return f"{layer.tokens} tokens, {layer.scored_tokens} of them scored"

@@ -1,4 +1,4 @@
-"""Trace a model on texts: by domain, window by window."""
+"""Trace a model on texts, by domain and window by window."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`explain` names what a model consists of, counted against the weights and against figures worked out by hand."""
+"""`explain` names what a model consists of, counted against the weights and against counts worked out by hand."""
 
 import json
 from types import SimpleNamespace

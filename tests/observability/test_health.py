@@ -1,4 +1,4 @@
-"""The collapse cases, each told apart on six families; and what figures alone cannot tell."""
+"""The collapse cases, each recognised on six families; and what metrics alone do not show."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_steady_routing_with_noise_is_not_called_collapsing(model):
     assert diagnose(history[-1], history[:-1]).verdict == "healthy"
 
 
-# ---- from figures alone
+# ---- from metrics alone
 
 
 def layer(counts, top_k=1, name="0", **values):
@@ -89,7 +89,7 @@ def test_one_expert_chosen_by_nearly_all_is_named_beside_evenly_used_others():
     assert "expert 0 is chosen by 100% of the tokens (even: 25%)" in str(health)
 
 
-def test_with_few_tokens_dead_is_not_said_but_collapse_is():
+def test_few_tokens_suffice_for_a_collapse_but_not_for_dead_experts():
     assert diagnose([layer([3, 2, 3, 0, 1, 2, 3, 2])]).verdict == "unknown"
     assert diagnose([layer([0, 30, 0, 0, 0, 0, 0, 1])]).verdict == "collapsed"
     assert diagnose([layer([1, 0, 0, 0, 0, 0, 0, 0])]).verdict == "unknown"
@@ -118,11 +118,11 @@ def test_experts_that_are_rarely_chosen_are_named_and_no_fault():
     health = diagnose([layer(even, name="a"), layer(rare, name="b"), layer([500] * 5 + [40], name="c")])
     assert health.healthy
     assert health.rarely_chosen == {"b": (4, 5), "c": (5,)}
-    said = "less than an eighth of an even load: 2 experts of layer 1 (4, 5), and some of 1 more layer."
-    assert health.note({"b": "layer 1"}).endswith(said)
+    note = "less than an eighth of an even load: 2 experts of layer 1 (4, 5), and some of 1 more layer."
+    assert health.note({"b": "layer 1"}).endswith(note)
     assert str(health).endswith("2 experts of b (4, 5), and some of 1 more layer.")
     assert diagnose([layer(even)]).note() == ""
-    # a fault says more
+    # no note beside a fault
     assert diagnose([layer(rare), layer([500, 500, 0, 500], name="d")]).note() == ""
 
 

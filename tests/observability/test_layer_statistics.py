@@ -1,11 +1,17 @@
-"""Figures of balance from hand-made counts."""
+"""Metrics of balance from hand-made counts."""
 
 import math
 
 import pytest
 import torch
 
-from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics, jensen_shannon
+from hf_moe.observability.layer_statistics import (
+    LayerStatistics,
+    empty_statistics,
+    jensen_shannon,
+    load_entropy,
+    max_violation,
+)
 
 
 def statistics(counts, **values):
@@ -19,6 +25,21 @@ def test_balance_and_its_opposite():
     assert (even.load_cv, even.max_violation, even.load_entropy, even.dead_experts) == (0, 0, 1, ())
     assert (one.max_violation, one.load_entropy, one.dead_experts, one.busiest_expert) == (3, 0, (0, 2, 3), 1)
     assert one.load_cv == pytest.approx(math.sqrt(3))
+
+
+def test_balance_at_both_ends():
+    even, one = torch.full((8,), 5), torch.tensor([0, 0, 40, 0, 0, 0, 0, 0])
+    assert (load_entropy(even), max_violation(even)) == pytest.approx((1, 0))
+    assert (load_entropy(one), max_violation(one)) == pytest.approx((0, 7))
+    half = torch.tensor([10, 10, 0, 0])
+    assert (load_entropy(half), max_violation(half)) == pytest.approx((math.log(2) / math.log(4), 1))
+    assert load_entropy(torch.tensor([3])) == 1
+
+
+def test_no_tokens_have_no_balance():
+    for metric in (load_entropy, max_violation):
+        with pytest.raises(ValueError, match="counts are all zero"):
+            metric(torch.zeros(4))
 
 
 def test_sums_add_up():

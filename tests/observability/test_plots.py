@@ -1,4 +1,4 @@
-"""Plots need no display, are the same bytes for the same figures, and name the extra if matplotlib is absent."""
+"""Plots need no display, are the same bytes for the same values, and name the extra if matplotlib is absent."""
 
 import sys
 from dataclasses import replace

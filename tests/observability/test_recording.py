@@ -1,7 +1,9 @@
 """Recorded counts are those of the experts' calls, once for each token, in every family and every way of running."""
 
 import math
+import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -217,7 +219,7 @@ def test_probabilities_give_entropy_and_margin():
         assert found.scored_tokens == found.tokens == 44
 
 
-def test_unknown_scores_are_said_not_guessed():
+def test_unknown_scores_are_reported_not_guessed():
     model = hf_moe_model()
     layer = moe_layers(model)[1]
     layer.router.register_forward_hook(
@@ -311,6 +313,28 @@ def test_domains_may_nest_and_be_read_while_recording():
     assert tokens == {"law": 24, "code": 24, None: 96}
     model(input_ids=IDS)
     assert trace.statistics(trace.layers[0]).tokens == 96, "counted after the end"
+
+
+@contextmanager
+def counted_searches():
+    """The calls of `moe_layers` while the block runs, whoever makes them."""
+    searches = []
+    sys.setprofile(lambda frame, event, _: searches.append(event) if frame.f_code is moe_layers.__code__ else None)
+    try:
+        yield searches
+    finally:
+        sys.setprofile(None)
+
+
+def test_the_layers_are_searched_once():
+    """Recording searched the model three times: for itself, for `explain` and for `watch_routing`."""
+    model = hf_moe_model()
+    with counted_searches() as searches, record_routing(model, "tokens") as trace:
+        model(input_ids=IDS)
+    assert searches.count("call") == 1
+    with counted_searches() as searches, replay_routing(model, trace):
+        model(input_ids=IDS)
+    assert searches.count("call") == 1
 
 
 def test_names_have_no_prefixes_of_wrappers():

@@ -63,13 +63,13 @@ def test_recomputed_weights_are_those_of_the_router():
     for row in rows:
         for experts in row.experts.values():
             experts[:] = (experts + 1) % 8
-    heard = []
+    calls = []
     for layer in moe_layers(model):
         layer.router.register_forward_hook(lambda module, args, output: wanted.append(output[0]))
-        layer.experts.register_forward_hook(lambda module, args, output: heard.append(args))
+        layer.experts.register_forward_hook(lambda module, args, output: calls.append(args))
     with torch.no_grad(), replay_routing(model, rows):
         model(input_ids=IDS)
-    for logits, (_, index, weights), name in zip(wanted, heard, trace.layers, strict=True):
+    for logits, (_, index, weights), name in zip(wanted, calls, trace.layers, strict=True):
         forced = torch.tensor([row.experts[name].tolist() for row in rows]).view(-1, 2)
         assert torch.equal(index, forced)
         probabilities = logits.softmax(-1).gather(-1, forced)

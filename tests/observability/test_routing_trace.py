@@ -1,4 +1,4 @@
-"""A trace adds up what it is given, says it in figures, and reads back only what it could have written."""
+"""A trace adds up what it is given, names it in metrics, and reads back only what it could have written."""
 
 import json
 import math
@@ -58,6 +58,22 @@ def test_domains_add_up_to_all_tokens():
     assert trace.statistics("layers.1.mlp").tokens == 9
 
 
+def test_a_running_recording_is_read_when_the_trace_is():
+    pending = [
+        {"law": [statistics("a", [2, 2])]},
+        {None: [statistics("a", [1, 1])]},
+        {"law": [statistics("a", [4, 0])]},
+    ]
+    trace = RoutingTrace([empty_statistics("a", 2, 2)], {}, source=lambda: pending.pop(0))
+    assert len(pending) == 3, "taken before anything was read"
+    assert trace.domains == ["law"]
+    assert trace.statistics("a").counts.tolist() == [3, 3]
+    trace.end_recording()
+    assert pending == []
+    assert trace.source is None
+    assert trace.statistics("a", "law").counts.tolist() == [6, 2]
+
+
 def test_what_the_trace_lacks_is_refused():
     trace = hand_made()
     with pytest.raises(ValueError, match=r"no layer 'x'. Its layers: layers.0.mlp, layers.1.mlp"):
@@ -110,6 +126,30 @@ def test_a_saved_trace_comes_back_whole(tmp_path):
     loaded.save(tmp_path / "trace")  # an older trace may be replaced
     assert same(RoutingTrace.load(tmp_path / "trace").statistics("layers.0.mlp"), trace.statistics("layers.0.mlp"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trace"]
+
+
+def test_the_stored_format_stays(tmp_path):
+    """Traces that users have must load: whoever changes one of these raises VERSION and still reads the old."""
+    hand_made().save(tmp_path)
+    manifest = json.loads((tmp_path / "trace.json").read_text())
+    assert manifest == {
+        "format": "hf_moe.routing_trace",
+        "version": 1,
+        "layers": [{"name": name, "num_experts": size, "top_k": 2} for name, size in LAYERS.items()],
+        "domains": ["law", "code"],
+        "model_facts": {"model_class": "Made"},
+        "tokens": None,
+    }
+    tensors = load_file(tmp_path / "statistics.safetensors")
+    fields = ("counts", "weight_mass", "totals", "sums", "coactivation")
+    assert tensors.keys() == {f"{name}.{part}.{layer}" for name in fields for part in range(3) for layer in range(2)}
+    assert tensors["counts.1.0"].tolist() == [4, 4, 2, 0]
+    assert tensors["weight_mass.1.0"].tolist() == [2.0, 2.0, 1.0, 0.0]
+    assert tensors["totals.1.0"].tolist() == [5, 0, -1, 5]
+    assert tensors["sums.1.0"].tolist() == [5 * math.log(4), 1.0]
+    assert {name.split(".")[0]: tensor.dtype for name, tensor in tensors.items()} == dict(
+        zip(fields, (torch.int64, torch.float64, torch.int64, torch.float64, torch.int64), strict=True)
+    )
 
 
 def test_other_folders_are_not_overwritten(tmp_path):

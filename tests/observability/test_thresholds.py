@@ -1,4 +1,4 @@
-"""What a gate refuses when it is read, and what it says of figures."""
+"""Thresholds refuse bad lines when they are read, and judge metrics."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 from hf_moe.observability.threshold_metrics import METRICS, ORDER, metric_named
 from hf_moe.observability.thresholds import MetricValue, RoutingThresholds, ThresholdsError
 
-FIGURES = {
+MEASURED = {
     "agreement.min": MetricValue(0.85, "model.layers.3.mlp"),
     "dead_experts": MetricValue(2.0, "2 in model.layers.0.mlp"),
     "bits_per_byte.worst_domain": MetricValue(0.0113, "law"),
@@ -29,8 +29,8 @@ def load(tmp_path, text: str | bytes) -> RoutingThresholds:
     return RoutingThresholds.load(path)
 
 
-def test_a_gate_file_is_read_with_its_line_numbers(tmp_path):
-    gate = load(
+def test_a_file_is_read_with_its_line_numbers(tmp_path):
+    thresholds = load(
         tmp_path,
         """# what an upgrade must keep
 checks:
@@ -41,13 +41,13 @@ checks:
   - bits_per_byte.domain.law < -1e-2
 """,
     )
-    assert [(check.metric, check.operator, check.threshold, check.line) for check in gate.checks] == [
+    assert [(check.metric, check.operator, check.threshold, check.line) for check in thresholds.checks] == [
         ("agreement.min", ">=", 0.9, 3),
         ("dead_experts", "==", 0.0, 5),
         ("bits_per_byte.worst_domain", "<=", 0.02, 6),
         ("bits_per_byte.domain.law", "<", -0.01, 7),
     ]
-    assert gate.domains == ("law",)
+    assert thresholds.domains == ("law",)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ checks:
     ],
 )
 def test_a_check_holds_or_not(line, holds):
-    verdict = RoutingThresholds.parse([line]).judge(FIGURES)
+    verdict = RoutingThresholds.parse([line]).judge(MEASURED)
     assert verdict.passed is holds
     assert len(verdict.failures) == (0 if holds else 1)
 
@@ -75,16 +75,16 @@ def test_a_check_holds_or_not(line, holds):
 def test_a_failure_names_line_measurement_and_place():
     verdict = RoutingThresholds.parse(
         ["dead_experts <= 2", "agreement.min >= 0.9", "load_shift.max <= 0.1"], "gate.yaml"
-    ).judge(FIGURES)
+    ).judge(MEASURED)
     assert str(verdict).splitlines() == [
-        "gate gate.yaml: FAILED, 1 of 3 checks hold",
+        "gate.yaml: FAILED, 1 of 3 checks hold",
         "  failed: line 2: agreement.min >= 0.9: measured 0.85 (model.layers.3.mlp)",
         "  failed: line 3: load_shift.max <= 0.1: not measured: the number of experts differs",
     ]
     report = verdict.to_dict()
     assert [check["passed"] for check in report["checks"]] == [True, False, False]
     json.dumps(report, allow_nan=False)
-    json.dumps(RoutingThresholds.parse(["latency.all <= 2"]).judge(FIGURES).to_dict(), allow_nan=False)
+    json.dumps(RoutingThresholds.parse(["latency.all <= 2"]).judge(MEASURED).to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_failure_names_line_measurement_and_place():
 )
 def test_a_line_is_refused_with_its_number(line, message):
     text = refusal("max_violation.max <= 3", line)
-    assert text.startswith("gate, line 2: ")
+    assert text.startswith("thresholds, line 2: ")
     assert message in text
 
 
@@ -138,7 +138,7 @@ def test_a_line_is_refused_with_its_number(line, message):
 )
 def test_contradictions_are_refused(lines, message):
     text = refusal(lines[0], "max_violation.max <= 3", lines[1])
-    assert text.startswith("gate, lines 1 and 3: ")
+    assert text.startswith("thresholds, lines 1 and 3: ")
     assert message in text
 
 
@@ -155,7 +155,7 @@ def test_a_corridor_is_no_contradiction():
         ("", "must be a mapping with the key 'checks', got nothing"),
         ("- agreement.min >= 0.9", "must be a mapping with the key 'checks', got a list"),
         ("checks:", "'checks' must be a list, got ''"),
-        ("checks: []", "the gate has no check: it would pass anything"),
+        ("checks: []", "there is no check: anything would pass"),
         ("checks: agreement.min >= 0.9", "'checks' must be a list, got 'agreement.min >= 0.9'"),
         ("checks:\n  agreement.min: 0.9", "'checks' must be a list, got a mapping"),
         ("agreement.min: 0.9", "line 1: unknown key 'agreement.min'. Write it as a line under 'checks:'"),
@@ -180,12 +180,12 @@ def test_a_bad_file_is_refused(text, message, tmp_path):
 
 
 def test_what_cannot_be_measured_is_refused_beforehand():
-    gate = RoutingThresholds.parse(["dead_experts == 0", "agreement.min >= 0.9", "latency.domain.law <= 2"])
+    thresholds = RoutingThresholds.parse(["dead_experts == 0", "agreement.min >= 0.9", "latency.domain.law <= 2"])
     with pytest.raises(ThresholdsError, match=r"line 2: 'agreement.min' is not measured in histograms"):
-        gate.require(lambda metric: not metric.startswith("agreement"), "in histograms")
+        thresholds.require(lambda metric: not metric.startswith("agreement"), "in histograms")
     with pytest.raises(ThresholdsError, match=r"line 3: there is no domain 'law'; the texts are of code, docs"):
-        gate.require_domains(["code", "docs"])
-    gate.require_domains(["law"])
+        thresholds.require_domains(["code", "docs"])
+    thresholds.require_domains(["law"])
 
 
 def test_metrics_and_their_order_are_known():

@@ -1,4 +1,4 @@
-"""A model that counts as quantised while its experts are not: said, with bytes."""
+"""A model that counts as quantised while its experts are not: reported, with bytes."""
 
 import re
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_packed_experts_are_not_called_unquantised():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, which quantises linear layers alone"),
         ({"quant_method": "awq", "bits": 4}, "awq, which quantises linear layers alone"),
@@ -95,15 +95,15 @@ def test_packed_experts_are_not_called_unquantised():
         ({"quant_method": "mxfp4"}, None),
     ],
 )
-def test_a_config_alone_says_what_will_happen(settings, said):
+def test_a_config_alone_says_what_will_happen(settings, expected):
     config = tiny_config("qwen3_moe", dtype="bfloat16")
     config.quantization_config = settings
     explained = explain_config(config)
-    if said is None:
+    if expected is None:
         assert explained.warnings == ()
         return
     (warning,) = explained.warnings
-    assert said in warning
+    assert expected in warning
     model, _ = build_tiny("qwen3_moe")
     assert f"{bytes_of_experts(model) // 2:,} bytes" in warning
     assert "bfloat16" in warning

@@ -11,7 +11,7 @@ from hf_moe.comparison.routing_agreement import record_choices
 from hf_moe.data.packing import PackedRows
 from hf_moe.finetuning.arguments import RecipeError
 from hf_moe.finetuning.prepare import refuse_shards
-from hf_moe.observability.expert_load import load_entropy, max_violation
+from hf_moe.observability.layer_statistics import load_entropy, max_violation
 from hf_moe.training.checkpointing.checkpoints import CheckpointError
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.trainer import MoeTrainer

@@ -1,4 +1,4 @@
-// What page.py packed, read back; numbers for people.
+// Reads back what data.py packed; numbers as text.
 
 const ARRAYS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f8: Float64Array };
 

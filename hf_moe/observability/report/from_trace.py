@@ -1,4 +1,4 @@
-"""The report's data from a routing trace."""
+"""Make the report's data from a routing trace."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -8,13 +8,12 @@ import numpy as np
 
 from hf_moe.observability.layer_statistics import LayerStatistics
 from hf_moe.observability.report import text
-from hf_moe.observability.report.data import ReportData, TokenSample
-from hf_moe.observability.report.packing import MOST_TOKENS
+from hf_moe.observability.report.data import MOST_TOKENS, ReportData, TokenSample
 from hf_moe.observability.token_table import TokenRow, TokenTable
 
 
 class Trace(Protocol):
-    """What is read of a `RoutingTrace`."""
+    """The part of `RoutingTrace` that the report reads."""
 
     model_facts: dict[str, Any]
     tokens: TokenTable | None
@@ -27,9 +26,7 @@ class Trace(Protocol):
 
 
 def report_data(trace: Trace, title: str | None = None) -> ReportData:
-    """Everything that the page shows of `trace`.
-
-    Of the tokens at most `MOST_TOKENS`, evenly from all domains.
+    """Collect everything that the page shows of `trace`, of its tokens at most `MOST_TOKENS`, evenly from all domains.
 
     Args:
         title: The model's name; its class if not given.

@@ -1,4 +1,4 @@
-"""The report page: plain data in, one HTML file out that needs no network and no other file."""
+"""Write the report page: plain data in, one HTML file out that needs no network and no other file."""
 
 import base64
 import hashlib
@@ -13,8 +13,7 @@ from hf_moe.io.whole_files import write_text
 from hf_moe.observability.health import Finding, Health, diagnose
 from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
 from hf_moe.observability.report import text
-from hf_moe.observability.report.data import ReportData
-from hf_moe.observability.report.packing import pack_coactivation, pack_layers, pack_tokens
+from hf_moe.observability.report.data import ReportData, pack_coactivation, pack_layers, pack_tokens
 
 SCRIPTS = ("data.js", "charts.js", "sections.js", "tokens.js", "main.js")
 
@@ -93,7 +92,7 @@ def render(data: ReportData) -> str:
 
 
 def _payload(data: ReportData, labels: list[str]) -> dict[str, Any]:
-    """What the script reads."""
+    """JSON values for the script."""
     return {
         "labels": labels,
         "names": [text.visible(layer.name) for layer in data.layers],

@@ -36,7 +36,7 @@ def _visible_character(character: str) -> str:
 
 
 def short_labels(names: Sequence[str]) -> list[str]:
-    """What tells the names apart: "model.layers.3.mlp" among its like is "layer 3"; visible, all different."""
+    """Shorten names to what differs: "model.layers.3.mlp" among its like is "layer 3"; visible, no two alike."""
     if not names:
         return []
     before, after = _shared_ends(names)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from hf_moe.observability.layer_statistics import empty_statistics
-from hf_moe.observability.report import packing
-from hf_moe.observability.report.data import ReportData
+from hf_moe.observability.report.data import ReportData, pack, pack_coactivation, pack_tokens
 from hf_moe.observability.report.from_trace import report_data
 from hf_moe.observability.report.page import render, write_report
 from hf_moe.observability.report.text import percent, short_count, short_labels, times, visible, visible_token
@@ -56,7 +55,7 @@ def payload(page):
 @pytest.mark.parametrize("largest", [0, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**53])
 def test_whole_numbers_come_back_exactly(largest):
     values = np.array([0, largest // 3, largest])
-    assert unpack(packing.pack(values)).tolist() == values.tolist()
+    assert unpack(pack(values)).tolist() == values.tolist()
 
 
 def test_the_page_holds_the_counts_pairs_and_tokens():
@@ -76,18 +75,18 @@ def test_the_page_holds_the_counts_pairs_and_tokens():
 def test_slots_are_ordered_by_weight_and_empty_ones_are_last():
     data = sample_report(experts=(4,), tokens=100)
     sample = replace(data.tokens, experts=(np.tile([4, 2], (100, 1)),), weights=(np.tile([0.0, 1.0], (100, 1)),))
-    first, second = packing.pack_tokens(sample)["slots"]
+    first, second = pack_tokens(sample)["slots"]
     assert (set(unpack(first["experts"])), set(unpack(second["experts"]))) == ({2}, {4})
 
 
 def test_what_does_not_fit_is_left_out_and_counted():
     data = sample_report(experts=(200,) * 4, top_k=6, tokens=2000)
-    whole = packing.pack_tokens(data.tokens)
+    whole = pack_tokens(data.tokens)
     assert len(whole["slots"]) == 6
-    fewer = packing.pack_tokens(data.tokens, budget=60_000)
+    fewer = pack_tokens(data.tokens, budget=60_000)
     assert 1 <= len(fewer["slots"]) < 6
     assert fewer["slotsInTrace"] == 6
-    fewest = packing.pack_tokens(data.tokens, budget=9_000)
+    fewest = pack_tokens(data.tokens, budget=9_000)
     assert len(fewest["slots"]) >= 1
     assert len(unpack(fewest["piece"])) < 2000
     assert fewest["total"] == 2000
@@ -95,8 +94,8 @@ def test_what_does_not_fit_is_left_out_and_counted():
 
 def test_pairs_that_do_not_fit_stay_for_layers_at_even_distances():
     layers = sample_report(experts=(64,) * 6).layers
-    size = len(packing.pack_coactivation(layers)[0]["data"])
-    kept = packing.pack_coactivation(layers, budget=3 * size + size // 2)
+    size = len(pack_coactivation(layers)[0]["data"])
+    kept = pack_coactivation(layers, budget=3 * size + size // 2)
     assert [each is not None for each in kept] == [True, False] * 3
 
 
@@ -201,7 +200,7 @@ def test_the_verdict_is_in_the_page_without_its_script():
     assert "of an even load: 2 experts of layer 7 (4, 5)." in page
 
 
-def test_nothing_traced_is_said_plainly():
+def test_a_page_of_nothing_traced():
     page = render(ReportData("m", (empty_statistics("layers.0.mlp", 4, 2),)))
     assert "No token reached a router" in page
     assert "healthy:" not in page

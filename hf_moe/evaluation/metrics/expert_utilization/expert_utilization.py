@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import torch
 
-from hf_moe.observability.expert_load import load_entropy, max_violation
+from hf_moe.observability.layer_statistics import load_entropy, max_violation
 
 _DESCRIPTION = """
 Spread of the assignments (token, expert) over the experts of one layer of a Mixture-of-Experts.
