@@ -1,4 +1,4 @@
-"""The only side effects on other libraries. They add and never replace, can be repeated, and refuse unknown versions."""
+"""The only side effects on other libraries: they add and never replace, can be repeated, refuse unknown versions."""
 
 import importlib
 import sys
