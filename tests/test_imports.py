@@ -25,8 +25,12 @@ LEVELS = {
     10: ("cli", "__init__"),
 }
 LEVEL_OF = {unit: level for level, units in LEVELS.items() for unit in units}
-# beyond the levels: kernels/ and the reference need torch alone, and a measurement knows nothing of training
-FORBIDDEN_PAIRS = {("kernels", "transformers"), ("reference", "transformers"), ("evaluation", "training")}
+# Beyond the levels: kernels/ and the reference need torch alone, experts/ runs the experts of any model, and what
+# measures knows nothing of training and publishing.
+FORBIDDEN_PAIRS = {
+    *(("kernels", "transformers"), ("reference", "transformers"), ("experts", "models")),
+    *(("evaluation", "training"), ("comparison", "hub")),
+}
 # what a checkpoint on the Hub carries: every import of these that is not transformers' is of one another
 SHIPPED_WITH_CHECKPOINTS = "modeling_hf_moe"
 

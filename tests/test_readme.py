@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+import hf_moe
 from tiny_hf_moe import random_ids
 from tiny_models import CLASSES
 from tiny_moe import hf_moe_model, qwen_model, tiny_tokenizer, with_expert_lora
@@ -71,8 +72,9 @@ def test_files_and_names_in_the_documents_exist(document):
         assert [name for name in re.findall(r"\w+", names) if not hasattr(pkgutil.resolve_name(module), name)] == []
 
 
-def test_the_tree_names_every_part_of_the_package():
+def test_the_tree_names_every_part_of_the_package_and_counts_its_names():
     tree = re.search(r"^```\n(hf_moe/ .*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert f" {len(hf_moe.__all__)} public names" in tree
     named = re.findall(r"^  (\w+/|\w+\.py) ", tree, re.MULTILINE) + re.findall(r"; (\w+\.py): ", tree)
     parts = [file for file in (ROOT / "hf_moe").iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()]
     assert sorted(named) == sorted(file.name + "/" * file.is_dir() for file in parts)
