@@ -42,8 +42,8 @@ def register() -> None:
 def _model_class(name: str) -> type:
     """The class itself; from now on the Auto classes have all of them in place of the stand-ins."""
     modeling = importlib.import_module("hf_moe.models.modeling_hf_moe")
-    for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(HfMoeConfig, getattr(modeling, model_class), exist_ok=True)
+    for auto_class, class_name in AUTO_CLASSES.items():
+        auto_class.register(HfMoeConfig, getattr(modeling, class_name), exist_ok=True)
     return getattr(modeling, name)
 
 
