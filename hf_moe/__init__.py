@@ -52,49 +52,56 @@ _HOMES = {
     "hf_moe.training.routing_metrics": ("CollapseCallback", "RoutingMetricsCallback"),
     "hf_moe.training.trainer": ("MoeTrainer",),
 }
-# public here in earlier versions: still found, with a FutureWarning that names the new place
-_MOVED = {
-    "hf_moe.adapters.esft": ("fold_selected_experts", "mask_expert_lora", "train_selected_experts"),
-    "hf_moe.adapters.expert_selection": ("ExpertSelection",),
-    "hf_moe.adapters.frozen_router": ("RouterNotFrozenError", "save_router_hash", "verify_adapter_base"),
-    "hf_moe.adapters.select_experts": ("select_experts",),
-    "hf_moe.comparison.compare_models": ("ModelChoice", "compare_models"),
-    "hf_moe.comparison.routing": ("compare_traces",),
-    "hf_moe.comparison.routing_agreement": ("record_choices", "routing_agreement"),
-    "hf_moe.comparison.text_probe": ("TextProbe",),
-    "hf_moe.evaluation.bits_per_byte": ("bits_per_byte",),
-    "hf_moe.evaluation.masking": ("mask_experts",),
-    "hf_moe.hub.cards.card": ("model_card",),
-    "hf_moe.layers.moe_layers": ("MoeLayer", "check_index_range", "checked_routing"),
-    "hf_moe.models.modeling_hf_moe": (
-        "HfMoeForQuestionAnswering",
-        "HfMoeForSequenceClassification",
-        "HfMoeForTokenClassification",
-    ),
-    "hf_moe.observability.expert_load": ("count_expert_load",),
-    "hf_moe.observability.explain": ("explain_config",),
-    "hf_moe.observability.health": ("diagnose",),
-    "hf_moe.observability.replay": ("replay_routing",),
-    "hf_moe.observability.routing_trace": ("RoutingTrace",),
-    "hf_moe.observability.trace_texts": ("trace_texts",),
-    "hf_moe.training.balancing.checks": ("BalancingError",),
-    "hf_moe.training.balancing.mixin": ("BalancingCallback", "BalancingMixin"),
-    "hf_moe.training.same_weights": ("SameWeightsCallback",),
-}
-_RENAMED = {
-    "Gate": ("hf_moe.observability.thresholds", "RoutingThresholds"),
-    "GatedRollbackCallback": ("hf_moe.training.rollback", "RollbackCallback"),
-}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_NEW_PLACES = {name: (module, name) for module, names in _MOVED.items() for name in names} | _RENAMED
+
+# where names are that were public here in earlier versions: still found, with a FutureWarning that names the new place
+_PLACES = (
+    "hf_moe.adapters.esft.fold_selected_experts",
+    "hf_moe.adapters.esft.mask_expert_lora",
+    "hf_moe.adapters.esft.train_selected_experts",
+    "hf_moe.adapters.expert_selection.ExpertSelection",
+    "hf_moe.adapters.frozen_router.RouterNotFrozenError",
+    "hf_moe.adapters.frozen_router.save_router_hash",
+    "hf_moe.adapters.frozen_router.verify_adapter_base",
+    "hf_moe.adapters.select_experts.select_experts",
+    "hf_moe.comparison.compare_models.ModelChoice",
+    "hf_moe.comparison.compare_models.compare_models",
+    "hf_moe.comparison.routing.compare_traces",
+    "hf_moe.comparison.routing_agreement.record_choices",
+    "hf_moe.comparison.routing_agreement.routing_agreement",
+    "hf_moe.comparison.text_probe.TextProbe",
+    "hf_moe.evaluation.bits_per_byte.bits_per_byte",
+    "hf_moe.evaluation.masking.mask_experts",
+    "hf_moe.hub.cards.card.model_card",
+    "hf_moe.layers.moe_layers.MoeLayer",
+    "hf_moe.layers.moe_layers.check_index_range",
+    "hf_moe.layers.moe_layers.checked_routing",
+    "hf_moe.models.modeling_hf_moe.HfMoeForQuestionAnswering",
+    "hf_moe.models.modeling_hf_moe.HfMoeForSequenceClassification",
+    "hf_moe.models.modeling_hf_moe.HfMoeForTokenClassification",
+    "hf_moe.observability.expert_load.count_expert_load",
+    "hf_moe.observability.explain.explain_config",
+    "hf_moe.observability.health.diagnose",
+    "hf_moe.observability.replay.replay_routing",
+    "hf_moe.observability.routing_trace.RoutingTrace",
+    "hf_moe.observability.trace_texts.trace_texts",
+    "hf_moe.training.balancing.checks.BalancingError",
+    "hf_moe.training.balancing.mixin.BalancingCallback",
+    "hf_moe.training.balancing.mixin.BalancingMixin",
+    "hf_moe.training.same_weights.SameWeightsCallback",
+)
+_MOVED = {place.rpartition(".")[2]: place for place in _PLACES} | {
+    "Gate": "hf_moe.observability.thresholds.RoutingThresholds",
+    "GatedRollbackCallback": "hf_moe.training.rollback.RollbackCallback",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         return getattr(importlib.import_module(_HOME_OF[name]), name)
-    if name not in _NEW_PLACES:
+    if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, new_name = _NEW_PLACES[name]
+    module, _, new_name = _MOVED[name].rpartition(".")
     message = f"hf_moe.{name} has moved and will go from here: write `from {module} import {new_name}`."
     warnings.warn(message, FutureWarning, stacklevel=2)
     return getattr(importlib.import_module(module), new_name)
