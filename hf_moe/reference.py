@@ -25,7 +25,7 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """What a router does. The fields bear the names of the model configuration's and mean the same."""
+    """Settings of a router. The fields bear the names of the model configuration's and mean the same."""
 
     num_experts: int
     num_experts_per_tok: int

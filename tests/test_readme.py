@@ -1,16 +1,21 @@
-"""The README's Python code runs as it stands."""
+"""The README's Python code runs as it stands, and what the documents point at is there."""
 
+import pkgutil
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import TrainingArguments
 
+import hf_moe
 from tiny_hf_moe import random_ids
 from tiny_models import CLASSES
 from tiny_moe import hf_moe_model, qwen_model, tiny_tokenizer, with_expert_lora
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = ["README.md", "SECURITY.md", "recipes/README.md", "benchmarks/README.md"]
 
 
 def test_the_code_blocks_run_in_order(tmp_path, monkeypatch, capsys):
@@ -52,3 +57,25 @@ def test_its_number_of_classes_is_the_one_that_the_tests_count():
     named = re.findall(r"(\d+) (?:experts )?classes (?:of|that) transformers (\d+)\.(\d+)", README.read_text())
     assert named
     assert {(int(count), (int(major), int(minor))) for count, major, minor in named} == {(CLASSES[newest], newest)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_and_names_in_the_documents_exist(document):
+    text = (ROOT / document).read_text()
+    links = [(ROOT / document).parent / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)]
+    paths = links + [ROOT / path for path in re.findall(r"`(tests/[\w/.]+)`", text)]
+    assert [path for path in paths if not path.exists()] == []
+    if "hf_moe.finetuning.trl" in text:
+        pytest.importorskip("trl")
+    for dotted in re.findall(r"\bhf_moe(?:\.\w+)+", text):
+        pkgutil.resolve_name(dotted)
+    for names, module in re.findall(r"((?:`\w+`(?:, )?)+) (?:of|in) `(hf_moe\.[\w.]+)`", text):
+        assert [name for name in re.findall(r"\w+", names) if not hasattr(pkgutil.resolve_name(module), name)] == []
+
+
+def test_the_tree_names_every_part_of_the_package_and_counts_its_names():
+    tree = re.search(r"^```\n(hf_moe/ .*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert f" {len(hf_moe.__all__)} public names" in tree
+    named = re.findall(r"^  (\w+/|\w+\.py) ", tree, re.MULTILINE) + re.findall(r"; (\w+\.py): ", tree)
+    parts = [file for file in (ROOT / "hf_moe").iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()]
+    assert sorted(named) == sorted(file.name + "/" * file.is_dir() for file in parts)

@@ -15,7 +15,7 @@ RANK = 5  # no multiple of anything that a kernel likes
 
 
 def build(family: str, dtype: torch.dtype = torch.float64, **overrides) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A tiny model on the host's readable implementation, and inputs of its forward."""
+    """A tiny model on transformers' readable implementation, and inputs of its forward."""
     if family == "hf_moe":
         model, inputs = hf_moe_model(**overrides), {"input_ids": random_ids()}
     else:

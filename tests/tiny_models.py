@@ -1,6 +1,6 @@
 """Tiny, randomly initialised models of every native MoE family of the installed transformers, for CPU tests.
 
-A *family* is one experts class under the host's `use_experts_implementation` decorator, named by its model folder
+A *family* is one experts class under transformers' `use_experts_implementation` decorator, named by its model folder
 (plus the class where a folder has two), or a model type without a modeling file that runs on such a class. They are
 discovered in the installed transformers, so the list follows its version. A tiny config is the family's default config
 with every size field shrunk by name (`SIZES`, then `PATTERNS`); what a family needs beyond that stands in `OVERRIDES`.
@@ -127,7 +127,7 @@ PREFERRED = ("ForCausalLM", "ForTokenClassification", "TextModel", "Model")
 
 @dataclass(frozen=True)
 class Family:
-    """One experts class under the host's decorator: its modeling module, its name, and whose configuration it runs."""
+    """One experts class under transformers' decorator: its modeling module, its name, whose configuration it runs."""
 
     module: str
     experts_class: str
@@ -249,7 +249,7 @@ def build_tiny(family: str, *, seed: int = 0, **overrides: Any) -> tuple[PreTrai
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel) -> None:
-    """Draw every matrix: the host leaves some uninitialised (the Qwen3-Omni talker's experts) or zero (routers)."""
+    """Draw every matrix: transformers leaves some uninitialised (Qwen3-Omni's talker's experts) or zero (routers)."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.normal_(std=0.1)

@@ -163,7 +163,7 @@ def readme_section(data: Mapping[str, Any]) -> str:
         cells = [_cell(shown, tokens, dtype, mode) for dtype, mode in columns]
         lines.append(f"| {tokens} | {' | '.join(cells)} |")
     plot = f"{PLOTS}/{data['plan']}_{layer['name']}_E{SHOWN_EXPERTS}.png"
-    lines += ["", *_sentences(cases), "", f"[Plot]({plot}), [every figure and the rules]({JSON})."]
+    lines += ["", *_sentences(cases), "", f"[Plot]({plot}), [every number and the rules]({JSON})."]
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, Qwen3MoeConfig
 import hf_moe
 from hf_moe.experts import engines
 from hf_moe.experts.backends import OURS, refusals
+from hf_moe.observability.explain import explain_config
 from tiny_models import FAMILIES as NATIVE
 from tiny_models import build_tiny, experts_class, tiny_config
 from tiny_moe import EXPERT_PARAMETERS, qwen_model, with_expert_lora
@@ -244,4 +245,4 @@ def test_the_choice_is_said_once_and_explained(monkeypatch, caplog):
 
 def test_explain_of_a_config_makes_no_choice():
     config = Qwen3MoeConfig(num_hidden_layers=1)
-    assert hf_moe.explain_config(config).choices == ()
+    assert explain_config(config).choices == ()

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_moe import expert_lora_config, save_router_hash
+from hf_moe import expert_lora_config
+from hf_moe.adapters.frozen_router import save_router_hash
 from hf_moe.hub import load_check
 from hf_moe.hub.load_check import check_loads
 from hf_moe.hub.upload_files import LoadsBackError, PushRefusedError

@@ -22,10 +22,11 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from hf_moe import HfMoeForCausalLM, HfMoeForSequenceClassification, HfMoeModel
+from hf_moe import HfMoeForCausalLM, HfMoeModel
 from hf_moe.hub.renew_code import note_of, renew_code
 from hf_moe.models import modeling_hf_moe
 from hf_moe.models.checkpoint_files import CheckpointError
+from hf_moe.models.modeling_hf_moe import HfMoeForSequenceClassification
 from hf_moe.models.shipped_code import code_note
 from tiny_hf_moe import make_code_old, tiny_config
 
