@@ -1,7 +1,7 @@
 """Metric modules of the `evaluate` library, loaded by path: `evaluate.load(metric_path("expert_utilization"))`.
 
-expert_utilization/   how evenly tokens are spread over the experts of a layer
-routing_agreement/    how often two models send a token to the same experts
+    expert_utilization/   how evenly tokens are spread over the experts of a layer
+    routing_agreement/    how often two models send a token to the same experts
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
 """Metric module `expert_utilization` of the `evaluate` library.
 
-expert_utilization.py   the metric, its inputs and its citation
+    expert_utilization.py   the metric, its inputs and its citation
 """

@@ -1,4 +1,4 @@
 """Metric module `routing_agreement` of the `evaluate` library.
 
-routing_agreement.py   the metric, its inputs and its citation
+    routing_agreement.py   the metric, its inputs and its citation
 """
