@@ -40,8 +40,7 @@ def push(
     """
     from hf_moe.hub import push as hub
     from hf_moe.hub.cards.facts import CardError
-    from hf_moe.hub.errors import HubError
-    from hf_moe.hub.upload_files import LoadsBackError, PushRefusedError
+    from hf_moe.hub.errors import HubError, LoadsBackError, PushRefusedError
 
     try:
         plan = hub.plan_push(
@@ -84,7 +83,7 @@ def _show(plan: "PushPlan") -> None:
         table.add_row(Text(change.path), f"{change.size:,}", Text(change.state, _STYLES[change.state]))
     console.print(table)
     for left in plan.left_out:
-        console.print(Text(f"stays behind: {left.path} ({left.reason})"))
+        console.print(Text(f"left out: {left.path} ({left.reason})"))
     console.print(Text(f"checked: {plan.loads}"))
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_moe.hub.errors import PushRefusedError
 from hf_moe.hub.secrets import _scanner, secret_in
-from hf_moe.hub.upload_files import PushRefusedError, checkpoint_folder, collect, kind_of
+from hf_moe.hub.upload_files import checkpoint_folder, collect, kind_of
 
 TOKEN = "hf_" + "aB3dE6gH9j" * 3 + "xyz"
 LETTERS = string.ascii_letters + string.digits
@@ -165,7 +166,7 @@ def test_folders_stay_behind_and_are_named(tmp_path):
 
 
 def test_a_model_and_an_adapter_in_one_folder(tmp_path):
-    """The host would load the adapter on its base, and nothing of the model."""
+    """transformers would load the adapter on its base, and nothing of the model."""
     (model(tmp_path) / "adapter_config.json").write_text("{}")
     with pytest.raises(PushRefusedError, match=r"a model \(config.json\) and an adapter .* two folders"):
         collect(tmp_path)
@@ -335,10 +336,10 @@ def test_a_folder_that_is_added_leaves_behind_what_may_hold_keys(tmp_path):
         (extra / name).write_text("x")
     uploads, left = collect(folder, [extra])
     assert {upload.path for upload in uploads if upload.kind == "added"} == {"more/deep/a.txt"}
-    said = {each.path: each.reason for each in left}
+    reasons = {each.path: each.reason for each in left}
     for name, why in kept.items():
-        hidden = next(path for path in said if f"more/{name}".startswith(path))
-        assert why in said[hidden]
+        hidden = next(path for path in reasons if f"more/{name}".startswith(path))
+        assert why in reasons[hidden]
     for name in (".env", "deep/id_rsa", ".git"):
         with pytest.raises(PushRefusedError, match="a place for passwords and keys; it is never sent"):
             collect(folder, [extra / name])
