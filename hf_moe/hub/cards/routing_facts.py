@@ -1,4 +1,4 @@
-"""Routing health from a trace: what `RoutingTrace.save` or `hf-moe trace` wrote."""
+"""Facts of routing from a trace that `RoutingTrace.save` or `hf-moe trace` wrote."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class RoutingFacts:
         names = [name.removeprefix(prefix) for name in self.metrics if name.startswith(prefix)]
         return [name for name in names if name not in ("mean", "worst")]
 
-    def figure(self, name: str) -> float | None:
+    def metric(self, name: str) -> float | None:
         # metric names hold dots: no path
         return take({"x": self.metrics.get(name)}, "x", float)
 

@@ -1,4 +1,4 @@
-"""What a run did, from the report of a recipe, the report of the quickstart, or a Trainer's `trainer_state.json`."""
+"""Facts of a training run, from the report of a recipe or of the quickstart, or a Trainer's `trainer_state.json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ _EMBEDDED = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: figures are None where the report has none."""
+    """One training run; None where the report does not tell."""
 
     title: str
     steps: int | None
@@ -31,7 +31,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Domain:
+class DomainFacts:
     """One data set. `bits`: bits per byte of its held-out text, by variant (before, after, ...)."""
 
     name: str
@@ -72,7 +72,7 @@ class TrainingFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
-    domains: tuple[Domain, ...] = ()
+    domains: tuple[DomainFacts, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     health: Mapping[str, str] = field(default_factory=dict)
     load_entropy: tuple[float | None, ...] = ()
@@ -83,7 +83,7 @@ class TrainingFacts:
 
     @property
     def is_from_scratch(self) -> bool:
-        """Whether the report tells of a base model's own training."""
+        """True if the report tells of a base model's own training."""
         return any(stage.title == _BASE for stage in self.stages)
 
     @property
@@ -143,8 +143,8 @@ def _of_recipe(report: Mapping[str, Any], common: dict[str, Any]) -> TrainingFac
     )
 
 
-def _recipe_domain(name: str, domain: dict[str, Any]) -> Domain:
-    return Domain(
+def _recipe_domain(name: str, domain: dict[str, Any]) -> DomainFacts:
+    return DomainFacts(
         name,
         take(domain, "share", float),
         take(domain, "examples", int),
@@ -172,7 +172,7 @@ def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> Trainin
     bits, agreement = tables(report, "evaluation.bits_per_byte"), take(report, "evaluation", dict) or {}
     texts, new, replay = tables(report, "text"), take(report, "new_domain", str), take(report, "choices.replay", float)
     domains = [
-        Domain(
+        DomainFacts(
             name,
             None if replay is None else 1 - replay if name == new else replay / max(1, len(texts) - 1),
             take(counts, "train_documents", int),
@@ -205,7 +205,7 @@ def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> Trainin
 
 
 def _of_base(found: TrainingFacts, router: str | None) -> TrainingFacts:
-    """Without what the adapter did: the base model saw an equal share of every domain but the new one."""
+    """The facts without those of the adapter: the base model saw an equal share of every domain but the new one."""
     share = 1 / max(1, len(found.domains) - 1)
     domains = [
         replace(
