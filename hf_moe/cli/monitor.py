@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_moe.cli.common import app, fail, said
+from hf_moe.cli.common import app, describe_error, fail
 
 
 @app.command()
@@ -47,7 +47,7 @@ def monitor(
             RoutingTrace.load(baseline), counts, domain=domain, layers=layer, least_per_expert=least_per_expert
         )
     except (OSError, ValueError) as error:
-        fail(said(error))
+        fail(describe_error(error))
     verdict = checks.judge(found.figures()) if checks is not None else None
     typer.echo(f"{counts.records:,} records against the baseline {baseline.name}")
     print_table(routing_table(found.comparison))
