@@ -19,7 +19,7 @@ READER_GONE = 141
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """End with one line and an exit code of its own where no command has foreseen the error."""
+    """End with one line and a fixed exit code where no command has foreseen the error."""
     try:
         try:
             yield

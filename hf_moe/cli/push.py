@@ -44,7 +44,7 @@ def push(
 ) -> None:
     """Push a model or an adapter with its card, results and code in one commit, after loading it back.
 
-    If it is interrupted, the same command sends only what is missing. The token is that of
+    After an interruption, the same command sends only what is missing. The token is that of
     `hf auth login`, or HF_TOKEN.
     """
     from hf_moe.hub import push as hub

@@ -35,7 +35,7 @@ _NOT_OF_THE_BASE = ["*/*", "consolidated*"]  # the same weights in other forms
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push will do.
+    """Plan of a push.
 
     Attributes:
         repo_id: owner/name.
@@ -61,13 +61,13 @@ class PushPlan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the repository holds all of it already."""
+        """True if the repository holds all of it already."""
         return all(change.state == "unchanged" for change in self.changes)
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where it lies now: `commit` is the id to pin (`revision=`), `url` the page of the commit or the pull request.
+    """Result of a push: `commit` is the id to pin (`revision=`), `url` the page of the commit or the pull request.
 
     If everything was there already, both are of the commit that was there: no pull request is opened.
     """

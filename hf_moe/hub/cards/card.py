@@ -1,7 +1,7 @@
-"""Model cards from facts: configs, the report of a run, an evaluation's results, a routing trace. Nothing is made up.
+"""Write model cards from facts: configs, the report of a run, an evaluation's results, a routing trace.
 
-The template is ours and is rendered in Jinja's sandbox; values are put in once and never rendered themselves, so
-neither a template nor an instruction inside a value is carried out.
+The template is ours and is rendered in Jinja's sandbox; values are put in once and never rendered themselves, so that
+neither a template nor an instruction inside a value is carried out. A card holds nothing that no file tells.
 """
 
 import logging
@@ -46,7 +46,7 @@ def model_card(
     datasets: Sequence[str] = (),
     plots: Sequence[str] = (),
 ) -> "ModelCard":
-    """The card of a saved model or adapter.
+    """Build the card of a saved model or adapter.
 
     Args:
         model: Folder that `save_pretrained` wrote.

@@ -30,7 +30,7 @@ def is_repo(name: str | None) -> bool:
 
 @dataclass(frozen=True)
 class CardChoices:
-    """What no fact tells; the arguments of `model_card` by the same names describe it."""
+    """Choices of the author, which no fact tells: the arguments of `model_card` by the same names."""
 
     repo_id: str | None = None
     base_model: str | None = None
@@ -39,7 +39,7 @@ class CardChoices:
     datasets: Sequence[str] = ()
 
     def checked(self) -> "CardChoices":
-        """Itself.
+        """Return the choices if the Hub takes them all.
 
         Raises:
             CardError: If the Hub would not take one of the values.
@@ -93,7 +93,7 @@ def card_data(
 
 
 def co2_eq_emissions(found: Emissions | None, training_type: str | None) -> dict[str, Any] | None:
-    """As the Hub documents it: emissions in grams of CO2 equivalents; None where they are of an assumed place."""
+    """Emissions as the Hub documents them, in grams of CO2 equivalents; None where they are of an assumed place."""
     if found is None or not found.is_location_known:
         return None
     fields = {

@@ -69,7 +69,7 @@ def _of_trace(trace: "RoutingTrace") -> RoutingFacts:
 
 
 def _verdict(health: Mapping[str, Any]) -> str | None:
-    """In the words of `Health`; a verdict that it does not know is left out."""
+    """Verdict in the words of `Health`; one that it does not know is left out."""
     from hf_moe.observability.health import Finding, Health, Verdict
 
     verdict = take(health, "verdict", str)

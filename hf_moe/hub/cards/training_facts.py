@@ -156,22 +156,47 @@ def _recipe_domain(name: str, domain: dict[str, Any]) -> DomainFacts:
 
 
 def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> TrainingFacts:
-    rates = {"base": "learning_rate", "adapter": "adapter_learning_rate"}
     interrupted = tuple(str(part) for part in take(report, "interrupted", list) or [])
-    stages = [
+    sample = {part: take(report, f"load_back.sample.{part}", str) for part in ("prompt", "base", "adapted")}
+    return TrainingFacts(
+        **common,
+        model_type="hf_moe",
+        new_domain=take(report, "new_domain", str),
+        total=take(report, "base.parameters.total", int),
+        active=take(report, "base.parameters.active", int),
+        trained=take(report, "adapter.trainable_parameters", int),
+        router_before=take(report, "adapter.router_sha256_before", str),
+        router_after=take(report, "adapter.router_sha256_after", str),
+        stages=_quickstart_stages(report, interrupted),
+        domains=_quickstart_domains(report),
+        texts=_EMBEDDED,
+        load_entropy=tuple(numbers(report, "evaluation.balance_before.load_entropy")),
+        max_violation=tuple(numbers(report, "evaluation.balance_before.max_violation")),
+        loads_back=take(report, "load_back.logits_equal", bool),
+        sample={part: text for part, text in sample.items() if text is not None},
+        interrupted=interrupted,
+    )
+
+
+def _quickstart_stages(report: Mapping[str, Any], interrupted: tuple[str, ...]) -> tuple[Stage, ...]:
+    parts = ("base", _BASE, "learning_rate"), ("adapter", "adapter", "adapter_learning_rate")
+    return tuple(
         Stage(
             title,
             take(report, f"{part}.steps", int),
             take(report, f"{part}.tokens", int),
-            take(report, f"choices.{rates[part]}", float),
+            take(report, f"choices.{rate}", float),
             None if part in interrupted else take(report, f"seconds.{part}", float),
             _last_loss(report, f"{part}.log"),
         )
-        for part, title in (("base", _BASE), ("adapter", "adapter"))
-    ]
-    bits, agreement = tables(report, "evaluation.bits_per_byte"), take(report, "evaluation", dict) or {}
+        for part, title, rate in parts
+    )
+
+
+def _quickstart_domains(report: Mapping[str, Any]) -> tuple[DomainFacts, ...]:
+    bits, agreement = tables(report, "evaluation.bits_per_byte"), take(report, "evaluation.routing_agreement", dict)
     texts, new, replay = tables(report, "text"), take(report, "new_domain", str), take(report, "choices.replay", float)
-    domains = [
+    return tuple(
         DomainFacts(
             name,
             None if replay is None else 1 - replay if name == new else replay / max(1, len(texts) - 1),
@@ -179,28 +204,9 @@ def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> Trainin
             take(counts, "train_tokens", int),
             take(counts, "held_out_bytes", int),
             {variant: take(values, name, float) for variant, values in bits.items()},
-            tuple(numbers(take(agreement, "routing_agreement", dict), name)),
+            tuple(numbers(agreement, name)),
         )
         for name, counts in texts.items()
-    ]
-    sample = {part: take(report, f"load_back.sample.{part}", str) for part in ("prompt", "base", "adapted")}
-    return TrainingFacts(
-        **common,
-        model_type="hf_moe",
-        new_domain=new,
-        total=take(report, "base.parameters.total", int),
-        active=take(report, "base.parameters.active", int),
-        trained=take(report, "adapter.trainable_parameters", int),
-        router_before=take(report, "adapter.router_sha256_before", str),
-        router_after=take(report, "adapter.router_sha256_after", str),
-        stages=tuple(stages),
-        domains=tuple(domains),
-        texts=_EMBEDDED,
-        load_entropy=tuple(numbers(report, "evaluation.balance_before.load_entropy")),
-        max_violation=tuple(numbers(report, "evaluation.balance_before.max_violation")),
-        loads_back=take(report, "load_back.logits_equal", bool),
-        sample={part: text for part, text in sample.items() if text is not None},
-        interrupted=interrupted,
     )
 
 
