@@ -4,11 +4,9 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from hf_moe.recipes import quickstart
-from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
 import hf_moe_command
@@ -35,17 +33,6 @@ def test_a_model_that_is_neither_here_nor_on_the_hub_is_named(tmp_path):
     message = describe_error(unreachable, "nowhere", str(tmp_path), None)
     assert message == "no folder here is called 'nowhere', and the Hub gave nothing: We couldn't connect"
     assert describe_error(unreachable, str(tmp_path)) == "We couldn't connect"
-
-
-def test_an_answer_of_the_hub_is_explained_with_the_name_that_was_asked_for():
-    asked = SimpleNamespace(url="https://huggingface.co/api/models/alice/gone/revision/main", headers={})
-    answer = SimpleNamespace(status_code=404, headers={}, request=asked, reason_phrase="Not Found")
-    absent = RepositoryNotFoundError("404 Client Error: Not Found for url", response=answer)
-    message = describe_error(absent, "alice/other", "alice/gone")
-    assert message == (
-        "no folder here is called 'alice/other' or 'alice/gone', and the Hub gave nothing: alice/gone does not exist, "
-        "or it is private and this account may not see it. Check `hf auth whoami`."
-    )
 
 
 def test_help_names_every_option():

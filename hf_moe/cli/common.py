@@ -113,24 +113,11 @@ def describe_error(error: Exception, *models: str | None) -> str:
         raise error
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{str(error.filename)!r:.200}: {error.strerror}. Check the path."
-    elsewhere = [name for name in models if name is not None and not os.path.exists(name)]
+    elsewhere = [repr(name) for name in models if name is not None and not os.path.exists(name)]
     # an error that is a ValueError as well is ours, and names the model
     if isinstance(error, OSError) and not isinstance(error, ValueError) and elsewhere:
-        names = " or ".join(map(repr, elsewhere))
-        return f"no folder here is called {names}, and the Hub gave nothing: {_hub_answer(error, elsewhere)}"
+        return f"no folder here is called {' or '.join(elsewhere)}, and the Hub gave nothing: {error}"
     return str(error)
-
-
-def _hub_answer(error: OSError, names: list[str]) -> str:
-    from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.errors import HfHubHTTPError
-
-    from hf_moe.hub.errors import explain_answer
-
-    if not isinstance(error, HfHubHTTPError):
-        return str(error)
-    asked = str(error.response.request.url)
-    return explain_answer(error, ENDPOINT, next((name for name in names if name in asked), " or ".join(names)))
 
 
 def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], Any]:

@@ -14,16 +14,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-_NO_TOKEN = "there is no token. Log in with `hf auth login`, or set HF_TOKEN."
-_AGAIN = "Give the same command again."
-_AGAIN_FROM_THERE = "Give the same command again: what has arrived is not sent twice."
-_STATUS = {
-    409: "{repo} is being changed by somebody else. Give the same command again.",
-    412: "{repo} was changed after its files were compared with yours; nothing was sent. Give the same command again.",
-    413: "the Hub refuses a commit of this size ({answer}). Split the weights into smaller shards (max_shard_size).",
-    429: "the Hub asks to wait ({answer}). {again}",
-}
-
 
 class PushRefusedError(ValueError):
     """The folder is not pushed as it is; says what is wrong and the way out."""
@@ -50,7 +40,7 @@ def hub_errors(endpoint: str, repo_id: str, revision: str | None = None, *, send
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is no name of a repository (owner/name): {error}") from error
     except HfHubHTTPError as error:
-        raise HubError(explain_answer(error, endpoint, repo_id, revision, again)) from error
+        raise HubError(_explain(error, endpoint, repo_id, revision, again)) from error
     except LocalTokenNotFoundError as error:
         raise HubError(_NO_TOKEN) from error
     except OfflineModeIsEnabled as error:
@@ -64,10 +54,18 @@ def hub_errors(endpoint: str, repo_id: str, revision: str | None = None, *, send
         raise HubError(f"the upload broke off ({error}). {again}") from error
 
 
-def explain_answer(
-    error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None = None, again: str = _AGAIN
-) -> str:
-    """Say in one line what the Hub's refusal means for `repo`, and the way out."""
+_NO_TOKEN = "there is no token. Log in with `hf auth login`, or set HF_TOKEN."
+_AGAIN = "Give the same command again."
+_AGAIN_FROM_THERE = "Give the same command again: what has arrived is not sent twice."
+_STATUS = {
+    409: "{repo} is being changed by somebody else. Give the same command again.",
+    412: "{repo} was changed after its files were compared with yours; nothing was sent. Give the same command again.",
+    413: "the Hub refuses a commit of this size ({answer}). Split the weights into smaller shards (max_shard_size).",
+    429: "the Hub asks to wait ({answer}). {again}",
+}
+
+
+def _explain(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None, again: str) -> str:
     status, answer = error.response.status_code, error.server_message or error.response.reason_phrase
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated and this account has no access. Ask for it at {endpoint}/{repo}."
