@@ -33,6 +33,8 @@ def test_a_model_that_is_neither_here_nor_on_the_hub_is_named(tmp_path):
     message = describe_error(unreachable, "nowhere", str(tmp_path), None)
     assert message == "no folder here is called 'nowhere', and the Hub gave nothing: We couldn't connect"
     assert describe_error(unreachable, str(tmp_path)) == "We couldn't connect"
+    message = describe_error(ConnectionError("refused"), "nowhere")
+    assert message.startswith("no folder here is called 'nowhere', and the Hub cannot be reached (ConnectionError")
 
 
 def test_help_names_every_option():

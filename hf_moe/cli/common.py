@@ -113,11 +113,19 @@ def describe_error(error: Exception, *models: str | None) -> str:
         raise error
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{str(error.filename)!r:.200}: {error.strerror}. Check the path."
-    elsewhere = [repr(name) for name in models if name is not None and not os.path.exists(name)]
+    elsewhere = [name for name in models if name is not None and not os.path.exists(name)]
     # an error that is a ValueError as well is ours, and names the model
-    if isinstance(error, OSError) and not isinstance(error, ValueError) and elsewhere:
-        return f"no folder here is called {' or '.join(elsewhere)}, and the Hub gave nothing: {error}"
-    return str(error)
+    if not isinstance(error, OSError) or isinstance(error, ValueError) or not elsewhere:
+        return str(error)
+    return _absent(error, elsewhere)
+
+
+def _absent(error: OSError, names: list[str]) -> str:
+    from hf_moe.loading.errors import HUB_ERRORS, hub_sentence
+
+    if len(names) == 1 and isinstance(error, HUB_ERRORS):
+        return hub_sentence(error, names[0])
+    return f"no folder here is called {' or '.join(map(repr, names))}, and the Hub gave nothing: {error}"
 
 
 def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], Any]:

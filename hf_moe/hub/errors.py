@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_moe.loading.errors import hub_sentence
+
 
 class PushRefusedError(ValueError):
     """The folder is not pushed as it is; says what is wrong and the way out."""
@@ -67,10 +69,8 @@ _STATUS = {
 
 def _explain(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None, again: str) -> str:
     status, answer = error.response.status_code, error.server_message or error.response.reason_phrase
-    if isinstance(error, GatedRepoError):
-        return f"{repo} is gated and this account has no access. Ask for it at {endpoint}/{repo}."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no branch, tag or commit {revision!r}."
+    if isinstance(error, GatedRepoError | RevisionNotFoundError):
+        return hub_sentence(error, repo, revision)
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo} does not exist, or it is private and this account may not see it. Check `hf auth whoami`."
     if "authorization" not in error.response.request.headers and status in (401, 403):

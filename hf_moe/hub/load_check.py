@@ -20,6 +20,7 @@ from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, Upload, read_json
 from hf_moe.io.error_text import one_line
 from hf_moe.loading.auto_classes import named_auto_class
 from hf_moe.loading.config_files import load_config
+from hf_moe.loading.errors import MISFITS
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, check_folder, check_index, read_headers, read_index
 from hf_moe.models.checkpoint_layout import is_finite
 
@@ -29,18 +30,7 @@ _CACHE_ERROR = 0.25  # of what the context makes: a cache that is forgotten is o
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 _SHOWN = 600  # characters of another library's error
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-_NOT_LOADED = (
-    OSError,
-    ValueError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ImportError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    SafetensorError,
-)
+_NOT_LOADED = (*MISFITS, OSError, ValueError, ImportError, MemoryError, SafetensorError)
 
 
 @dataclass(frozen=True)
