@@ -58,7 +58,7 @@ from hf_moe.data.text_files import read_domains
 from hf_moe.data.tokenizer import encode_documents, train_tokenizer
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
 from hf_moe.finetuning.surroundings import one_thread, quiet
-from hf_moe.hub.cards.run_card import run_card
+from hf_moe.hub.cards.quickstart import quickstart_card
 from hf_moe.io.stages import ResumableRun, RunRefusedError
 from hf_moe.io.whole_files import whole_folder, write_json, write_text
 from hf_moe.models.configuration_hf_moe import HfMoeConfig
@@ -494,7 +494,7 @@ def write_results(output: Path, report: dict[str, Any]) -> None:
         plot_bits_per_byte(folder / "bits_per_byte.png", evaluation["bits_per_byte"], new_domain=new)
         loads = {name: [torch.tensor(c) for c in load] for name, load in evaluation["expert_load_before"].items()}
         plot_expert_load(folder / "expert_load.png", loads)
-    write_text(output / "README.md", run_card(report, output))
+    write_text(output / "README.md", quickstart_card(report, output))
     write_json(output / "report.json", report)
     shutil.rmtree(output / "work", ignore_errors=True)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import hf_moe_command
 from hf_moe import cli
-from hf_moe.cli.common import said
+from hf_moe.cli.common import describe_error
 from tiny_hf_moe import make_code_old
 from tiny_moe import hf_moe_model
 
@@ -30,9 +30,11 @@ def test_version():
 
 def test_a_model_that_is_neither_here_nor_on_the_hub_is_named(tmp_path):
     unreachable = OSError("We couldn't connect")
-    message = said(unreachable, "nowhere", str(tmp_path), None)
+    message = describe_error(unreachable, "nowhere", str(tmp_path), None)
     assert message == "no folder here is called 'nowhere', and the Hub gave nothing: We couldn't connect"
-    assert said(unreachable, str(tmp_path)) == "We couldn't connect"
+    assert describe_error(unreachable, str(tmp_path)) == "We couldn't connect"
+    message = describe_error(ConnectionError("refused"), "nowhere")
+    assert message.startswith("no folder here is called 'nowhere', and the Hub cannot be reached (ConnectionError")
 
 
 def test_help_names_every_option():
@@ -86,7 +88,7 @@ def test_bad_input_exits_with_2_and_one_line(arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interruption_says_how_to_go_on(monkeypatch):
+def test_an_interruption_says_how_to_continue(monkeypatch):
     def interrupt(recipe):
         raise KeyboardInterrupt
 
@@ -163,7 +165,7 @@ def test_what_no_command_foresees_ends_in_a_sentence(raised, code, message, monk
         raise raised
 
     monkeypatch.setattr(sys.modules["hf_moe.cli.trace"], "require", stop)
-    monkeypatch.setattr(cli.common, "_write_no_more", lambda: None)
+    monkeypatch.setattr(cli.common, "_discard_output", lambda: None)
     result = run("trace", "model", "--data", "x.txt")
     assert result.exit_code == code
     assert result.output.strip().startswith(message)

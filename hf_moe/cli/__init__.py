@@ -1,4 +1,18 @@
-"""The command `hf-moe`: each module parses, calls and prints. Heavy imports wait until a command runs."""
+"""The command `hf-moe`: each module parses, calls and prints.
+
+Heavy imports wait until a command runs.
+
+    common.py       the application, common options, errors in one line
+    quickstart.py   train, adapt and evaluate a small model
+    info.py         describe a model by its config
+    evaluate.py     score a model on benchmarks and on text by domain
+    trace.py        record the routing over a text: page, verdict, metrics, plots
+    compare.py      compare two models on the same texts
+    monitor.py      compare the expert counts of a serving process with a trace
+    card.py         write a model card
+    push.py         push a model or an adapter to the Hub
+    __main__.py     the same command as `python -m hf_moe.cli`
+"""
 
 # in the order in which `hf-moe --help` lists them
 from hf_moe.cli import quickstart, info, evaluate, trace, compare, monitor, card, push  # noqa: F401, I001

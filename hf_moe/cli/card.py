@@ -1,11 +1,11 @@
-"""hf-moe card"""
+"""hf-moe card: a model card from facts"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_moe.cli.common import app, fail, require, said
+from hf_moe.cli.common import app, describe_error, fail, require
 
 
 @app.command()
@@ -21,8 +21,8 @@ def card(
     output: Annotated[Path | None, typer.Option(help="Folder for README.md and plots; default: the model's.")] = None,
     repo_id: Annotated[str | None, typer.Option(help="Name on the Hub, for the code that loads it.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Name on the Hub of the model it was made from.")] = None,
-    license: Annotated[str | None, typer.Option(help="Such as apache-2.0.")] = None,
-    language: Annotated[str | None, typer.Option(help="Such as en.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the model, such as apache-2.0.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of the model, such as en.")] = None,
     dataset: Annotated[
         list[str] | None, typer.Option(help="Training data on the Hub: owner/name. Repeatable.")
     ] = None,
@@ -50,6 +50,6 @@ def card(
             datasets=dataset or (),
         )
     except (CardError, OSError) as error:
-        fail(said(error))
+        fail(describe_error(error))
     for path in written:
         typer.echo(str(path))

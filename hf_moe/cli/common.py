@@ -1,4 +1,4 @@
-"""What every command shares: the application, how an error is said, how a missing extra is named."""
+"""Shared by the commands: the application, common options, errors in one line, the name of a missing extra."""
 
 import os
 import sys
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
+
+from hf_moe.io.console import print_to_stderr
 
 READER_GONE = 141
 """Exit code where the reader of the output ended first, as in `| head -1`: that of a program that SIGPIPE ends."""
 
 
 @contextmanager
-def _plain_ends() -> Iterator[None]:
-    """What no command foresees of its surroundings ends in a sentence, and in no exit code of another meaning."""
+def _errors_in_one_line() -> Iterator[None]:
+    """End with one line and a fixed exit code where no command has foreseen the error."""
     try:
         try:
             yield
@@ -26,7 +27,7 @@ def _plain_ends() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        _write_no_more()
+        _discard_output()
         sys.exit(READER_GONE)
     except SystemExit as ended:  # rich ends the program with 1
         if isinstance(ended.__context__, BrokenPipeError):
@@ -35,7 +36,7 @@ def _plain_ends() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted.", code=130)
     except OSError as error:
-        fail(said(error))
+        fail(describe_error(error))
     except MemoryError:
         fail("the memory is not enough for this.")
     except RecursionError:
@@ -44,16 +45,16 @@ def _plain_ends() -> Iterator[None]:
 
 class _Commands(TyperGroup):
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _plain_ends():
+        with _errors_in_one_line():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with _plain_ends():
+        with _errors_in_one_line():
             return super().invoke(ctx)
 
 
-def _write_no_more() -> None:
-    """Python would try again at its end, and complain."""
+def _discard_output() -> None:
+    """Send what is left to nowhere: Python would try to write it as it ends, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -67,10 +68,10 @@ app = typer.Typer(
 )
 
 OnBadRow = Annotated[
-    str, typer.Option(help="Of records that cannot be used: error, or skip to leave them out and say so.")
+    str, typer.Option(help="For records that cannot be used: error, or skip to leave them out with a note.")
 ]
 ChatTemplate = Annotated[
-    Path | None, typer.Option(help="A Jinja file for conversations, if the tokenizer's will not do.")
+    Path | None, typer.Option(help="A Jinja file for conversations, in place of the tokenizer's template.")
 ]
 
 
@@ -95,32 +96,40 @@ def _common(
 
 
 def require(extra: str, *modules: str) -> None:
-    """Exit with the command that installs what is missing of `modules`."""
+    """Exit with the command that installs the extra, if one of `modules` is missing."""
     from importlib.util import find_spec
 
     if missing := [name for name in modules if find_spec(name) is None]:
         fail(f'this command needs {", ".join(missing)}. Install it with: pip install "hf-moe[{extra}]"')
 
 
-def said(error: Exception, *models: str | None) -> str:
-    """The error in words: of a file by its name, and of the Hub with those of `models` that are no folders here.
+def describe_error(error: Exception, *models: str | None) -> str:
+    """Describe an error in one line: with the file's name, or with those of `models` that are no folders here.
 
     Raises:
-        BrokenPipeError: If it is one: no failure, and no text that anybody reads.
+        BrokenPipeError: If it is one: that is no failure, and nobody reads the text.
     """
     if isinstance(error, BrokenPipeError):
         raise error
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{str(error.filename)!r:.200}: {error.strerror}. Check the path."
-    elsewhere = [repr(name) for name in models if name is not None and not os.path.exists(name)]
+    elsewhere = [name for name in models if name is not None and not os.path.exists(name)]
     # an error that is a ValueError as well is ours, and names the model
-    if isinstance(error, OSError) and not isinstance(error, ValueError) and elsewhere:
-        return f"no folder here is called {' or '.join(elsewhere)}, and the Hub gave nothing: {error}"
-    return str(error)
+    if not isinstance(error, OSError) or isinstance(error, ValueError) or not elsewhere:
+        return str(error)
+    return _absent(error, elsewhere)
+
+
+def _absent(error: OSError, names: list[str]) -> str:
+    from hf_moe.loading.errors import HUB_ERRORS, hub_sentence
+
+    if len(names) == 1 and isinstance(error, HUB_ERRORS):
+        return hub_sentence(error, names[0])
+    return f"no folder here is called {' or '.join(map(repr, names))}, and the Hub gave nothing: {error}"
 
 
 def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], Any]:
-    """Loads a model's tokenizer when it is first asked for."""
+    """Return a function that loads a model's tokenizer on its first call."""
 
     @cache
     def load() -> Any:
@@ -136,6 +145,6 @@ def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], A
 
 
 def fail(message: str, *, code: int = 2) -> NoReturn:
-    """Say what cannot be done in one line, and exit."""
-    Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
+    """Print `message` in one line on the standard error, and exit."""
+    print_to_stderr(f"error: {' '.join(message.split())}")
     sys.exit(code)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import ChatTemplate, OnBadRow, app, fail, require, said, tokenizer_of
+from hf_moe.cli.common import ChatTemplate, OnBadRow, app, describe_error, fail, require, tokenizer_of
 
 
 @app.command()
@@ -59,7 +59,7 @@ def compare(
         texts = _read(data, max_bytes, tokenizer_of(tokenizer or base, chat_template), on_bad_row)
         passed = _run(models, texts, options, gate, output)
     except (OSError, RuntimeError, ValueError) as error:
-        fail(said(error, base, new, adapter))
+        fail(describe_error(error, base, new, adapter))
     except KeyboardInterrupt:
         fail("interrupted. Nothing was written.", code=130)
     if not passed:

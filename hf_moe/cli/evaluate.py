@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import OnBadRow, app, fail, require, said
+from hf_moe.cli.common import OnBadRow, app, describe_error, fail, require
 
 Model = Annotated[str | None, typer.Argument(help="A model folder, or a name on the Hub.")]
 Tasks = Annotated[
@@ -104,7 +104,7 @@ def _run(chosen: dict[str, Any], output: Path) -> None:
     try:
         print_results(evaluate(Evaluation(**chosen), output, command=_command()))
     except (OSError, ValueError) as error:
-        fail(said(error, chosen.get("model"), chosen.get("adapter")))
+        fail(describe_error(error, chosen.get("model"), chosen.get("adapter")))
     except KeyboardInterrupt:
         fail("interrupted. Give the same command again to continue.", code=130)
     typer.echo(f"{output / 'results.json'}")

@@ -1,11 +1,11 @@
-"""hf-moe info"""
+"""hf-moe info: a model by its config"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_moe.cli.common import app, fail, said
+from hf_moe.cli.common import app, describe_error, fail
 
 
 @app.command()
@@ -28,7 +28,7 @@ def info(
         if note is not None:
             typer.echo(f"\nnote: {note}")
     except (OSError, ValueError) as error:
-        fail(said(error, model))
+        fail(describe_error(error, model))
 
 
 def _models_below(folder: Path) -> str:

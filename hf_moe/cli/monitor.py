@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import app, fail, said
+from hf_moe.cli.common import app, describe_error, fail
 
 MIN_PER_EXPERT = 100.0
 
@@ -57,7 +57,7 @@ def monitor(
         counts = read_served_counts(exports, format=format.value, metric=metric)
         found = _compare(baseline, counts, domain=domain, layers=layer, min_per_expert=enough)
     except (OSError, ValueError) as error:
-        fail(said(error))
+        fail(describe_error(error))
     verdict = thresholds.judge(found.metrics()) if thresholds is not None else None
     typer.echo(f"{counts.records:,} records against the baseline {baseline.name}")
     _report(found, verdict, output)

@@ -1,4 +1,4 @@
-"""hf-moe quickstart"""
+"""hf-moe quickstart: a small model, trained, adapted and evaluated"""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +10,9 @@ from hf_moe.cli.common import app, fail, require
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the results; a new, empty or interrupted one.")] = Path(
-        "quickstart-output"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results: new, empty, or left by an interrupted run.")
+    ] = Path("quickstart-output"),
     data: Annotated[
         list[Path] | None,
         typer.Option(help="Your own .txt, .md or .jsonl file (field 'text'), or a folder of them. Repeatable."),
@@ -20,8 +20,8 @@ def quickstart(
     domain: Annotated[
         str | None, typer.Option(help="The new domain that the adapter learns: one of yours, or an embedded one.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="About how long it may take on 2 cores; sets the steps.")] = 5.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same figures on one machine.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Approximate time on 2 cores; it sets the number of steps.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same results on the same machine.")] = 0,
 ) -> None:
     """Train a small MoE on real text, adapt it to a new domain with its router frozen, evaluate, save, load back."""
     require("recipes", "accelerate", "peft", "tokenizers", "matplotlib", "jinja2")

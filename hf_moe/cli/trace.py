@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import ChatTemplate, OnBadRow, app, fail, require, said, tokenizer_of
+from hf_moe.cli.common import ChatTemplate, OnBadRow, app, describe_error, fail, require, tokenizer_of
 
 TRACE, REPORT, METRICS = "trace", "report.html", "metrics.json"
 # larger models get a choice of layers
@@ -66,7 +66,7 @@ def trace(
         routing = _trace(choice, tokenizer(), texts, max_tokens, detail.value, audit=no_text)
         _write(output, routing, _name(choice))
     except (OSError, RuntimeError, ValueError) as error:
-        fail(said(error, model, adapter))
+        fail(describe_error(error, model, adapter))
     except KeyboardInterrupt:
         fail("interrupted. Nothing was written.", code=130)
     _print(routing, output)

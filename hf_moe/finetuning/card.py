@@ -8,7 +8,7 @@ from typing import Any
 from hf_moe.hub.cards.card import card_from_facts
 from hf_moe.hub.cards.checkpoint_facts import checkpoint_facts
 from hf_moe.hub.cards.emissions_facts import emissions_facts
-from hf_moe.hub.cards.metadata import is_repo
+from hf_moe.hub.cards.metadata import CardChoices, is_repo
 from hf_moe.hub.cards.plots import draw_plots
 from hf_moe.hub.cards.training_facts import training_facts
 from hf_moe.io.whole_files import whole_folder, write_json, write_text
@@ -41,7 +41,8 @@ def finetune_card(folder: Path, report: Report, *, saved: str) -> str:
     origin = f"{facts.base_model} " if is_repo(facts.base_model) else ""
     title = f"{facts.recipe}: {origin}fine-tuned on {_listed(facts.trained_on)}"
     checkpoint = checkpoint_facts(folder / saved)
-    return str(card_from_facts(checkpoint, facts, title=title, base_model=facts.base_model, plots=PLOTS))
+    choices = CardChoices(base_model=facts.base_model)
+    return str(card_from_facts(checkpoint, facts, choices=choices, title=title, plots=PLOTS))
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""What the Hub and the line to it answer, in one line each."""
+"""Errors of a push: a folder that is refused, and what the Hub or the connection to it answered, in one line each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +14,23 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_moe.loading.errors import hub_sentence
+
+
+class PushRefusedError(ValueError):
+    """The folder is not pushed as it is; says what is wrong and the way out."""
+
+
+class LoadsBackError(PushRefusedError):
+    """The folder, or what was downloaded, does not load as the model that it should be."""
+
 
 class HubError(RuntimeError):
     """The Hub refused, or could not be reached; says what it means and the way out."""
 
 
 @contextmanager
-def plain_errors(endpoint: str, repo_id: str, revision: str | None = None, *, sends: bool = False) -> Iterator[None]:
+def hub_errors(endpoint: str, repo_id: str, revision: str | None = None, *, sends: bool = False) -> Iterator[None]:
     """Raise what the client raises as `HubError`, with the cause kept.
 
     Args:
@@ -40,9 +50,8 @@ def plain_errors(endpoint: str, repo_id: str, revision: str | None = None, *, se
             "HF_HUB_OFFLINE is set: nothing is sent, and a dry run has nothing to compare with. Unset it."
         ) from error
     except (HTTPError, ConnectionError) as error:
-        said = f"{endpoint} cannot be reached ({type(error).__name__}: {error})"
         needed = "" if sends else "; a dry run needs it as well, to compare"
-        raise HubError(f"{said}{needed}. {again}") from error
+        raise HubError(f"{endpoint} cannot be reached ({type(error).__name__}: {error}){needed}. {again}") from error
     except (RuntimeError, ValueError) as error:  # what uploads of large files raise
         raise HubError(f"the upload broke off ({error}). {again}") from error
 
@@ -53,28 +62,28 @@ _AGAIN_FROM_THERE = "Give the same command again: what has arrived is not sent t
 _STATUS = {
     409: "{repo} is being changed by somebody else. Give the same command again.",
     412: "{repo} was changed after its files were compared with yours; nothing was sent. Give the same command again.",
-    413: "the Hub refuses a commit of this size ({said}). Split the weights into smaller shards (max_shard_size).",
-    429: "the Hub asks to wait ({said}). {again}",
+    413: "the Hub refuses a commit of this size ({answer}). Split the weights into smaller shards (max_shard_size).",
+    429: "the Hub asks to wait ({answer}). {again}",
 }
 
 
 def _explain(error: HfHubHTTPError, endpoint: str, repo: str, revision: str | None, again: str) -> str:
-    status, said = error.response.status_code, error.server_message or error.response.reason_phrase
-    if isinstance(error, GatedRepoError):
-        return f"{repo} is gated and this account has no access. Ask for it at {endpoint}/{repo}."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no branch, tag or commit {revision!r}."
+    status, answer = error.response.status_code, error.server_message or error.response.reason_phrase
+    if isinstance(error, GatedRepoError | RevisionNotFoundError):
+        return hub_sentence(error, repo, revision)
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo} does not exist, or it is private and this account may not see it. Check `hf auth whoami`."
     if "authorization" not in error.response.request.headers and status in (401, 403):
         return _NO_TOKEN
     if status == 401:
-        return f"{endpoint} does not accept the token ({said}). Log in with `hf auth login`, or set a valid HF_TOKEN."
+        return (
+            f"{endpoint} does not accept the token ({answer}). Log in with `hf auth login`, or set a valid HF_TOKEN."
+        )
     if status == 403:
         return (
-            f"this token may not write to {repo} ({said}). Use one with write access ({endpoint}/settings/tokens), or "
-            "open a pull request with --create-pr."
+            f"this token may not write to {repo} ({answer}). Use one with write access "
+            f"({endpoint}/settings/tokens), or open a pull request with --create-pr."
         )
     if status in _STATUS:
-        return _STATUS[status].format(repo=repo, said=said, again=again)
-    return f"the Hub answered {status} ({said}) for {repo}. {again}"
+        return _STATUS[status].format(repo=repo, answer=answer, again=again)
+    return f"the Hub answered {status} ({answer}) for {repo}. {again}"

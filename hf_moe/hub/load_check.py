@@ -1,4 +1,4 @@
-"""Load what is about to be pushed, as somebody will who downloads it."""
+"""Load what is about to be pushed, as anybody will who downloads it."""
 
 import re
 import tempfile
@@ -15,10 +15,12 @@ from torch import nn
 
 from hf_moe.adapters.frozen_router import HASH_FILE, RouterNotFrozenError, verify_adapter_base
 from hf_moe.adapters.load_adapter import load_adapter
-from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, LoadsBackError, PushRefusedError, Upload, read_json
+from hf_moe.hub.errors import LoadsBackError, PushRefusedError
+from hf_moe.hub.upload_files import ADAPTER_CONFIG, CONFIG, Upload, read_json
 from hf_moe.io.error_text import one_line
 from hf_moe.loading.auto_classes import named_auto_class
 from hf_moe.loading.config_files import load_config
+from hf_moe.loading.errors import MISFITS
 from hf_moe.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, check_folder, check_index, read_headers, read_index
 from hf_moe.models.checkpoint_layout import is_finite
 
@@ -28,25 +30,19 @@ _CACHE_ERROR = 0.25  # of what the context makes: a cache that is forgotten is o
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 _SHOWN = 600  # characters of another library's error
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-_NOT_LOADED = (
-    OSError,
-    ValueError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ImportError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    SafetensorError,
-)
+_NOT_LOADED = (*MISFITS, OSError, ValueError, ImportError, MemoryError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class LoadCheck:
-    """What was seen: `said` is a sentence; `ran` tells whether a forward pass gave finite numbers."""
+    """Result of a check.
 
-    said: str
+    Attributes:
+        summary: One sentence.
+        ran: Whether a forward pass ran; False where the weights do not fit into memory.
+    """
+
+    summary: str
     ran: bool
 
 
@@ -88,7 +84,7 @@ def check_loads(folder: Path, base: Path | None = None, *, trust_remote_code: bo
         PushRefusedError: If a JSON file is none.
     """
     for path in sorted(folder.glob("*.json")):
-        read_json(path)  # the host takes its defaults for a generation_config.json that is damaged
+        read_json(path)  # transformers takes its defaults for a generation_config.json that is damaged
     try:
         if any((folder / name).is_file() for name in _TOKENIZERS):
             transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -113,16 +109,16 @@ def _check_model(folder: Path, trust_remote_code: bool) -> LoadCheck:
                 f"{str(folder)!r} does not load back: {key.replace('_', ' ')}: {names[0]} ({len(names)} in all); they "
                 "would be newly initialised. Save the model again."
             )
-    said = f"loads as {type(model).__name__}"
+    summary = f"loads as {type(model).__name__}"
     if unused := sorted(map(str, info.get("unexpected_keys", ()))):
-        said += f" without {unused[0]} ({len(unused)} tensors in all), which it has no place for"
+        summary += f" without {unused[0]} ({len(unused)} tensors in all), which it has no place for"
     if fits:
         _refuse_not_finite(folder, model)
-    return _check_numbers(folder, model, fits, said)
+    return _check_numbers(folder, model, fits, summary)
 
 
 def _check_files(folder: Path) -> None:
-    """What the host passes over in a native model, or says without the file's name (raises `CheckpointError`)."""
+    """Raise CheckpointError for damage that transformers overlooks, or reports without the name of the file."""
     check_folder(folder, variant=None)
     index = folder / INDEX_FILE
     weight_map = read_index(index) if index.is_file() else {}
@@ -135,8 +131,8 @@ def _check_files(folder: Path) -> None:
     for tensor in stored:
         if ".experts." in tensor.name and not tensor.floating:
             raise LoadsBackError(
-                f"{tensor.where} has dtype {tensor.dtype}, and {CONFIG} names no quantization: the host would round "
-                "such weights. Save the model again."
+                f"{tensor.where} has dtype {tensor.dtype}, and {CONFIG} names no quantization: transformers would "
+                "round such weights. Save the model again."
             )
 
 
@@ -155,18 +151,19 @@ def _check_adapter(folder: Path, base: Path, trust_remote_code: bool) -> LoadChe
     return _check_numbers(folder, model, fits, f"loads on {name}")
 
 
-def _check_numbers(folder: Path, model: nn.Module, fits: bool, said: str) -> LoadCheck:
+def _check_numbers(folder: Path, model: nn.Module, fits: bool, summary: str) -> LoadCheck:
     if not fits:
-        return LoadCheck(f"{said} by names and shapes; the weights do not fit into memory for a forward pass", False)
+        summary += " by names and shapes; the weights do not fit into memory for a forward pass"
+        return LoadCheck(summary, False)
     if (folder / HASH_FILE).is_file():
         try:
             verify_adapter_base(folder, model, strict=True)
         except RouterNotFrozenError as error:
             raise LoadsBackError(f"{str(folder)!r} is not pushed: {error}") from error
-        said += f", routers as in {HASH_FILE}"
+        summary += f", routers as in {HASH_FILE}"
     _run(model, folder)
     decodes = ", decoding with a cache is right" if _decodes(model) else ""
-    return LoadCheck(f"{said}, a forward pass is finite{decodes}", True)
+    return LoadCheck(f"{summary}, a forward pass is finite{decodes}", True)
 
 
 def _load_model(
@@ -183,7 +180,7 @@ def _load_model(
 
 
 def _dtype(folder: Path) -> torch.dtype | str:
-    """The dtype that the record of the routers speaks of: in another one the base may be rounded otherwise."""
+    """The dtype in which the routers were recorded: in another one the base may be rounded differently."""
     named = read_json(folder / HASH_FILE).get("dtype") if (folder / HASH_FILE).is_file() else None
     return getattr(torch, named) if named in _DTYPES else "auto"
 

@@ -1,6 +1,6 @@
 """Push a model or an adapter to the Hub: all of it in one commit, checked before and, if asked, after.
 
-What a repository then holds is what the folder holds: weights, configs and results of an earlier push that the folder
+Afterwards the repository holds what the folder holds: weights, configs and results of an earlier push that the folder
 lacks are deleted in the same commit. Notes, images and code that others put there stay.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 from hf_moe.hub.cards.card import model_card
-from hf_moe.hub.errors import plain_errors
+from hf_moe.hub.errors import LoadsBackError, PushRefusedError, hub_errors
 from hf_moe.hub.load_check import check_loads, check_sent
 from hf_moe.hub.remote import Change, Remote, changes, read_remote, sha256
 from hf_moe.hub.renew_code import with_new_code
@@ -23,8 +23,6 @@ from hf_moe.hub.upload_files import (
     CARD,
     CONFIG,
     LeftOut,
-    LoadsBackError,
-    PushRefusedError,
     Upload,
     checkpoint_folder,
     collect,
@@ -37,7 +35,7 @@ _NOT_OF_THE_BASE = ["*/*", "consolidated*"]  # the same weights in other forms
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push does.
+    """Plan of a push.
 
     Attributes:
         repo_id: owner/name.
@@ -45,8 +43,8 @@ class PushPlan:
         head: Commit that the files were compared with, and that the new one follows; None without a repository.
         new_branch: Whether the branch has to be created, at `head`.
         changes: A row for each file that is there afterwards or is deleted.
-        left_out: What stays behind, and why.
-        loads: What loading it back showed.
+        left_out: Files that are not sent, and why.
+        loads: Result of loading it back, in one sentence.
     """
 
     repo_id: str
@@ -63,13 +61,13 @@ class PushPlan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the repository holds all of it already."""
+        """True if the repository holds all of it already."""
         return all(change.state == "unchanged" for change in self.changes)
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where it lies now: `commit` is the id to pin (`revision=`), `url` the page of the commit or the pull request.
+    """Result of a push: `commit` is the id to pin (`revision=`), `url` the page of the commit or the pull request.
 
     If everything was there already, both are of the commit that was there: no pull request is opened.
     """
@@ -117,7 +115,7 @@ def plan_push(
     checkpoint = checkpoint_folder(Path(folder))
     uploads, left_out = collect(Path(folder), add)
     uploads, old_code = with_new_code(checkpoint, uploads)
-    with plain_errors(api.endpoint, repo_id, revision):
+    with hub_errors(api.endpoint, repo_id, revision):
         remote = read_remote(api, repo_id, revision)
     _refuse_repository(remote, checkpoint, private=private, create_pr=create_pr)
     uploads, base_folder = _with_base(api, checkpoint, uploads, base)
@@ -134,19 +132,19 @@ def plan_push(
         uploads=tuple(uploads),
         changes=tuple(changes(uploads, remote.files)),
         left_out=(*left_out, *old_code),
-        loads=loads.said,
+        loads=loads.summary,
         base=base_folder,
     )
 
 
 def send(plan: PushPlan, *, api: HfApi | None = None, message: str | None = None) -> Pushed:
-    """Carry out the plan: one commit, or none if everything is there. After a break, call it again.
+    """Carry out the plan: one commit, or none if everything is there. If it is interrupted, call it again.
 
     Raises:
         HubError: If the Hub refuses, cannot be reached, or the repository has changed since the plan was made.
     """
     api = api or HfApi()
-    with plain_errors(api.endpoint, plan.repo_id, plan.revision, sends=True):
+    with hub_errors(api.endpoint, plan.repo_id, plan.revision, sends=True):
         head = plan.head
         if head is None:
             api.create_repo(plan.repo_id, private=plan.private or None)
@@ -176,13 +174,13 @@ def verify(plan: PushPlan, pushed: Pushed, *, api: HfApi | None = None, trust_re
     api = api or HfApi()
     with tempfile.TemporaryDirectory() as cache:
         # an empty cache: a file that was cached before would hide that it cannot be downloaded
-        with plain_errors(api.endpoint, plan.repo_id, pushed.commit):
+        with hub_errors(api.endpoint, plan.repo_id, pushed.commit):
             found = api.snapshot_download(plan.repo_id, revision=pushed.commit, cache_dir=cache)
         for upload in plan.uploads:
             path = Path(found, upload.path)
             if not path.is_file() or sha256(path) != sha256(upload.source):
                 raise LoadsBackError(f"{upload.path} of {plan.repo_id} at {pushed.commit} is not what was sent.")
-        return check_loads(Path(found), plan.base, trust_remote_code=trust_remote_code).said
+        return check_loads(Path(found), plan.base, trust_remote_code=trust_remote_code).summary
 
 
 def _refuse_repository(remote: Remote, checkpoint: Path, *, private: bool, create_pr: bool) -> None:
@@ -190,7 +188,7 @@ def _refuse_repository(remote: Remote, checkpoint: Path, *, private: bool, creat
         raise PushRefusedError(f"{remote.repo_id} does not exist: there is nothing to open a pull request against.")
     if remote.head is not None and private and not remote.private:
         raise PushRefusedError(f"{remote.repo_id} exists and is public. Make it private in its settings, then push.")
-    # the host would load one of them as a part of the other
+    # transformers would load one of them as a part of the other
     is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
     other = CONFIG if is_adapter else ADAPTER_CONFIG
     if other in remote.files:
@@ -217,7 +215,7 @@ def _with_base(
             "name with --base owner/name."
         )
     pinned = config.get("revision") if base is None else None
-    with plain_errors(api.endpoint, name, pinned):
+    with hub_errors(api.endpoint, name, pinned):
         folder = Path(
             api.snapshot_download(name, revision=pinned, allow_patterns=_BASE_FILES, ignore_patterns=_NOT_OF_THE_BASE)
         )

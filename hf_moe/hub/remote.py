@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds now, and what a push of some files changes there."""
+"""Read what a repository on the Hub holds now, and list what a push of some files changes there."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def changes(uploads: Sequence[Upload], files: Mapping[str, RepoFile]) -> list[Ch
 
 
 def sha256(source: Path | bytes) -> str:
-    """In hexadecimal, of a file or of bytes."""
+    """SHA-256 in hexadecimal, of a file or of bytes."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     with open(source, "rb") as file:

@@ -1,4 +1,4 @@
-"""Access tokens must not leave the machine: find them in what is about to be sent.
+"""Find access tokens and private keys in files that are about to be sent.
 
 Tokens of the Hub, of every form, are found by a pattern of our own; those of other services and private keys by the
 rules of MongoDB's Kingfisher (the extra `push`), of which those that it is certain of count. Both are searched for in
@@ -22,7 +22,7 @@ _LONG = rb"hf_(?:oauth|jwt)_(?=[a-z_.-]*[A-Z0-9])[A-Za-z0-9_-]{20,}(?:\.[A-Za-z0
 TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{30,}|" + _LONG)
 # where lines were joined: those of a vocabulary become endless words
 _WHOLE_TOKEN = re.compile(rb"(?<![\w-])(?:(?:hf|api_org)_[A-Za-z0-9]{30,45}|" + _LONG + rb")(?![\w-])")
-OF_THE_HUB = "an access token of the Hugging Face Hub"
+_HUB_TOKEN = "an access token of the Hugging Face Hub"
 _SHORTEST = 8  # of a known token that is looked for as it is
 _CHUNK = 2**22
 _OVERLAP = 2**13  # a private key
@@ -37,7 +37,7 @@ _CUT = re.compile(rb"(?<=[A-Za-z0-9_-]{6})\\?(?:\r?\n|\\n)[ \t]*(?=[A-Za-z0-9_-]
 
 
 def secret_in(source: Path | bytes, known: Iterable[str] = ()) -> str | None:
-    """What kind of secret the file or the bytes hold, or None: one that looks like it, or one of `known`.
+    """Name the secret that the file or the bytes hold: what looks like one, or one of `known`; None if there is none.
 
     Of a safetensors file the header is read (names and metadata); its tensors are numbers.
 
@@ -49,14 +49,14 @@ def secret_in(source: Path | bytes, known: Iterable[str] = ()) -> str | None:
         for view, pattern in _views(part):
             texts = [view, *_decoded(view)]
             if any(pattern.search(text) or any(token in text for token in literals) for text in texts):
-                return OF_THE_HUB
-            if found := next(others_in(view), None):
+                return _HUB_TOKEN
+            if found := next(other_secrets(view), None):
                 return f"what looks like a secret ({found[0]})"
     return None
 
 
-def others_in(data: bytes) -> Iterator[tuple[str, str]]:
-    """Kind and text of secrets of other services that Kingfisher is certain of: others are in every documentation."""
+def other_secrets(data: bytes) -> Iterator[tuple[str, str]]:
+    """Kind and text of other services' secrets that Kingfisher is certain of: documentation is full of the rest."""
     for found in _scanner().scan(data):
         if found.visible and found.confidence == "high":
             yield found.rule_id.rpartition(".")[2], found.secret
@@ -74,7 +74,7 @@ def _scanner() -> Any:
 
 
 def _views(part: bytes) -> Iterator[tuple[bytes, re.Pattern[bytes]]]:
-    """The bytes, and what they are without a way of writing that hides a token; each with the pattern to look for."""
+    """The bytes, and the same without an encoding that hides a token; each with the pattern to look for."""
     yield part, TOKEN
     if b"\0" in part:  # UTF-16, also in the middle of a file
         part = part.replace(b"\0", b"")
@@ -88,7 +88,7 @@ def _views(part: bytes) -> Iterator[tuple[bytes, re.Pattern[bytes]]]:
 
 
 def _decoded(data: bytes, times: int = 2) -> Iterator[bytes]:
-    """What stands in base64 in `data`; Kingfisher does the same for its own rules."""
+    """Decoded base64 in `data`; Kingfisher does the same for its own rules."""
     for run in _BASE64.findall(data):
         text = run.translate(_URL_SAFE)
         found = binascii.a2b_base64(text[: len(text) // 4 * 4])
@@ -118,7 +118,7 @@ def _parts(source: Path | bytes) -> Iterator[bytes]:
 
 
 def _members(data: bytes, depth: int = 2) -> Iterator[bytes]:
-    """What is packed in `data`, and in archives within, if it is one."""
+    """Members of the archive in `data`, and of archives within; nothing if it is none."""
     suffix = _archive_suffix(data)
     if suffix is None or not depth:
         return
@@ -137,7 +137,7 @@ def _members(data: bytes, depth: int = 2) -> Iterator[bytes]:
 
 
 def _archive_suffix(start: bytes) -> str | None:
-    """By its first bytes, whatever its name."""
+    """The kind of archive by its first bytes, whatever its name; None if it is none."""
     if start[257:262] == b"ustar":
         return ".tar"
     return next((suffix for magic, suffix in _ARCHIVES.items() if start.startswith(magic)), None)

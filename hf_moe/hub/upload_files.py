@@ -1,15 +1,16 @@
-"""Which files of a folder make a model or an adapter on the Hub, and why the others stay behind."""
+"""Choose the files of a folder that make a model or an adapter on the Hub; say why the others are left out."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_moe.hub.errors import PushRefusedError
 from hf_moe.io import json_files
 
 ADAPTER_CONFIG, CONFIG, CARD = "adapter_config.json", "config.json", "README.md"
-# what an untouched template of the host is full of
-UNWRITTEN = "[More Information Needed]"
+# what an untouched template of transformers or PEFT is full of
+TEMPLATE_WORDS = "[More Information Needed]"
 
 KINDS = {
     "weights": r"(adapter_)?model(\.[\w-]+)?(-\d+-of-\d+)?\.safetensors(\.index(\.[\w-]+)?\.json)?",
@@ -32,14 +33,6 @@ _KEYS_INSIDE = "a place for passwords and keys"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
-class PushRefusedError(ValueError):
-    """The folder is not pushed as it is; says what is wrong and the way out."""
-
-
-class LoadsBackError(PushRefusedError):
-    """The folder, or what was downloaded, does not give the model that it should."""
-
-
 @dataclass(frozen=True)
 class Upload:
     """One file of the commit: its path in the repository, where its bytes are, and what it is for (see `KINDS`)."""
@@ -56,7 +49,7 @@ class LeftOut:
 
 
 def kind_of(path: str) -> str | None:
-    """What the file is for, by its path in the repository; None for all else, code included."""
+    """The kind of a file (a key of `KINDS`), by its path in the repository; None for all else, code included."""
     return next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, path)), None)
 
 
@@ -85,10 +78,13 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def collect(folder: Path, add: Sequence[Path] = ()) -> tuple[list[Upload], list[LeftOut]]:
-    """What of `folder` goes to the Hub, and what stays behind and why. `add`: more files or folders, by their name.
+    """Sort the files of `folder` into those that go to the Hub and those that are left out, with the reason.
 
     Of a recipe's results folder the part that is the model or the adapter goes to the root of the repository, with the
-    report and the plots that lie beside it. An untouched template of a model card stays behind.
+    report and the plots that lie beside it. An untouched template of a model card is left out.
+
+    Args:
+        add: More files or folders to send, under their own names.
 
     Raises:
         PushRefusedError: If there is nothing to push, a model and an adapter in one folder, or a file to send is a
@@ -104,20 +100,22 @@ def collect(folder: Path, add: Sequence[Path] = ()) -> tuple[list[Upload], list[
     left: list[LeftOut] = []
     code = code_files(checkpoint)
     for path, source in _walk(checkpoint):
-        _sort(path, source, "code" if path in code else kind_of(path), found, left)
-    if checkpoint != folder:  # a recipe's results: the card there speaks of its folders, so it is written anew
+        _add_or_leave_out(path, source, "code" if path in code else kind_of(path), found, left)
+    if checkpoint != folder:  # a recipe's results: the card there names its folders, so another is written
         for path, source in _walk(folder):
             if kind_of(path) in ("results", "plots"):
-                _sort(path, source, kind_of(path), found, left)
+                _add_or_leave_out(path, source, kind_of(path), found, left)
     for source in add:
         if _may_hold_keys(source.name):
             raise PushRefusedError(f"--add {str(source)!r}: {_KEYS_INSIDE}; it is never sent.")
         for path, each in _added(source, left):
-            _sort(path, each, kind_of(path) or "added", found, left)
+            _add_or_leave_out(path, each, kind_of(path) or "added", found, left)
     return sorted(found.values(), key=lambda upload: upload.path), left
 
 
-def _sort(path: str, source: Path, kind: str | None, found: dict[str, Upload], left: list[LeftOut]) -> None:
+def _add_or_leave_out(
+    path: str, source: Path, kind: str | None, found: dict[str, Upload], left: list[LeftOut]
+) -> None:
     reason = _reason_to_leave(path, source, kind)
     if reason is not None:
         left.append(LeftOut(path, reason))
@@ -141,13 +139,13 @@ def _reason_to_leave(path: str, source: Path, kind: str | None) -> str | None:
     if kind is None:
         return "hidden" if name.startswith(".") else "not a file of a model; --add sends it"
     if path == CARD and is_template(source):
-        return "the host's empty template; a card is written from the facts"
+        return "an empty template; a card is written from the facts"
     return None
 
 
 def is_template(card: Path) -> bool:
-    """Whether a model card is the host's template that nobody filled in."""
-    return card.read_text(encoding="utf-8", errors="replace").count(UNWRITTEN) >= 10
+    """True for the template of a model card, of transformers or PEFT, that nobody filled in."""
+    return card.read_text(encoding="utf-8", errors="replace").count(TEMPLATE_WORDS) >= 10
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -162,7 +160,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _added(source: Path, left: list[LeftOut]) -> Iterator[tuple[str, Path]]:
-    """The file, or those of the folder; what of it is hidden or may hold keys is added to `left`."""
+    """The file, or those of the folder; hidden ones and those that may hold keys are added to `left`."""
     if not source.exists():
         raise PushRefusedError(f"--add {str(source)!r} does not exist.")
     name = source.name if source.name not in ("", "..") else source.resolve().name

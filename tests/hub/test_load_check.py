@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hf_moe import expert_lora_config
 from hf_moe.adapters.frozen_router import save_router_hash
 from hf_moe.hub import load_check
+from hf_moe.hub.errors import LoadsBackError, PushRefusedError
 from hf_moe.hub.load_check import check_loads
-from hf_moe.hub.upload_files import LoadsBackError, PushRefusedError
 from tiny_models import build_tiny
 
 from .conftest import save_tiny
@@ -69,10 +69,10 @@ def integers(part: str):
 
 def test_whole_ones_load(native, tmp_path):
     save_tiny(tmp_path / "ours")
-    said = "loads as HfMoeForCausalLM, a forward pass is finite, decoding with a cache is right"
-    assert check_loads(tmp_path / "ours").said == said
+    summary = "loads as HfMoeForCausalLM, a forward pass is finite, decoding with a cache is right"
+    assert check_loads(tmp_path / "ours").summary == summary
     assert check_loads(native / "base").ran
-    assert "routers as in router_hash.json" in check_loads(native / "adapter", native / "base").said
+    assert "routers as in router_hash.json" in check_loads(native / "adapter", native / "base").summary
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\
     ids=["cut", "pointer", "empty", "json"],
 )
 def test_files_of_a_native_model(name, change, words, native, tmp_path):
-    """The host names no file in these, or says nothing."""
+    """transformers names no file in these errors, or overlooks them."""
     folder = shutil.copytree(native / "base", tmp_path / "base")
     (folder / name).write_bytes(change((folder / name).read_bytes()))
     with pytest.raises(PushRefusedError, match=words):
@@ -156,7 +156,7 @@ def test_without_the_memory_names_and_shapes_are_compared(native, monkeypatch, t
     monkeypatch.setattr(load_check, "_fits", lambda folder: False)
     found = check_loads(native / "base")
     assert not found.ran
-    assert "by names and shapes" in found.said
+    assert "by names and shapes" in found.summary
     assert not check_loads(native / "adapter", native / "base").ran
     with pytest.raises(LoadsBackError, match="missing keys"):
         check_loads(spoil(native / "base", tmp_path / "spoilt", drop("self_attn.q_proj")))
@@ -185,7 +185,7 @@ def test_a_config_that_does_not_fit(change, words, native, tmp_path):
 
 def test_weights_without_a_place_are_named(native, tmp_path):
     spoilt = spoil(native / "base", tmp_path / "base", lambda tensors: tensors.update(extra=torch.ones(1)))
-    assert "without extra (1 tensors in all), which it has no place for" in check_loads(spoilt).said
+    assert "without extra (1 tensors in all), which it has no place for" in check_loads(spoilt).summary
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -221,7 +221,7 @@ def test_a_model_that_forgets_what_it_decoded_is_found(native, dtype, tmp_path, 
     """Its forwards are finite, and its tokens wrong: code that swallows the name of the cache under another one."""
     model = AutoModelForCausalLM.from_pretrained(native / "base", dtype=dtype)
     model.save_pretrained(tmp_path)
-    assert "decoding with a cache is right" in check_loads(tmp_path).said
+    assert "decoding with a cache is right" in check_loads(tmp_path).summary
     forward = type(model).forward
 
     def forgetful(self, *args, past_key_values=None, cache=None, **kwargs):

@@ -19,8 +19,7 @@ from hf_moe import expert_lora_config
 from hf_moe.adapters.load_adapter import AdapterError, load_adapter
 from hf_moe.cli.common import app
 from hf_moe.hub import push, remote
-from hf_moe.hub.errors import HubError
-from hf_moe.hub.upload_files import PushRefusedError
+from hf_moe.hub.errors import HubError, PushRefusedError
 from tiny_hf_moe import make_code_old, random_ids
 from tiny_models import build_tiny
 
@@ -115,7 +114,7 @@ def test_what_is_there_is_not_sent_again(hub, saved):
     ids=str,
 )
 def test_other_shards_leave_no_old_weights(hub, sizes, tmp_path):
-    """Beside new shards the host loads an old model.safetensors, without a word."""
+    """Beside new shards transformers loads an old model.safetensors without a warning."""
     api, repo = hub.api(), f"alice/shards-{'-'.join(sizes)}"
     for seed, size in enumerate(sizes):
         model = save_tiny(tmp_path / size, seed=seed, max_shard_size=size)
@@ -228,7 +227,7 @@ def test_a_pull_request_by_somebody_else(hub, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "same")
     again = push.plan_push(tmp_path / "same", "alice/open", api=other, create_pr=True)
     assert again.is_empty
-    assert push.send(again, api=other).commit == main, "the host gives the URL of a commit, as if it were a new one"
+    assert push.send(again, api=other).commit == main, "the client gives the URL of a commit, as if it were a new one"
     assert owner.model_info("alice/open", revision="refs/pr/1").sha == pushed.commit
     with pytest.raises(PushRefusedError, match="does not exist: there is nothing to open a pull request against"):
         push.plan_push(tmp_path, "alice/no-such", api=other, create_pr=True)
@@ -304,7 +303,7 @@ def test_nothing_is_sent_of_a_folder_that_does_not_load(hub, saved, tmp_path):
 
 @pytest.mark.parametrize("outside", ["../outside.safetensors", "{parent}/outside.safetensors"])
 def test_weights_that_are_not_sent_are_not_there(hub, adapter, tmp_path, outside):
-    """Of a native model, which the host loads from here without a word."""
+    """Of a native model, which transformers loads from here without a warning."""
     folder, _ = adapter
     shutil.copytree(folder / "base", tmp_path / "model")
     shutil.move(tmp_path / "model" / "model.safetensors", tmp_path / "outside.safetensors")

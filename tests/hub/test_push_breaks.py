@@ -1,4 +1,4 @@
-"""The server or the client is killed in the middle of a push: the same push goes on with what is missing."""
+"""The server or the client is killed in the middle of a push: the same push continues with what is missing."""
 
 import threading
 import time
@@ -89,7 +89,7 @@ def stored_bytes(hub) -> int:
 
 
 def assert_that_the_commit_alone_is_sent(hub, folder: Path, repo_id: str) -> None:
-    """After a break with all objects there. The server was started anew, and so was its log."""
+    """After an interruption with all objects there. The server was restarted, and so was its log."""
     api, before = hub.api(), stored_bytes(hub)
     assert before > 100_000
     assert [file.rfilename for file in api.model_info(repo_id).siblings] == [".gitattributes"], "no half commit"

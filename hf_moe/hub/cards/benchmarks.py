@@ -1,4 +1,4 @@
-"""Results where the Hub's leaderboards look for them: of benchmarks run in full, unmodified, on the Hub's data."""
+"""Results files for the Hub's leaderboards: of benchmarks run in full, unmodified, on the Hub's data."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", re.AS
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of the Hub, and the figure of lm-eval that it takes.
+    """A benchmark of the Hub, and the metric of lm-eval that it takes.
 
     Attributes:
         dataset: Data set on the Hub that declares itself a benchmark: it holds an eval.yaml.
@@ -52,13 +52,13 @@ def eval_files(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def eval_refusals(results: Mapping[str, Any]) -> dict[str, str]:
-    """By benchmark that ran, why its result may not go there."""
+    """Reasons, by benchmark that ran, why its result may not go there."""
     found = {name: refusal(results, name) for name in _ran(results)}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def refusal(results: Mapping[str, Any], name: str) -> str | None:
-    """Why a result of `BENCHMARKS[name]` is none of the benchmark; None if it is."""
+    """Reason why a result of `BENCHMARKS[name]` does not count as the benchmark's; None if it does."""
     benchmark, tasks = BENCHMARKS[name], _tasks(results, name)
     if reason := _changed(take(results, "settings", dict)):
         return reason

@@ -1,7 +1,7 @@
-"""Model cards from facts: configs, the report of a run, an evaluation's results, a routing trace. Nothing is made up.
+"""Write model cards from facts: configs, the report of a run, an evaluation's results, a routing trace.
 
-The template is ours and is rendered in Jinja's sandbox; values are put in once and never rendered themselves, so
-neither a template nor an instruction inside a value is carried out.
+The template is ours and is rendered in Jinja's sandbox; values are put in once and never rendered themselves, so that
+neither a template nor an instruction inside a value is carried out. A card holds nothing that no file tells.
 """
 
 import logging
@@ -14,13 +14,14 @@ from hf_moe.hub.cards import sections
 from hf_moe.hub.cards.benchmarks import eval_files, eval_refusals
 from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from hf_moe.hub.cards.emissions_facts import Emissions, emissions_facts
-from hf_moe.hub.cards.evaluation import evaluation
+from hf_moe.hub.cards.evaluation import evaluation_section
 from hf_moe.hub.cards.facts import CardError, read_facts
 from hf_moe.hub.cards.markdown import cell, plain
-from hf_moe.hub.cards.metadata import card_data, check_choices, is_repo
+from hf_moe.hub.cards.metadata import CardChoices, card_data, is_repo
+from hf_moe.hub.cards.routing import routing_section
 from hf_moe.hub.cards.routing_facts import RoutingFacts, routing_facts
 from hf_moe.hub.cards.same_model import refuse_other_results, refuse_other_trace, refuse_other_training
-from hf_moe.hub.cards.training import data, routing_part, training_part
+from hf_moe.hub.cards.training import data_section, training_section
 from hf_moe.hub.cards.training_facts import TrainingFacts, training_facts
 from hf_moe.hub.scrub import scrub
 
@@ -45,7 +46,7 @@ def model_card(
     datasets: Sequence[str] = (),
     plots: Sequence[str] = (),
 ) -> "ModelCard":
-    """The card of a saved model or adapter.
+    """Build the card of a saved model or adapter.
 
     Args:
         model: Folder that `save_pretrained` wrote.
@@ -58,8 +59,8 @@ def model_card(
         license: Identifier of the Hub, such as `apache-2.0`.
         language: Code such as `en`.
         datasets: Names on the Hub of the training data.
-        plots: Images that lie beside the card: those it knows (`plots/loss.png`, `plots/expert_load.png`,
-            `plots/bits_per_byte.png`) are shown.
+        plots: Images that lie beside the card: those that it knows (`plots/loss.png`, `plots/expert_load.png`,
+            `plots/bits_per_byte.png`) are embedded.
 
     Returns:
         `huggingface_hub.ModelCard`; `str()` is the text, `.data` the metadata.
@@ -69,16 +70,8 @@ def model_card(
             identifier is none that the Hub takes.
         ImportError: If jinja2 is not installed.
     """
-    check_choices(repo_id, base_model, license, language, datasets)
-    return card_from_facts(
-        *_read_facts(model, results, trace, training),
-        name=repo_id,
-        base_model=base_model,
-        license=license,
-        language=language,
-        datasets=datasets,
-        plots=plots,
-    )
+    choices = CardChoices(repo_id, base_model, license, language, datasets).checked()
+    return card_from_facts(*_read_facts(model, results, trace, training), choices, plots=plots)
 
 
 def card_from_facts(
@@ -86,32 +79,26 @@ def card_from_facts(
     training: TrainingFacts,
     results: Mapping[str, Any] | None = None,
     routing: RoutingFacts | None = None,
+    choices: CardChoices | None = None,
     *,
-    name: str | None = None,
     title: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    language: str | None = None,
-    datasets: Sequence[str] = (),
     plots: Sequence[str] = (),
 ) -> "ModelCard":
-    """`model_card` from facts that are at hand."""
+    """Build the card of `model_card` from facts that are at hand. The choices are not checked."""
     from huggingface_hub import ModelCard
 
-    results, routing, name = results or {}, routing or RoutingFacts(), name or checkpoint.name
-    base = base_model or checkpoint.base_model or training.base_model
-    is_local = base_model is None and checkpoint.base_is_local
-    base = base if base is None or (is_repo(base) and not is_local) else Path(plain(base)).name
+    results, routing, choices = results or {}, routing or RoutingFacts(), choices or CardChoices()
+    name, base = choices.repo_id or checkpoint.name, _base(checkpoint, training, choices.base_model)
     # before markup escapes their slashes
     name, title = scrub(plain(name)), scrub(plain(title or _title(checkpoint, training, name)))
     total = checkpoint.total or training.total
     parts = {
         "Load it": sections.loading(checkpoint, training, name, base),
-        "What it is": sections.facts(checkpoint, training, base, license),
-        "Evaluation": evaluation(results, training, plots),
-        "Routing": routing_part(routing, training, plots),
-        "Training": training_part(training, plots),
-        "Data": data(training),
+        "What it is": sections.facts(checkpoint, training, base, choices.license),
+        "Evaluation": evaluation_section(results, training, plots),
+        "Routing": routing_section(routing, training, plots),
+        "Training": training_section(training, plots),
+        "Data": data_section(training),
         "Sample": sections.sample(training),
         "Limits": sections.limits(results, training, total),
         "Citation": sections.citation(title, name, training.date),
@@ -120,11 +107,7 @@ def card_from_facts(
     head = card_data(
         checkpoint,
         results,
-        name=name,
-        base_model=base,
-        license=license,
-        language=language,
-        datasets=datasets,
+        replace(choices, repo_id=name, base_model=base),
         emissions=training.emissions,
         training_type=_training_type(checkpoint, training, base),
     )
@@ -155,12 +138,12 @@ def write_card(
     from hf_moe.hub.cards.plots import draw_plots
     from hf_moe.io.whole_files import write_text
 
-    check_choices(**choices)
+    chosen = CardChoices(**choices).checked()
     checkpoint, trained, evaluated, routing = _read_facts(folder, results, trace, training)
     target = Path(folder if output is None else output)
     drawn = draw_plots(target, _training(training), trace, is_adapter=checkpoint.is_adapter)
-    choices = {"name": choices.pop("repo_id", None), **choices, "plots": [f"plots/{path.name}" for path in drawn]}
-    card = card_from_facts(checkpoint, trained, evaluated, routing, **choices)
+    plots = [f"plots/{path.name}" for path in drawn]
+    card = card_from_facts(checkpoint, trained, evaluated, routing, chosen, plots=plots)
     files = {"README.md": str(card), **eval_files(evaluated)}
     for name, reason in eval_refusals(evaluated).items():
         logger.warning("%s gets no file in .eval_results: %s.", name, reason)
@@ -173,7 +156,7 @@ def write_card(
 def _read_facts(
     model: str | Path, results: Facts | None, trace: str | Path | None, training: Facts | None
 ) -> tuple[CheckpointFacts, TrainingFacts, dict[str, Any], RoutingFacts]:
-    """Everything that is given; what is of another model is refused."""
+    """Read everything that is given; refuse facts of another model."""
     checkpoint = checkpoint_facts(Path(model))
     trained = training_facts(_training(training), is_adapter=checkpoint.is_adapter)
     refuse_other_training(checkpoint, trained)
@@ -185,7 +168,7 @@ def _read_facts(
 
 
 def _results(given: Facts | None) -> dict[str, Any]:
-    """Of `hf-moe evaluate`, or nothing."""
+    """Results of `hf-moe evaluate`, or nothing."""
     results = {} if given is None else _read(given)
     if given is not None and not str(results.get("format")).startswith("hf_moe.evaluation/"):
         raise CardError(f"{_name(given, 'results')} is no results.json of hf-moe evaluate. Give the one it wrote.")
@@ -212,15 +195,22 @@ def _name(given: Facts, what: str) -> str:
 
 
 def _emissions(model: Path, training: Facts | None) -> Emissions | None:
-    """codecarbon's figures beside the training report, above the checkpoint that it lies in, or beside the model."""
+    """codecarbon's estimate beside the training report, above the checkpoint that it lies in, or beside the model."""
     report = model if training is None or isinstance(training, Mapping) else Path(training).parent
     above = [report.parent] if report.name.startswith("checkpoint-") else []
     found = (emissions_facts(folder) for folder in (report, *above, model))
     return next((each for each in found if each is not None), None)
 
 
+def _base(checkpoint: CheckpointFacts, training: TrainingFacts, chosen: str | None) -> str | None:
+    """The base model's name on the Hub, or the last part of its path."""
+    base = chosen or checkpoint.base_model or training.base_model
+    is_local = chosen is None and checkpoint.base_is_local
+    return base if base is None or (is_repo(base) and not is_local) else Path(plain(base)).name
+
+
 def _training_type(checkpoint: CheckpointFacts, training: TrainingFacts, base: str | None) -> str | None:
-    """In the Hub's words; None where it is not known."""
+    """Kind of training in the Hub's words; None where it is not known."""
     if checkpoint.is_adapter or base is not None:
         return "fine-tuning"
     return "pre-training" if training.is_from_scratch else None
@@ -234,17 +224,17 @@ def _summary(checkpoint: CheckpointFacts, training: TrainingFacts) -> str:
     """One or two sentences, of what is known."""
     kind = "An adapter for a Mixture-of-Experts model" if checkpoint.is_adapter else "A Mixture-of-Experts model"
     total, active = checkpoint.total or training.total, checkpoint.active or training.active
-    said = [kind]
-    if total is not None:
-        said.append(f"of {total:,} parameters" + ("" if active is None else f" ({active:,} active per token)"))
-    text = " ".join(said) + "."
+    size = "" if total is None else f" of {total:,} parameters"
+    if total is not None and active is not None:
+        size += f" ({active:,} active per token)"
+    text = f"{kind}{size}."
     changes = {domain.name: domain.change for domain in training.domains if domain.change is not None}
     if not changes:
         return text
     best, worst = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
     trained = "" if training.trained is None else f"{training.trained:,} parameters were trained. "
-    told = ", ".join(f"{changes[name]:+.3f} on {cell(name)}" for name in dict.fromkeys((best, worst)))
-    return f"{text} {trained}Change in bits per byte of held-out text: {told} (lower is better)."
+    extremes = ", ".join(f"{changes[name]:+.3f} on {cell(name)}" for name in dict.fromkeys((best, worst)))
+    return f"{text} {trained}Change in bits per byte of held-out text: {extremes} (lower is better)."
 
 
 def _render(card_yaml: str, title: str, summary: str, parts: Mapping[str, str]) -> str:
@@ -258,5 +248,5 @@ def _render(card_yaml: str, title: str, summary: str, parts: Mapping[str, str]) 
         undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     source = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
-    shown = {name: text for name, text in parts.items() if text}
-    return environment.from_string(source).render(card_data=card_yaml, title=title, summary=summary, sections=shown)
+    filled = {name: text for name, text in parts.items() if text}
+    return environment.from_string(source).render(card_data=card_yaml, title=title, summary=summary, sections=filled)

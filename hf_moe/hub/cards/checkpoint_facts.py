@@ -1,4 +1,4 @@
-"""What a saved model or adapter says of itself: its configs, the headers of its weights, the record of its routers."""
+"""Facts of a saved model or adapter: from its configs, the headers of its weights, the record of its routers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,7 +109,7 @@ def _of_config(folder: Path) -> dict[str, Any]:
         "is_causal_lm": not architectures or any(name.endswith(_CAUSAL_LM) for name in architectures),
     }
     try:
-        # False, not the host's default, which asks on the terminal whether to run the checkpoint's code
+        # False, not transformers' default, which asks on the terminal whether to run the checkpoint's code
         config = load_config(folder, trust_remote_code=False)
         found = explain_config(config)
     except ConfigError as error:

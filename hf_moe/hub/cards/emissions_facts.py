@@ -1,4 +1,4 @@
-"""What codecarbon wrote beside a training run: the host's Trainer does so with `report_to="codecarbon"`."""
+"""Energy and emissions that codecarbon wrote beside a training run: Trainer does so with `report_to="codecarbon"`."""
 
 import csv
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def emissions_facts(folder: Path) -> Emissions | None:
     """Facts of `folder/emissions.csv`; None without such a file.
 
     Raises:
-        CardError: If the file is no such table, or holds no figure.
+        CardError: If the file is no such table, or holds no number.
     """
     path = folder / EMISSIONS
     if not path.is_file():

@@ -1,11 +1,11 @@
-"""The part of a card with benchmarks, what they lose without single experts, and bits per byte by domain."""
+"""The part of a card on evaluation: benchmarks, what they lose without single experts, bits per byte by domain."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_moe.hub.cards.facts import tables, take
 from hf_moe.hub.cards.markdown import NOT_MEASURED, cell, fenced, image, plain, table
-from hf_moe.hub.cards.training_facts import Domain, TrainingFacts
+from hf_moe.hub.cards.training_facts import DomainFacts, TrainingFacts
 
 _BITS_NOTE = (
     "Bits per byte: the negative log2-likelihood of held-out text, divided by its UTF-8 bytes; lower is better. "
@@ -19,22 +19,22 @@ _MASKED_NOTE = (
 _MOST_MASKED = 20  # rows
 
 
-def evaluation(results: Mapping[str, Any], training: TrainingFacts, plots: Sequence[str]) -> str:
+def evaluation_section(results: Mapping[str, Any], training: TrainingFacts, plots: Sequence[str]) -> str:
     """Benchmarks with n and standard error, and bits per byte by domain."""
     benchmarks, bits = _benchmarks(results), _bits(results, training)
     if not benchmarks and not bits:
         return f"Standard benchmarks: {NOT_MEASURED}. Bits per byte: {NOT_MEASURED}."
-    parts = [benchmarks or f"Standard benchmarks: {NOT_MEASURED}.", bits, _masked(results), _told(results)]
-    shown = image(plots, "plots/bits_per_byte.png", "Bits per byte by domain")
-    return "\n\n".join(part for part in (*parts, shown) if part)
+    parts = [benchmarks or f"Standard benchmarks: {NOT_MEASURED}.", bits, _masked(results), _setup(results)]
+    plot = image(plots, "plots/bits_per_byte.png", "Bits per byte by domain")
+    return "\n\n".join(part for part in (*parts, plot) if part)
 
 
 def _benchmarks(results: Mapping[str, Any]) -> str:
     rows: list[Sequence[Any]] = []
     for name, task in tables(results, "tasks").items():
         version, shots = take(task, "version", float), take(task, "num_fewshot", int)
-        told = None if version is None else f"{version:g}"
-        rows += [(name, told, shots, metric, value, _documents(task)) for metric, value in _metrics(task)]
+        edition = None if version is None else f"{version:g}"
+        rows += [(name, edition, shots, metric, value, _documents(task)) for metric, value in _metrics(task)]
     for name, group in tables(results, "groups").items():
         part = f"{len(take(group, 'tasks', list) or []):,} tasks"
         rows += [(f"{name} (all its tasks)", "-", "-", metric, value, part) for metric, value in _metrics(group)]
@@ -44,10 +44,10 @@ def _benchmarks(results: Mapping[str, Any]) -> str:
 
 
 def _metrics(entry: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    for metric, figure in tables(entry, "metrics").items():
-        value, stderr = take(figure, "value", float), take(figure, "stderr", float)
-        shown = None if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-        yield metric.removesuffix(",none"), shown
+    for metric, found in tables(entry, "metrics").items():
+        value, stderr = take(found, "value", float), take(found, "stderr", float)
+        text = None if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+        yield metric.removesuffix(",none"), text
 
 
 def _documents(task: Mapping[str, Any]) -> Any:
@@ -55,9 +55,9 @@ def _documents(task: Mapping[str, Any]) -> Any:
     return count if count is None or count == available else f"first {count:,} of {cell(available)}"
 
 
-def _told(results: Mapping[str, Any]) -> str:
-    """How it was measured, and what the figures suffer from."""
-    said = [
+def _setup(results: Mapping[str, Any]) -> str:
+    """Harness, device, date and command, and prompts that were cut."""
+    circumstances = [
         f"{what} {cell(value)}"
         for what, value in (
             ("with", _harness(results)),
@@ -70,7 +70,7 @@ def _told(results: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{cell(name)} {count:,}" for name, count in cut.items() if count)
     command = take(results, "command", str)
     parts = [
-        f"Evaluated {', '.join(said)}." if said else "",
+        f"Evaluated {', '.join(circumstances)}." if circumstances else "",
         f"Prompts longer than the model's context lost their beginning: {listed}." if listed else "",
         fenced(plain(command)) if command else "",
     ]
@@ -111,12 +111,12 @@ def _before_and_after(training: TrainingFacts) -> str:
     return table(header, rows)
 
 
-def _change(domain: Domain) -> str | None:
+def _change(domain: DomainFacts) -> str | None:
     return None if domain.change is None else f"{domain.change:+.3f}"
 
 
 def _masked(results: Mapping[str, Any]) -> str:
-    """What each task and domain loses without its most used experts, by its first metric."""
+    """The loss of each task and domain without its most used experts, by its first metric."""
     rows = []
     for name, entry in (*tables(results, "tasks").items(), *tables(results, "domains").items()):
         for masked in take(entry, "experts.masked", list) or []:
@@ -126,9 +126,9 @@ def _masked(results: Mapping[str, Any]) -> str:
                 change, low, high = (take(found, part, float) for part in ("difference", "low", "high"))
                 if change is None or low is None or high is None:
                     continue
-                shown = f"{change:+.4f} ({low:+.4f} to {high:+.4f})"
+                interval = f"{change:+.4f} ({low:+.4f} to {high:+.4f})"
                 used = None if share is None else f"{share:.1%}"
-                rows.append((name, expert, used, metric.removesuffix(",none"), shown, documents))
+                rows.append((name, expert, used, metric.removesuffix(",none"), interval, documents))
     if not rows:
         return ""
     header = ["task or text", "masked", "share of the layer's load", "metric", "change (interval)", "documents"]

@@ -1,4 +1,4 @@
-"""JSON values that somebody else wrote: each is taken by path and type; None where it is not what it must be."""
+"""Take JSON values that somebody else wrote by path and type; None where one is not what it must be."""
 
 import math
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""The head of a card, and results where the Hub looks for them: only what was measured, on data that has a name."""
+"""Metadata at the head of a card: what its author chose, and results that were measured on data with a name."""
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -19,7 +20,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual", re.ASCII)
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether it reads as owner/name."""
+    """True if it reads as owner/name."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -27,62 +28,72 @@ def is_repo(name: str | None) -> bool:
     return name is not None and "/" in name
 
 
-def check_choices(
-    repo_id: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    language: str | None = None,
-    datasets: Sequence[str] = (),
-) -> None:
-    """Raises CardError for a value that the Hub would not take."""
-    for what, name in (("repo_id", repo_id), ("base_model", base_model), *(("dataset", each) for each in datasets)):
-        if name is not None and not is_repo(name):
-            raise CardError(f"{what} must be a name on the Hub, owner/name, got {name!r}.")
-    if license is not None and not _LICENSE.fullmatch(license):
-        raise CardError(
-            f"license must be an identifier of the Hub such as apache-2.0, or other, got {license!r}. They are listed "
-            "at https://huggingface.co/docs/hub/repositories-licenses."
-        )
-    if language is not None and not _LANGUAGE.fullmatch(language):
-        raise CardError(f"language must be an ISO 639 code such as en, code or multilingual, got {language!r}.")
+@dataclass(frozen=True)
+class CardChoices:
+    """Choices of the author, which no fact tells: the arguments of `model_card` by the same names."""
+
+    repo_id: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    language: str | None = None
+    datasets: Sequence[str] = ()
+
+    def checked(self) -> "CardChoices":
+        """Return the choices if the Hub takes them all.
+
+        Raises:
+            CardError: If the Hub would not take one of the values.
+        """
+        named = ("repo_id", self.repo_id), ("base_model", self.base_model)
+        for what, name in (*named, *(("dataset", each) for each in self.datasets)):
+            if name is not None and not is_repo(name):
+                raise CardError(f"{what} must be a name on the Hub, owner/name, got {name!r}.")
+        if self.license is not None and not _LICENSE.fullmatch(self.license):
+            raise CardError(
+                f"license must be an identifier of the Hub such as apache-2.0, or other, got {self.license!r}. They "
+                "are listed at https://huggingface.co/docs/hub/repositories-licenses."
+            )
+        if self.language is not None and not _LANGUAGE.fullmatch(self.language):
+            raise CardError(
+                f"language must be an ISO 639 code such as en, code or multilingual, got {self.language!r}."
+            )
+        return self
 
 
 def card_data(
     checkpoint: CheckpointFacts,
     results: Mapping[str, Any],
+    choices: CardChoices,
     *,
-    name: str,
-    base_model: str | None,
-    license: str | None,
-    language: str | None,
-    datasets: Sequence[str],
     emissions: Emissions | None = None,
     training_type: str | None = None,
 ) -> ModelCardData:
     """Metadata that the Hub accepts; a base or data set without a name there is left out.
 
     Args:
+        choices: With `repo_id` and `base_model` filled in from the facts; they need not be names on the Hub.
         training_type: `pre-training` or `fine-tuning`, for the emissions.
     """
     evaluations = eval_results(results)
+    base_model = choices.base_model if is_repo(choices.base_model) else None
     is_lora = checkpoint.adapter.get("peft_type") == "LORA"
     return ModelCardData(
-        language=language,
-        license=license,
+        language=choices.language,
+        license=choices.license,
         library_name="peft" if checkpoint.is_adapter else "transformers",
         pipeline_tag="text-generation" if checkpoint.is_causal_lm else None,
-        base_model=base_model if is_repo(base_model) else None,
-        base_model_relation="adapter" if checkpoint.is_adapter and is_repo(base_model) else None,
-        datasets=[each for each in datasets if is_repo(each)] or None,
+        base_model=base_model,
+        base_model_relation="adapter" if checkpoint.is_adapter and base_model else None,
+        datasets=[each for each in choices.datasets if is_repo(each)] or None,
         tags=["moe", "mixture-of-experts", "hf-moe", *(["lora"] if is_lora else [])],
-        model_name=plain(name) if evaluations else None,
+        model_name=plain(choices.repo_id) if evaluations else None,
         eval_results=evaluations or None,
         co2_eq_emissions=co2_eq_emissions(emissions, training_type),
     )
 
 
 def co2_eq_emissions(found: Emissions | None, training_type: str | None) -> dict[str, Any] | None:
-    """As the Hub documents it: emissions in grams of CO2 equivalents; None where they are of an assumed place."""
+    """Emissions as the Hub documents them, in grams of CO2 equivalents; None where they are of an assumed place."""
     if found is None or not found.is_location_known:
         return None
     fields = {
@@ -97,14 +108,14 @@ def co2_eq_emissions(found: Emissions | None, training_type: str | None) -> dict
 
 def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
     """One entry for each metric of each task whose data set has a name on the Hub: for `model-index`."""
-    found = []
+    entries = []
     for task_name, task in tables(results, "tasks").items():
         dataset = take(task, "data.dataset", str)
-        for metric, figure in tables(task, "metrics").items():
-            value = take(figure, "value", float)
+        for metric, found in tables(task, "metrics").items():
+            value = take(found, "value", float)
             if value is not None and is_repo(dataset):
-                found.append(_eval_result(results, task_name, task, str(dataset), metric, value))
-    return found
+                entries.append(_eval_result(results, task_name, task, str(dataset), metric, value))
+    return entries
 
 
 def _eval_result(

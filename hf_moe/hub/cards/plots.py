@@ -1,4 +1,4 @@
-"""The plots of a card, from the facts that there are. Needs matplotlib where there is something to draw."""
+"""Draw the plots of a card, from the facts that there are. Needs matplotlib where there is something to draw."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Routing health from a trace: what `RoutingTrace.save` or `hf-moe trace` wrote."""
+"""Facts of routing from a trace that `RoutingTrace.save` or `hf-moe trace` wrote."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class RoutingFacts:
         names = [name.removeprefix(prefix) for name in self.metrics if name.startswith(prefix)]
         return [name for name in names if name not in ("mean", "worst")]
 
-    def figure(self, name: str) -> float | None:
+    def metric(self, name: str) -> float | None:
         # metric names hold dots: no path
         return take({"x": self.metrics.get(name)}, "x", float)
 
@@ -69,7 +69,7 @@ def _of_trace(trace: "RoutingTrace") -> RoutingFacts:
 
 
 def _verdict(health: Mapping[str, Any]) -> str | None:
-    """In the words of `Health`; a verdict that it does not know is left out."""
+    """Verdict in the words of `Health`; one that it does not know is left out."""
     from hf_moe.observability.health import Finding, Health, Verdict
 
     verdict = take(health, "verdict", str)

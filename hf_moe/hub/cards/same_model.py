@@ -1,4 +1,4 @@
-"""Facts of another model do not belong on a card: they are refused, as far as the facts tell."""
+"""Refuse facts of another model, as far as the facts tell."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,27 +24,27 @@ def refuse_other_training(checkpoint: CheckpointFacts, training: TrainingFacts) 
     """Raises CardError if the report is of another model."""
     what = "the training report"
     _compare(what, checkpoint, training.model_type, training.total)
-    _refuse(what, "routers with the SHA-256", training.router_after, checkpoint.router_sha256)
+    _refuse_difference(what, "routers with the SHA-256", training.router_after, checkpoint.router_sha256)
 
 
 def refuse_other_trace(checkpoint: CheckpointFacts, routing: RoutingFacts) -> None:
     """Raises CardError if the trace is of another model."""
     what, model = "the routing trace", routing.model
     _compare(what, checkpoint, take(model, "model_type", str), take(model, "parameters", int))
-    _refuse(what, "MoE layers", len(routing.layers) or None, checkpoint.num_moe_layers)
+    _refuse_difference(what, "MoE layers", len(routing.layers) or None, checkpoint.num_moe_layers)
 
 
 def _compare(what: str, checkpoint: CheckpointFacts, model_type: str | None, parameters: int | None) -> None:
-    _refuse(what, "the type", model_type, checkpoint.model_type)
+    _refuse_difference(what, "the type", model_type, checkpoint.model_type)
     base, added = checkpoint.total, checkpoint.trained if checkpoint.is_adapter else None
     if parameters is not None and base is not None and not base <= parameters <= base + (added or 0):
-        _refuse(what, "parameters", parameters, base + (added or 0))
+        _refuse_difference(what, "parameters", parameters, base + (added or 0))
 
 
-def _refuse(what: str, figure: str, theirs: Any, ours: Any) -> None:
-    """If both are known and differ."""
+def _refuse_difference(what: str, quantity: str, theirs: Any, ours: Any) -> None:
+    """Raises CardError if both are known and differ."""
     if theirs is not None and ours is not None and theirs != ours:
         raise CardError(
-            f"{what} and the checkpoint are of different models: {figure}: {theirs} and {ours}. Give what belongs to "
-            "this checkpoint, or leave it out."
+            f"{what} and the checkpoint are of different models: {quantity}: {theirs} and {ours}. Give what belongs "
+            "to this checkpoint, or leave it out."
         )

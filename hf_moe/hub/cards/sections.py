@@ -1,4 +1,4 @@
-"""The parts of a card, each from facts alone."""
+"""The other parts of a card: loading code, table of facts, sample, limits, citation, versions."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from hf_moe.hub.cards.training_facts import TrainingFacts
 
 
 def facts(checkpoint: CheckpointFacts, training: TrainingFacts, base_model: str | None, license: str | None) -> str:
-    """What it is and is for, in numbers."""
+    """Table of what the model is and is for."""
     same = {None: "", True: " (equal)", False: " (DIFFERENT)"}[training.router_is_same]
     layers = "; ".join(checkpoint.layers) or None
     origin = "trained from scratch" if base_model is None else f"{base_model}, trained from scratch in the same run"
@@ -102,26 +102,26 @@ def _with_and_without(with_ours: Sequence[str], without: Sequence[str]) -> str:
 
 
 def sample(found: TrainingFacts) -> str:
-    """What it writes, with and without the adapter."""
+    """Text that it writes, with and without the adapter."""
     titles = {"prompt": "Prompt", "base": "Base model", "adapted": "With the adapter"}
     return "\n\n".join(f"{titles[part]}:\n\n{fenced(text)}" for part, text in found.sample.items() if part in titles)
 
 
 def limits(results: Mapping[str, Any], training: TrainingFacts, total: int | None) -> str:
-    """What the facts do not cover, said from the facts."""
-    said = []
+    """Sentences on what the facts do not cover."""
+    found = []
     if total is not None and total < 100_000_000:
-        said.append(f"A small model ({total:,} parameters): it shows the method and knows little.")
+        found.append(f"A small model ({total:,} parameters): it shows the method and knows little.")
     if tables(results, "tasks"):
-        said.append("Nothing was evaluated but what the table shows.")
+        found.append("Nothing was evaluated but what the table shows.")
     else:
-        said.append("No standard benchmark was run, and nothing that tells of safety or bias.")
+        found.append("No standard benchmark was run, and nothing that tells of safety or bias.")
     if take(results, "settings.limit", float) is not None:
-        said.append("The benchmarks were run on their first documents only: the standard errors are large.")
+        found.append("The benchmarks were run on their first documents only: the standard errors are large.")
     if any(domain.change is not None for domain in training.domains):
-        said.append("The figures before and after training are of one run with one seed.")
-    said.append("The weights carry the licences of the base model and of the data; clear them before you publish.")
-    return " ".join(said)
+        found.append("The metrics before and after training are of one run with one seed.")
+    found.append("The weights carry the licences of the base model and of the data; clear them before you publish.")
+    return " ".join(found)
 
 
 def citation(title: str, name: str, date: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The parts of a card on training and routing: recipe, time, energy, data, balance, agreement with the base."""
+"""The parts of a card on training (recipe, stages, time, energy) and on its data."""
 
 import json
 from collections.abc import Sequence
@@ -6,77 +6,12 @@ from typing import Any
 
 from hf_moe.hub.cards.emissions_facts import Emissions
 from hf_moe.hub.cards.markdown import NOT_MEASURED, NOT_STATED, cell, fenced, image, plain, table
-from hf_moe.hub.cards.routing_facts import RoutingFacts
 from hf_moe.hub.cards.training_facts import TrainingFacts
 
-_AGREEMENT_NOTE = (
-    "Agreement: the share of held-out tokens whose set of experts is the same before and after training. A frozen "
-    "router is no frozen routing: what earlier layers learn moves its inputs."
-)
-_BALANCE_NOTE = (
-    "Load entropy: 1 is balanced, 0 is one expert for all. Max violation: how far the busiest expert is above the "
-    "mean load; 0 is balanced."
-)
-_ROUTER_NOTE = (
-    "Load CV: the variation of the load, 0 is balanced. Router entropy: 0 is certain, 1 is undecided. Margin: between "
-    "the two best experts. Dead: experts that no token chose. Dropped: share of the assignments."
-)
 _ASSUMED = {True: "", False: ", which codecarbon assumes where it cannot tell the place"}
-_FIGURES = {
-    "load_entropy": "load entropy",
-    "max_violation": "max violation",
-    "load_cv": "load CV",
-    "router_entropy": "router entropy",
-    "margin": "margin",
-    "dead_experts": "dead",
-    "drop_share": "dropped",
-}
 
 
-def routing_part(found: RoutingFacts, training: TrainingFacts, plots: Sequence[str]) -> str:
-    """Health, balance by layer, agreement with the base."""
-    parts = [
-        _health(found, training),
-        _balance(found, training),
-        _agreement(training),
-        image(plots, "plots/expert_load.png", "Load of each expert by layer and domain"),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _health(found: RoutingFacts, training: TrainingFacts) -> str:
-    if found.verdict is not None:
-        return cell(found.verdict)
-    told = [f"Health {cell(variant)} training: {cell(verdict)}" for variant, verdict in training.health.items()]
-    return "\n\n".join(told) or f"Health: {NOT_MEASURED}."
-
-
-def _balance(found: RoutingFacts, training: TrainingFacts) -> str:
-    if found.layers:
-        rows = [(layer, *(_figure(found, figure, layer) for figure in _FIGURES)) for layer in found.layers]
-        return f"{table(['layer', *_FIGURES.values()], rows)}\n\n{_BALANCE_NOTE} {_ROUTER_NOTE}"
-    if not training.load_entropy:
-        return ""
-    violations = training.max_violation or (None,) * len(training.load_entropy)
-    rows = list(zip(range(len(training.load_entropy)), training.load_entropy, violations, strict=False))
-    return f"{table(['layer, before training the adapter', 'load entropy', 'max violation'], rows)}\n\n{_BALANCE_NOTE}"
-
-
-def _figure(found: RoutingFacts, name: str, layer: str) -> float | int | None:
-    value = found.figure(f"{name}/{layer}")
-    return value if value is None or name != "dead_experts" else round(value)
-
-
-def _agreement(training: TrainingFacts) -> str:
-    agreed = [domain for domain in training.domains if domain.agreement]
-    if not agreed:
-        return f"Routing agreement with the base model: {NOT_MEASURED}."
-    layers = range(max(len(domain.agreement) for domain in agreed))
-    rows = [(i, *(dict(enumerate(domain.agreement)).get(i) for domain in agreed)) for i in layers]
-    return f"{table(['layer', *(domain.name for domain in agreed)], rows)}\n\n{_AGREEMENT_NOTE}"
-
-
-def training_part(found: TrainingFacts, plots: Sequence[str]) -> str:
+def training_section(found: TrainingFacts, plots: Sequence[str]) -> str:
     """Recipe, command, stages, settings, hardware, time, energy."""
     rows = [
         (stage.title, stage.steps, stage.tokens, _rate(stage.learning_rate), _seconds(stage.seconds), stage.last_loss)
@@ -100,7 +35,7 @@ def _energy(found: Emissions | None) -> str:
     if found is None:
         return f"Energy: {NOT_MEASURED}."
     spent = "" if found.seconds is None else f" in {found.seconds:,.0f} seconds"
-    told = [
+    details = [
         f"tracking mode {cell(found.mode or NOT_STATED)}",
         *([f"sum of {found.runs} runs"] if found.runs > 1 else []),
         *([cell(found.hardware)] if found.hardware else []),
@@ -109,7 +44,7 @@ def _energy(found: Emissions | None) -> str:
     tool = f"codecarbon {cell(found.version)}" if found.version else "codecarbon"
     return (
         f"Energy: {found.energy:.3g} kWh, {found.emissions:.3g} kg CO2eq{spent}, as {tool} estimates it "
-        f"({'; '.join(told)})."
+        f"({'; '.join(details)})."
     )
 
 
@@ -129,7 +64,7 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.3g}%"
 
 
-def data(found: TrainingFacts) -> str:
+def data_section(found: TrainingFacts) -> str:
     """Data sets and domains."""
     if not found.domains:
         return f"Data and domains: {NOT_STATED}."

@@ -1,4 +1,4 @@
-"""What a run did, from the report of a recipe, the report of the quickstart, or a Trainer's `trainer_state.json`."""
+"""Facts of a training run, from the report of a recipe or of the quickstart, or a Trainer's `trainer_state.json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ _EMBEDDED = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: figures are None where the report has none."""
+    """One training run; None where the report does not tell."""
 
     title: str
     steps: int | None
@@ -31,7 +31,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Domain:
+class DomainFacts:
     """One data set. `bits`: bits per byte of its held-out text, by variant (before, after, ...)."""
 
     name: str
@@ -72,7 +72,7 @@ class TrainingFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
-    domains: tuple[Domain, ...] = ()
+    domains: tuple[DomainFacts, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     health: Mapping[str, str] = field(default_factory=dict)
     load_entropy: tuple[float | None, ...] = ()
@@ -83,7 +83,7 @@ class TrainingFacts:
 
     @property
     def is_from_scratch(self) -> bool:
-        """Whether the report tells of a base model's own training."""
+        """True if the report tells of a base model's own training."""
         return any(stage.title == _BASE for stage in self.stages)
 
     @property
@@ -143,8 +143,8 @@ def _of_recipe(report: Mapping[str, Any], common: dict[str, Any]) -> TrainingFac
     )
 
 
-def _recipe_domain(name: str, domain: dict[str, Any]) -> Domain:
-    return Domain(
+def _recipe_domain(name: str, domain: dict[str, Any]) -> DomainFacts:
+    return DomainFacts(
         name,
         take(domain, "share", float),
         take(domain, "examples", int),
@@ -156,45 +156,19 @@ def _recipe_domain(name: str, domain: dict[str, Any]) -> Domain:
 
 
 def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> TrainingFacts:
-    rates = {"base": "learning_rate", "adapter": "adapter_learning_rate"}
     interrupted = tuple(str(part) for part in take(report, "interrupted", list) or [])
-    stages = [
-        Stage(
-            title,
-            take(report, f"{part}.steps", int),
-            take(report, f"{part}.tokens", int),
-            take(report, f"choices.{rates[part]}", float),
-            None if part in interrupted else take(report, f"seconds.{part}", float),
-            _last_loss(report, f"{part}.log"),
-        )
-        for part, title in (("base", _BASE), ("adapter", "adapter"))
-    ]
-    bits, agreement = tables(report, "evaluation.bits_per_byte"), take(report, "evaluation", dict) or {}
-    texts, new, replay = tables(report, "text"), take(report, "new_domain", str), take(report, "choices.replay", float)
-    domains = [
-        Domain(
-            name,
-            None if replay is None else 1 - replay if name == new else replay / max(1, len(texts) - 1),
-            take(counts, "train_documents", int),
-            take(counts, "train_tokens", int),
-            take(counts, "held_out_bytes", int),
-            {variant: take(values, name, float) for variant, values in bits.items()},
-            tuple(numbers(take(agreement, "routing_agreement", dict), name)),
-        )
-        for name, counts in texts.items()
-    ]
     sample = {part: take(report, f"load_back.sample.{part}", str) for part in ("prompt", "base", "adapted")}
     return TrainingFacts(
         **common,
         model_type="hf_moe",
-        new_domain=new,
+        new_domain=take(report, "new_domain", str),
         total=take(report, "base.parameters.total", int),
         active=take(report, "base.parameters.active", int),
         trained=take(report, "adapter.trainable_parameters", int),
         router_before=take(report, "adapter.router_sha256_before", str),
         router_after=take(report, "adapter.router_sha256_after", str),
-        stages=tuple(stages),
-        domains=tuple(domains),
+        stages=_quickstart_stages(report, interrupted),
+        domains=_quickstart_domains(report),
         texts=_EMBEDDED,
         load_entropy=tuple(numbers(report, "evaluation.balance_before.load_entropy")),
         max_violation=tuple(numbers(report, "evaluation.balance_before.max_violation")),
@@ -204,8 +178,40 @@ def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> Trainin
     )
 
 
+def _quickstart_stages(report: Mapping[str, Any], interrupted: tuple[str, ...]) -> tuple[Stage, ...]:
+    parts = ("base", _BASE, "learning_rate"), ("adapter", "adapter", "adapter_learning_rate")
+    return tuple(
+        Stage(
+            title,
+            take(report, f"{part}.steps", int),
+            take(report, f"{part}.tokens", int),
+            take(report, f"choices.{rate}", float),
+            None if part in interrupted else take(report, f"seconds.{part}", float),
+            _last_loss(report, f"{part}.log"),
+        )
+        for part, title, rate in parts
+    )
+
+
+def _quickstart_domains(report: Mapping[str, Any]) -> tuple[DomainFacts, ...]:
+    bits, agreement = tables(report, "evaluation.bits_per_byte"), take(report, "evaluation.routing_agreement", dict)
+    texts, new, replay = tables(report, "text"), take(report, "new_domain", str), take(report, "choices.replay", float)
+    return tuple(
+        DomainFacts(
+            name,
+            None if replay is None else 1 - replay if name == new else replay / max(1, len(texts) - 1),
+            take(counts, "train_documents", int),
+            take(counts, "train_tokens", int),
+            take(counts, "held_out_bytes", int),
+            {variant: take(values, name, float) for variant, values in bits.items()},
+            tuple(numbers(agreement, name)),
+        )
+        for name, counts in texts.items()
+    )
+
+
 def _of_base(found: TrainingFacts, router: str | None) -> TrainingFacts:
-    """Without what the adapter did: the base model saw an equal share of every domain but the new one."""
+    """The facts without those of the adapter: the base model saw an equal share of every domain but the new one."""
     share = 1 / max(1, len(found.domains) - 1)
     domains = [
         replace(

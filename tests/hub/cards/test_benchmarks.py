@@ -1,4 +1,4 @@
-"""Which results go where the Hub's leaderboards look, and what is said of the others."""
+"""Results go where the Hub's leaderboards look, or the reason why not is given."""
 
 import copy
 

@@ -19,7 +19,7 @@ from hf_moe.finetuning.card import finetune_card, write_results
 from hf_moe.hub import model_card, write_card
 from hf_moe.hub.cards.card import card_from_facts
 from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts, checkpoint_facts
-from hf_moe.hub.cards.run_card import run_card
+from hf_moe.hub.cards.quickstart import quickstart_card
 from hf_moe.hub.cards.training_facts import Stage, TrainingFacts, training_facts
 from hf_moe.observability.recording import record_routing
 
@@ -51,9 +51,9 @@ def test_the_numbers_of_a_model_are_its_own(saved):
     assert f"| bytes of weights | {size:,} |" in str(model_card(saved))
 
 
-def test_the_quickstarts_card_holds_its_figures():
-    card = run_card(QUICKSTART)
-    for figure in (
+def test_the_quickstarts_card_holds_its_numbers():
+    card = quickstart_card(QUICKSTART)
+    for words in (
         "3,900,000 parameters (1,100,000 active",
         "-0.500 on legal, +0.125 on code",
         "| code | 678 | 2.500 | 2.625 | 2.500 | +0.125 |",
@@ -71,12 +71,12 @@ def test_the_quickstarts_card_holds_its_figures():
         "````text\na ```x``` b\n````",
         "{{ 7 * 7 }}",
     ):
-        assert figure in card, figure
+        assert words in card, words
     head = yaml.safe_load(card.split("---\n")[1])
     assert (head["library_name"], head["language"]) == ("peft", "en")
-    own = run_card(QUICKSTART | {"choices": QUICKSTART["choices"] | {"data": ["notes.txt"]}})
+    own = quickstart_card(QUICKSTART | {"choices": QUICKSTART["choices"] | {"data": ["notes.txt"]}})
     assert "language" not in yaml.safe_load(own.split("---\n")[1]), "a user's text may be in any language"
-    assert "model-index" not in head, "figures on private text are no benchmark results"
+    assert "model-index" not in head, "metrics on private text are no benchmark results"
 
 
 def report_of(saved: Path, adapter: Path | None = None) -> dict:
@@ -86,9 +86,9 @@ def report_of(saved: Path, adapter: Path | None = None) -> dict:
     return FINETUNE | {"model_type": "hf_moe", "parameters": parameters}
 
 
-def test_a_recipes_card_holds_its_figures(adapter):
+def test_a_recipes_card_holds_its_numbers(adapter):
     card = finetune_card(adapter.parent, FINETUNE, saved="adapter")
-    for figure in (
+    for words in (
         "held-out text: -0.250 on law (lower is better)",
         "# Expert LoRA: allenai/OLMoE-1B-7B-0924 fine-tuned on law",
         "continuing text of the kinds it was trained on: law",
@@ -104,7 +104,7 @@ def test_a_recipes_card_holds_its_figures(adapter):
         "Hardware: NVIDIA H100, x86_64, 4 threads, 8 processes.",
         "Settings: r 8, learning_rate 0.0003.",
     ):
-        assert figure in card, figure
+        assert words in card, words
     assert ModelCard(card).data.base_model == "allenai/OLMoE-1B-7B-0924"
 
 
@@ -158,11 +158,11 @@ def test_a_base_in_the_hubs_cache_is_at_hand(adapter, saved, tmp_path, monkeypat
     assert model_card(copied).data.base_model == "me/base"
 
 
-def test_the_quickstarts_base_has_a_card_without_the_adapters_figures(saved):
+def test_the_quickstarts_base_has_a_card_without_the_adapters_numbers(saved):
     total = checkpoint_facts(saved).total
     report = QUICKSTART | {"base": QUICKSTART["base"] | {"parameters": {"total": total}, "router_sha256": "ef" * 32}}
     card = str(model_card(saved, training=report))
-    for figure in (
+    for words in (
         "| base model | trained from scratch |",
         f"| parameters, trained | {total:,} |",
         "| router SHA-256 after | " + "ef" * 32,
@@ -170,7 +170,7 @@ def test_the_quickstarts_base_has_a_card_without_the_adapters_figures(saved):
         "| legal | licence texts of Python packages | 0% | 9 | 4,321 |",
         "| code | source of Python's standard library | 100% | 9 | 4,321 |",
     ):
-        assert figure in card, figure
+        assert words in card, words
     for foreign in ("327,680", "ab" * 32, "With the adapter", "2.625", "| adapter | 11 |"):
         assert foreign not in card, foreign
 

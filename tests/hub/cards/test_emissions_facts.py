@@ -57,7 +57,7 @@ def test_the_trainers_emissions_are_on_the_card(saved, tmp_path):
 
 
 def test_a_training_in_two_runs_is_their_sum(tmp_path):
-    """codecarbon appends a row for each run, and one more for each flush, with the run's figures so far."""
+    """codecarbon appends a row for each run, and one more for each flush, with the run's sums so far."""
     again = {"run_id": "5fbd8ce0", "energy_consumed": "0.1", "emissions": "0.2", "duration": "1"}
     found = emissions_facts(write_emissions(tmp_path, {}, again, again | {"energy_consumed": "0.2", "duration": "2"}))
     assert found is not None
@@ -65,7 +65,7 @@ def test_a_training_in_two_runs_is_their_sum(tmp_path):
     assert (found.energy, found.emissions) == pytest.approx((0.2338, 0.2166))
 
 
-def test_a_place_that_codecarbon_assumed_is_said_and_no_metadata(saved, tmp_path):
+def test_a_place_that_codecarbon_assumed_is_named_and_no_metadata(saved, tmp_path):
     """Without a network it takes the coordinates below: emissions of a place where nothing ran."""
     write_emissions(tmp_path, {"latitude": "46.8", "longitude": "-71.2"})
     (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
@@ -90,7 +90,7 @@ def test_what_is_not_known_is_left_out(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "holds no row"),
         (b"a,b\n1,2\n", "without energy_consumed"),
@@ -102,9 +102,9 @@ def test_what_is_not_known_is_left_out(saved, tmp_path):
     ],
     ids=["empty", "other table", "nan", "text", "binary", "one long cell", "huge"],
 )
-def test_another_file_of_that_name_is_refused(content, said, tmp_path):
+def test_another_file_of_that_name_is_refused(content, message, tmp_path):
     (tmp_path / EMISSIONS).write_bytes(content)
-    with pytest.raises(CardError, match=said):
+    with pytest.raises(CardError, match=message):
         emissions_facts(tmp_path)
 
 

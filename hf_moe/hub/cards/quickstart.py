@@ -7,12 +7,13 @@ from typing import Any
 
 from hf_moe.hub.cards.card import card_from_facts
 from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts, checkpoint_facts
+from hf_moe.hub.cards.metadata import CardChoices
 from hf_moe.hub.cards.training_facts import training_facts
 
 PLOTS = ("plots/bits_per_byte.png", "plots/expert_load.png", "plots/loss.png")
 
 
-def run_card(report: Mapping[str, Any], folder: Path | None = None) -> str:
+def quickstart_card(report: Mapping[str, Any], folder: Path | None = None) -> str:
     """The card as Markdown with a YAML head: a base model in `model`, and an adapter on it in `adapter`.
 
     Args:
@@ -28,4 +29,5 @@ def run_card(report: Mapping[str, Any], folder: Path | None = None) -> str:
     title = f"hf_moe quickstart: a small Mixture-of-Experts, adapted to {facts.new_domain}"
     # its own text is English, a user's file may be anything
     language = None if facts.settings.get("data") else "en"
-    return str(card_from_facts(checkpoint, facts, title=title, base_model="model", language=language, plots=PLOTS))
+    choices = CardChoices(base_model="model", language=language)
+    return str(card_from_facts(checkpoint, facts, choices=choices, title=title, plots=PLOTS))
