@@ -26,7 +26,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.runner import evaluate
 from hf_moe.evaluation.tables import print_comparison, print_results
 from hf_moe.finetuning.arguments import RecipeError
-from hf_moe.finetuning.prepare import recipe_errors
+from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.io.names import command_line
 from hf_moe.io.stages import RunRefusedError
 from hf_moe.io.whole_files import write_json

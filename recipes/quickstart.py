@@ -52,7 +52,8 @@ from hf_moe.adapters.frozen_router import (
     verify_router_frozen,
 )
 from hf_moe.comparison.routing_agreement import RoutingChoices, record_choices, routing_agreement
-from hf_moe.data.corpus import EMBEDDED, Domain, TextError, embedded_corpus
+from hf_moe.data.bad_rows import DataError
+from hf_moe.data.corpus import EMBEDDED, Domain, embedded_corpus
 from hf_moe.data.packing import PackedRows, mix, pack
 from hf_moe.data.text_files import read_domains
 from hf_moe.data.tokenizer import encode_documents, train_tokenizer
@@ -112,7 +113,7 @@ def main(recipe: Quickstart) -> dict[str, Any]:
     """Run the recipe, or go on where an interrupted run stopped; returns what `report.json` holds.
 
     Raises:
-        RunRefusedError, TextError: Before any work, if an argument, a file or the output folder cannot be used.
+        RunRefusedError, DataError: Before any work, if an argument, a file or the output folder cannot be used.
     """
     check(recipe)
     own = read_domains(recipe.data, train_bytes=recipe.train_bytes, held_out_bytes=recipe.held_out_bytes)
@@ -616,5 +617,5 @@ if __name__ == "__main__":
     (chosen,) = parser.parse_args_into_dataclasses()
     try:
         main(chosen)
-    except (RunRefusedError, TextError) as error:
+    except (RunRefusedError, DataError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.data.corpus import TextError
+from hf_moe.data.bad_rows import DataError
 from hf_moe.io.stages import RunRefusedError
 from tiny_moe import hf_moe_model, words
 from tiny_quickstart import smoke
@@ -245,7 +245,7 @@ def test_bad_arguments_are_refused_before_any_work(case, tmp_path, monkeypatch):
     arguments = change(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     recipe = Quickstart(**{"output": tmp_path / "out", **arguments})
-    with pytest.raises((RunRefusedError, TextError), match=message):
+    with pytest.raises((RunRefusedError, DataError), match=message):
         quickstart.main(recipe)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -78,8 +78,8 @@ class ChatWriter:
         except TemplateSyntaxError as error:  # no row can mend it
             raise DataError(f"the chat template is not valid Jinja: {error} (line {error.lineno}).") from error
         except (TemplateError, KeyError, TypeError, AttributeError, ValueError) as error:
-            shown = json.dumps(written, default=str, ensure_ascii=False)[:200]
-            raise RowError(f"the chat template refuses the messages ({error}): {shown}") from error
+            beginning = json.dumps(written, default=str, ensure_ascii=False)[:200]
+            raise RowError(f"the chat template refuses the messages ({error}): {beginning}") from error
 
     def text(self, chat: Chat, messages: Messages | None = None, *, prompt: bool = False) -> str:
         """What the template writes, for `prompt` with the beginning of the assistant's next turn.
@@ -158,10 +158,12 @@ class _Turn:
         before = self._text(self.index)
         if before is not None and self.whole.startswith(before):
             return _after(header, self.whole, len(before), len(before))
-        # the first header after what was said before
-        said = least if self.index == 0 else self._place(self.chat.messages, self.index - 1, self.whole)
-        spoken = self._place(self.chat.messages, self.index, self.whole)
-        return None if said is None or spoken is None else _after(header, self.whole, max(said, least), spoken)
+        # the first header after the message before
+        before_end = least if self.index == 0 else self._place(self.chat.messages, self.index - 1, self.whole)
+        own_end = self._place(self.chat.messages, self.index, self.whole)
+        if before_end is None or own_end is None:
+            return None
+        return _after(header, self.whole, max(before_end, least), own_end)
 
     def end(self) -> int | None:
         alone = self._text(self.index + 1)
@@ -169,7 +171,7 @@ class _Turn:
             return None
         if self.whole.startswith(alone):
             return self._without_spaces(len(alone))
-        # from the last word of the turn on it must go on as it does when the turn is the last
+        # from the last word of the turn on the text must be what it is when the turn is the last
         here = self._place(self.chat.messages, self.index, self.whole)
         there = self._place(self.chat.messages[: self.index + 1], self.index, alone)
         if here is None or there is None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_moe  # noqa: F401 (registers)
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.data.sources import DataError
+from hf_moe.data.bad_rows import DataError
 from hf_moe.finetuning.arguments import RecipeError
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
