@@ -23,6 +23,7 @@ from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.finetuning.train import run_trainer
 from hf_moe.io.names import command_line
 from hf_moe.io.run_lock import frees_folders
+from hf_moe.training.callbacks import RouterFreezeCallback
 
 
 @frees_folders
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     job = trl.prepare_for_trl("DPO with TRL", command, adapter, base, texts, training, read_for_dpo)
     # 2. the router is frozen, and with it the auxiliary losses are off; low-rank factors on every expert
     freeze_router(job.model)
-    trainer = trl.expert_lora_trainer(trl.SafeDPOTrainer, job, adapter)
+    trainer = trl.expert_lora_trainer(trl.SafeDPOTrainer, job, adapter, [RouterFreezeCallback()])
     refuse_unreadable(trainer.model)
     accelerate_adapters(trainer.model)
     # 3. measure the held-out records, train, measure again

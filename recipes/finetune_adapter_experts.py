@@ -50,8 +50,8 @@ class AdapterExpertsArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    adapter, *others = parse_recipe((AdapterExpertsArguments, *RECIPE), arguments, __file__)
-    job = prepare("Adapter experts", command_line(__file__, arguments), adapter, *others)
+    adapter, base, texts, training = parse_recipe((AdapterExpertsArguments, *RECIPE), arguments, __file__)
+    job = prepare("Adapter experts", command_line(__file__, arguments), adapter, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)
     # 3. the router is frozen; new experts in every MoE layer

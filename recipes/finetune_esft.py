@@ -48,8 +48,8 @@ class EsftArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    esft, *others = parse_recipe((EsftArguments, *RECIPE), arguments, __file__)
-    job = prepare("ESFT", command_line(__file__, arguments), esft, *others)
+    esft, base, texts, training = parse_recipe((EsftArguments, *RECIPE), arguments, __file__)
+    job = prepare("ESFT", command_line(__file__, arguments), esft, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)
     # 3. the router is frozen; of the experts those are trained that the first data set uses

@@ -38,8 +38,8 @@ from hf_moe.training.callbacks import RouterFreezeCallback
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    adapter, *others = parse_recipe((ExpertLoraArguments, *RECIPE), arguments, __file__)
-    job = prepare("Expert LoRA", command_line(__file__, arguments), adapter, *others)
+    adapter, base, texts, training = parse_recipe((ExpertLoraArguments, *RECIPE), arguments, __file__)
+    job = prepare("Expert LoRA", command_line(__file__, arguments), adapter, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)
     # 3. the router is frozen; low-rank factors on every expert

@@ -40,8 +40,8 @@ class FullArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    full, *others = parse_recipe((FullArguments, *RECIPE), arguments, __file__)
-    job = prepare("Full fine-tuning", command_line(__file__, arguments), full, *others)
+    full, base, texts, training = parse_recipe((FullArguments, *RECIPE), arguments, __file__)
+    job = prepare("Full fine-tuning", command_line(__file__, arguments), full, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)
     # 3. everything is trained but the router

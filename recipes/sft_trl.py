@@ -25,6 +25,7 @@ from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.finetuning.train import run_trainer
 from hf_moe.io.names import command_line
 from hf_moe.io.run_lock import frees_folders
+from hf_moe.training.callbacks import RouterFreezeCallback
 
 
 @frees_folders
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         check_packing(job.model, (training.max_length or 0) * training.per_device_train_batch_size)
     # 2. the router is frozen, and with it the auxiliary losses are off; low-rank factors on every expert
     freeze_router(job.model)
-    trainer = trl.expert_lora_trainer(trl.SafeSFTTrainer, job, adapter)
+    trainer = trl.expert_lora_trainer(trl.SafeSFTTrainer, job, adapter, [RouterFreezeCallback()])
     refuse_unreadable(trainer.model)
     accelerate_adapters(trainer.model)
     # 3. measure the held-out records, train, measure again

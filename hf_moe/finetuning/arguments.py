@@ -25,7 +25,7 @@ class RecipeError(ValueError):
 
 @dataclass
 class ModelArguments:
-    """What is fine-tuned."""
+    """The model that is fine-tuned."""
 
     model: str = field(metadata={"help": "A model folder, or a name on the Hub."})
     experts_implementation: str = field(default="hf_moe", metadata={"help": "How experts run; see `hf-moe info`."})
@@ -54,7 +54,7 @@ class ModelArguments:
 
 @dataclass
 class SourceArguments:
-    """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
+    """The data sets that it learns from. In YAML each may also be a mapping: path, domain, weight, config, split."""
 
     datasets: list[str] = field(
         default_factory=list,
@@ -77,7 +77,7 @@ class SourceArguments:
 
 @dataclass
 class DataArguments(SourceArguments):
-    """What it learns from, and how it is put into rows."""
+    """The data sets that it learns from, and how they are put into rows."""
 
     row_length: int = field(default=1024, metadata={"help": "Tokens of a training row."})
     packing: bool = field(default=True, metadata={"help": "Several examples a row, kept apart by position ids."})

@@ -1,4 +1,4 @@
-"""What a recipe learns from and measures on: every data set as a domain of training rows and held-out rows."""
+"""The data of a recipe: every data set as a domain of training rows and held-out rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

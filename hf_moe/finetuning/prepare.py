@@ -37,7 +37,7 @@ AnyData = TypeVar("AnyData")
 
 @dataclass(frozen=True)
 class Job(Generic[AnyData]):
-    """What a recipe works on.
+    """A run of a recipe before it trains: model, tokenizer, data, arguments.
 
     Attributes:
         method: The method's name, as the report has it.

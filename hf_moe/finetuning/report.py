@@ -1,4 +1,4 @@
-"""What fine-tuning did, as JSON values and as a table: every domain's metrics and routing, before and after."""
+"""The report of a recipe, as JSON values and as a table: every domain's metrics and routing, before and after."""
 
 from collections.abc import Mapping
 from datetime import date
@@ -31,7 +31,7 @@ SETTINGS = (
 
 
 def report(job: Job[Data], before: Measurement, trained: Trained, after: Measurement, *, saved: str) -> dict[str, Any]:
-    """What `report.json` holds.
+    """The JSON values of `report.json`.
 
     Args:
         saved: The folder in the output folder that holds the result, for its size.
@@ -50,7 +50,7 @@ def report(job: Job[Data], before: Measurement, trained: Trained, after: Measure
 
 
 def run_report(job: Job[Any], trained: Trained, *, saved: str, libraries: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What every recipe reports of its run.
+    """The part of the report that all recipes have, those with TRL too.
 
     Args:
         saved: The folder in the output folder that holds the result, for its size.

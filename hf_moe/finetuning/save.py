@@ -1,4 +1,4 @@
-"""What a recipe saves: an adapter or a model, with the routers' hash, whole or not at all."""
+"""Save the result of a recipe: an adapter or a model, with the routers' hash, whole or not at all."""
 
 import logging
 from pathlib import Path

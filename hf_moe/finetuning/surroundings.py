@@ -1,4 +1,4 @@
-"""What a recipe runs in: versions and machine, and what it changes around itself and puts back."""
+"""Surroundings of a recipe: versions and machine, and what it changes around itself and puts back."""
 
 import platform
 import sys
@@ -35,7 +35,7 @@ _REFUSALS = (
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of Python and the libraries that a result depends on."""
+    """Versions of Python and of the libraries that a result depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in (*LIBRARIES, *more)}}
 
 
@@ -74,7 +74,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def without_needless_warnings() -> Iterator[None]:
-    """Leave out warnings that a recipe's user can do nothing about: one is meant for PEFT, one for who has a GPU."""
+    """Leave out warnings that a user can do nothing about: one is meant for PEFT, one for machines with a GPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")

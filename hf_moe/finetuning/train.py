@@ -1,4 +1,4 @@
-"""The training of a recipe, with the ordinary Trainer: what is about to happen, and what became of it."""
+"""Train with the ordinary Trainer: the plan printed before, the run, and a record of it."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from hf_moe.training.trainer import MoeTrainer
 
 @dataclass(frozen=True)
 class Trained:
-    """What training made of a job.
+    """A finished training.
 
     Attributes:
         model: The trained model.
@@ -105,7 +105,7 @@ def trained_rows(arguments: TrainingArguments, data: Data) -> int:
     return max(per_step, round(arguments.num_train_epochs * data.num_rows) // per_step * per_step)
 
 
-# ---- what is about to happen
+# ---- the plan
 
 
 def _print_plan(job: Job[Data], model: nn.Module) -> None:
@@ -142,7 +142,7 @@ def _kinds(model: nn.Module) -> str:
 
 
 def _memory(model: nn.Module, data: Data, arguments: TrainingArguments) -> StepMemory:
-    """Of a training step of this process, from one row's forward."""
+    """Memory of a training step of this process, from one row's forward."""
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     return step_memory(
         model,

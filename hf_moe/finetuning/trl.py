@@ -8,13 +8,13 @@ global batch, sigmoid scores and selection biases are dropped without a word. `M
 loss there; before `DPOTrainer`, with `router_aux_loss_coef=0.0` in its config, `BalancingMixin` adds losses instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_moe.adapters.expert_lora import expert_lora_config
@@ -27,7 +27,6 @@ from hf_moe.finetuning.train import MetricsFile, Trained, refuse_shards
 from hf_moe.finetuning.trl_data import TrlDataArguments
 from hf_moe.io.names import without_folders
 from hf_moe.io.whole_files import write_json
-from hf_moe.training.callbacks import RouterFreezeCallback
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 
 try:
@@ -42,7 +41,7 @@ class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):
 
 
 class SafeDPOTrainer(SafeCheckpointMixin, DPOTrainer):
-    """The same for DPOTrainer."""
+    """DPOTrainer whose checkpoints a kill cannot damage, and which stops at a loss that is not finite."""
 
 
 class MoeSFTTrainer(SafeSFTTrainer):
@@ -71,7 +70,7 @@ class MoeSFTTrainer(SafeSFTTrainer):
 
 @dataclass
 class _FrozenRouterArguments:
-    """What the recipes set in every config of TRL: the auxiliary loss, which TRL turns on by itself, is off."""
+    """Settings of the recipes for every config of TRL: the auxiliary loss, which TRL turns on by itself, is off."""
 
     router_aux_loss_coef: float | None = field(default=0.0)
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
@@ -105,7 +104,7 @@ class DpoArguments(_FrozenRouterArguments, DPOConfig):
 
 
 def refuse_broken_trackio() -> None:
-    """TRL asks trackio, where it is installed, for the card of every checkpoint: fail now and not at the first.
+    """Fail now and not at the first checkpoint, for whose card TRL asks trackio where it is installed.
 
     Raises:
         RecipeError: If trackio is there and cannot be imported.
@@ -115,7 +114,7 @@ def refuse_broken_trackio() -> None:
     except ImportError as error:
         raise RecipeError(
             f"trackio is installed but cannot be imported ({error}), and TRL imports it for every checkpoint's card. "
-            'Mend it (pip install "trackio>=0.43" "pillow<13"), or uninstall it.'
+            'Repair it (pip install "trackio>=0.43" "pillow<13"), or uninstall it.'
         ) from error
 
 
@@ -157,7 +156,9 @@ def prepare_for_trl(
     return Job(method, command, choices, training, tokenizer, data, model, router_hash(model))
 
 
-def expert_lora_trainer(kind: type[Trainer], job: Job[TrlData], adapter: ExpertLoraArguments) -> Trainer:
+def expert_lora_trainer(
+    kind: type[Trainer], job: Job[TrlData], adapter: ExpertLoraArguments, callbacks: Sequence[TrainerCallback]
+) -> Trainer:
     """TRL's trainer of this kind over the job's data and model, with LoRA on the experts.
 
     Raises:
@@ -171,7 +172,7 @@ def expert_lora_trainer(kind: type[Trainer], job: Job[TrlData], adapter: ExpertL
         processing_class=job.tokenizer,
         # not a PeftModel: DPOTrainer would copy its adapter for the reference
         peft_config=expert_lora_config(job.model, **asdict(adapter)),
-        callbacks=[MetricsFile(), RouterFreezeCallback()],
+        callbacks=[MetricsFile(), *callbacks],
     )
     refuse_shards(trainer)
     return trainer
@@ -197,7 +198,7 @@ def save_and_report(
 
 
 def _metrics(evaluated: Mapping[str, float]) -> dict[str, float]:
-    """What the Trainer's evaluation measured, without how long it took."""
+    """The metrics of the Trainer's evaluation, without its times."""
     timing = ("runtime", "per_second", "_time", "num_tokens", "epoch")
     return {key.removeprefix("eval_"): value for key, value in evaluated.items() if not key.endswith(timing)}
 

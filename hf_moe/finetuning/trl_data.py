@@ -24,7 +24,7 @@ NOT_OURS = {"chat_template_path": None, "dataset_kwargs": None, "dataset_text_fi
 
 
 class TrlDataArguments(SourceArguments):
-    """What it learns from; cutting and packing are TRL's."""
+    """The data sets that it learns from; cutting and packing are TRL's."""
 
 
 def read_for_sft(

@@ -178,7 +178,7 @@ def test_keys_that_arrow_adds_are_gone_and_those_of_the_file_stay(tmp_path):
     assert read_source(Source(str(tmp_path / "null.jsonl"))).rows[1].messages == meant["messages"]
 
 
-def test_what_is_left_out_is_said_once(tmp_path):
+def test_what_is_left_out_is_reported_once(tmp_path):
     records = [{"text": "a", "id": 1}, {"text": None, "url": "x"}, {"text": "c", "id": 2}]
     jsonl(tmp_path / "a.jsonl", records)
     data_set = read_source(Source(str(tmp_path / "a.jsonl")), on_bad_row="skip")

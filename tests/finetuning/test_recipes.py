@@ -73,7 +73,7 @@ def run(recipe, arguments):
 
 
 def loaded(models, output, report, family):
-    """What the recipe saved, read back from disk."""
+    """The model that the recipe saved, read back from disk."""
     if (output / "model").exists():
         return AutoModelForCausalLM.from_pretrained(output / "model")
     base = AutoModelForCausalLM.from_pretrained(models / family)
@@ -321,7 +321,7 @@ def test_nothing_to_train_on_is_refused(models, data, tmp_path):
         run("finetune_full", arguments)
 
 
-def test_the_program_says_what_is_wrong_in_one_line(models, tmp_path):
+def test_the_program_prints_what_is_wrong_in_one_line(models, tmp_path):
     arguments = options(models, [str(tmp_path / "none.jsonl")], tmp_path / "out")
     command = [sys.executable, str(ROOT / "recipes" / "finetune_full.py"), *arguments]
     ended = subprocess.run(

@@ -27,7 +27,7 @@ RECIPES = ("sft_trl", "dpo_trl")
 
 @pytest.fixture(autouse=True)
 def _whole_trackio(monkeypatch):
-    """Where trackio is installed without what it needs, TRL is told that it is not there."""
+    """Where trackio is installed without what it needs, TRL sees none."""
     if importlib.util.find_spec("trackio") and not importlib.util.find_spec("gradio_client"):
         monkeypatch.setattr("trl.trainer.utils.is_trackio_available", lambda: False)
 
