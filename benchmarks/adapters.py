@@ -1,4 +1,4 @@
-"""What does expert LoRA cost beyond the frozen model it goes on, through PEFT's own path and accelerated?
+"""What does expert LoRA cost beyond the frozen model under it, through PEFT's own path and accelerated?
 
     python benchmarks/adapters.py                    the CPU plan, under 4 minutes on 2 cores
     python benchmarks/adapters.py --device cuda

@@ -10,7 +10,7 @@ policy and reference choose experts by the same rule, and the preference loss is
 trained would get Mixtral's balancing loss from TRL, whatever its own is (`hf_moe/finetuning/trl.py` says more).
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
-TRL's model card. `--resume_from_checkpoint auto` goes on after an interruption; `--smoke` takes four steps.
+TRL's model card. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four steps.
 """
 
 from typing import Any

@@ -7,8 +7,8 @@ Needs `pip install "hf-moe[eval,recipes]"`. Without `--data_root` the benchmarks
 copies in the Hub's layout (`hf download --repo-type dataset allenai/ai2_arc --local-dir DIR/allenai/ai2_arc`).
 
 The output folder: `base/` and `adapted/`, each with `results.json` and the samples behind it, and `comparison.json`:
-for every metric the paired difference with its 95 % interval. Interrupted, the same command goes on with the task that
-was running. Scores are those of lm-evaluation-harness to the digit.
+for every metric the paired difference with its 95 % interval. Interrupted, the same command continues with the task
+that was running. Scores are those of lm-evaluation-harness to the digit.
 
 A model of a few million parameters answers multiple-choice questions at chance level; its bits per byte tell more.
 """

@@ -9,7 +9,7 @@ with a gate of their own, which start as zero: before training the output is the
 and experts stay as they are, and several such adapters (a domain each) share one base.
 
 The output folder: `adapter/` (loads after `import hf_moe`), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` goes on after an interruption. `--help` lists every
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
 option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 

@@ -9,7 +9,7 @@ tokens decide which experts are trained, per layer the smallest set that takes `
 optimizer state exist for these experts alone. Source: arXiv:2407.01906.
 
 The output folder: `model/` (an ordinary checkpoint), `selection.json`, `report.json`, `README.md` (model card),
-`plots/`, `metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` goes on after an interruption. `--help`
+`plots/`, `metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help`
 lists every option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 

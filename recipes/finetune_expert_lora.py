@@ -9,7 +9,7 @@ never built. To keep what the model knows, mix in data that it knows: a data set
 rows is a good start).
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` goes on after an interruption. `--help` lists every
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
 option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 

@@ -8,7 +8,7 @@ Works on any Mixture-of-Experts of transformers and on hf_moe models. The router
 `--train_router` asks for the opposite; its balancing losses are then on, as the model's config has them.
 
 The output folder: `model/` (an ordinary checkpoint), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` goes on after an interruption. `--help` lists every
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
 option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 

@@ -11,7 +11,7 @@ does to the loss of a Mixture-of-Experts, and what it drops where the router is 
 with the plain Trainer and measures more: bits per byte and routing agreement of every domain.
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
-TRL's model card. `--resume_from_checkpoint auto` goes on after an interruption; `--smoke` takes four steps.
+TRL's model card. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four steps.
 """
 
 from typing import Any

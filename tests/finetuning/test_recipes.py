@@ -20,6 +20,7 @@ from chat_cases import chat_tokenizer
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.data.bad_rows import DataError
 from hf_moe.finetuning.arguments import RecipeError
+from hf_moe.loading import pretrained
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
 from tiny_multimodal import build_multimodal, multimodal_config
@@ -156,9 +157,9 @@ def test_what_is_loaded_back_has_the_metrics_of_the_report(models, data, tmp_pat
     from hf_moe.finetuning.measure import evaluate_rows
 
     report = run("finetune_expert_lora", options(models, data, tmp_path / "out"))
-    data = read_data(tiny_tokenizer(), DataArguments(datasets=data, row_length=32))
+    domains = read_data(tiny_tokenizer(), DataArguments(datasets=data, row_length=32)).domains
     model = loaded(models, tmp_path / "out", report, "hf_moe")
-    metrics = evaluate_rows(model, tiny_tokenizer(), data.domains["notes"].held_out_rows)
+    metrics = evaluate_rows(model, tiny_tokenizer(), domains["notes"].held_out_rows)
     assert metrics.to_dict() == pytest.approx(report["domains"]["notes"]["after"], rel=1e-5)
 
 
@@ -221,7 +222,7 @@ def test_training_learns(models, data, tmp_path):
         assert domain["after"]["bits_per_byte"] < 0.9 * domain["before"]["bits_per_byte"]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(models, data, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("finetune_expert_lora", options(models, data, whole))
     run("finetune_expert_lora", options(models, data, parts))
@@ -290,6 +291,16 @@ def test_experts_that_cannot_run_are_refused(name, message, models, data, tmp_pa
     arguments = options(models, data, tmp_path / "out", "hf_moe", "--experts_implementation", name)
     with pytest.raises(RecipeError, match=message):
         run("finetune_full", arguments)
+
+
+def test_the_empty_model_is_built_once(models, data, tmp_path, monkeypatch):
+    """What is refused without weights is checked before the data are read, and not again when the model is loaded."""
+    built = []
+    build_empty = pretrained.build_empty
+    monkeypatch.setattr(pretrained, "build_empty", lambda config: built.append(config) or build_empty(config))
+    with pytest.raises(RecipeError, match="cannot run here"):
+        run("finetune_full", options(models, data, tmp_path, "hf_moe", "--experts_implementation", "deepgemm"))
+    assert len(built) == 1
 
 
 def test_data_is_looked_for_before_a_model_is_loaded(models, data, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_training_learns(recipe, models, data, tmp_path):
         assert held_out["after"]["rewards/margins"] > 0.1
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(models, data, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("sft_trl", models, data, whole, "hf_moe", "--smoke")
     run("sft_trl", models, data, parts, "hf_moe", "--smoke")
