@@ -48,11 +48,11 @@ class BadRows:
             DataError: If there are bad rows that may not be skipped, or no other ones.
         """
         if len(self.reasons) == total and total:
-            raise DataError(f"no row of {self.where!r} can be used. {self._reason()} Correct them.")
+            raise DataError(f"no row of {self.where!r} can be used. {self._reason()} Mend them.")
         if self.reasons and self.policy == "error":
             raise DataError(
                 f"{len(self.reasons):,} of {total:,} rows of {self.where!r} cannot be used ({self._numbers()}). "
-                f"{self._reason()} Correct them, or leave them out with on_bad_row skip."
+                f"{self._reason()} Mend them, or leave them out with on_bad_row skip."
             )
 
     def __str__(self) -> str:

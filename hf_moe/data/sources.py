@@ -126,7 +126,7 @@ def _load(source: Source, path: Path) -> list[dict[str, Any]]:
         return load_dataset(source.path, source.config, split=source.split).to_list()
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise DataError(f"the data file {source.path!r} cannot be read: {cause}. Fix it, or leave it out.") from error
+        raise DataError(f"the data file {source.path!r} cannot be read: {cause}. Mend it, or leave it out.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"the data set {source.path!r} cannot be loaded: {error}") from error
 

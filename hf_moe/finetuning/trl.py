@@ -114,7 +114,7 @@ def refuse_broken_trackio() -> None:
     except ImportError as error:
         raise RecipeError(
             f"trackio is installed but cannot be imported ({error}), and TRL imports it for every checkpoint's card. "
-            'Repair it (pip install "trackio>=0.43" "pillow<13"), or uninstall it.'
+            'Mend it (pip install "trackio>=0.43" "pillow<13"), or uninstall it.'
         ) from error
 
 
