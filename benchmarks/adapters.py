@@ -1,4 +1,4 @@
-"""What does expert LoRA cost beyond the frozen model it goes on, through PEFT's own path and accelerated?
+"""What does expert LoRA cost beyond the frozen model under it, through PEFT's own path and accelerated?
 
     python benchmarks/adapters.py                    the CPU plan, under 4 minutes on 2 cores
     python benchmarks/adapters.py --device cuda
@@ -9,7 +9,7 @@ A Qwen3-MoE of 105 M parameters, one optimizer step or the forward of one token,
 - frozen (grouped_mm), frozen (hf_moe): no adapter; the first layer's input norm is trained, 512 values, so that the
   gradient crosses every layer. The floor.
   A little more than adapters need: their gradient ends at the first layer's experts.
-- stock PEFT: factors on both projections of every expert, experts on the host's grouped_mm.
+- stock PEFT: factors on both projections of every expert, experts on transformers' grouped_mm.
 - accelerated: the same after accelerate_adapters.
 
 A contestant whose outputs or gradients are wrong is not timed, and the command fails.
@@ -44,7 +44,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import hf_moe
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 
-FROZEN_HOST, FROZEN, STOCK, OURS = "frozen (grouped_mm)", "frozen (hf_moe)", "stock PEFT", "accelerated"
+FROZEN_STOCK, FROZEN, STOCK, OURS = "frozen (grouped_mm)", "frozen (hf_moe)", "stock PEFT", "accelerated"
 SIZES = {"hidden_size": 512, "num_experts": 64, "moe_intermediate_size": 256, "num_hidden_layers": 4}
 QUICK = {"hidden_size": 32, "num_experts": 8, "moe_intermediate_size": 16, "num_hidden_layers": 2}
 TOP_K, RANK, VOCAB = 8, 16, 1024
@@ -53,7 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RULE = (
     "outputs and gradients of accelerated against stock, and of frozen (hf_moe) against frozen (grouped_mm), as "
     "|a - b| / |b| over each tensor: float32 at most 1e-4; bfloat16 with b in float32 from the same values, and at "
-    "most twice what the host's path has"
+    "most twice what transformers' path has"
 )
 PEAK = "largest sum of tensor bytes allocated during one step above those at its start (torch profiler on the CPU)"
 
@@ -107,7 +107,7 @@ def build(sizes: dict[str, int], dtype: torch.dtype, device: str) -> dict[str, A
     )
     config._experts_implementation = "grouped_mm"
     base = Qwen3MoeForCausalLM(config).to(device, dtype)
-    models = {FROZEN_HOST: copy.deepcopy(base), FROZEN: copy.deepcopy(base)}
+    models = {FROZEN_STOCK: copy.deepcopy(base), FROZEN: copy.deepcopy(base)}
     models[FROZEN].set_experts_implementation("hf_moe")
     for frozen in models.values():
         frozen.requires_grad_(False)
@@ -150,12 +150,12 @@ def check(models: dict[str, Any], ids: Tensor, dtype: torch.dtype) -> dict[str, 
         WrongResultError: If one is too large.
     """
     found = {}
-    for name, host in ((OURS, STOCK), (FROZEN, FROZEN_HOST)):
-        theirs = gradients(models[host], ids)
+    for name, stock in ((OURS, STOCK), (FROZEN, FROZEN_STOCK)):
+        theirs = gradients(models[stock], ids)
         if dtype == torch.float32:
             found[name], allowed = distance(gradients(models[name], ids), theirs), 1e-4
         else:
-            exact = gradients(copy.deepcopy(models[host]).float(), ids)
+            exact = gradients(copy.deepcopy(models[stock]).float(), ids)
             found[name], allowed = distance(gradients(models[name], ids), exact), 2 * distance(theirs, exact)
         if not found[name] <= allowed:
             raise WrongResultError(f"{name} in {dtype} is off by {found[name]:.3g}, allowed is {allowed:.3g}.")
@@ -202,7 +202,7 @@ def peak_of(run: Callable[[], Tensor], device: str) -> int:
 def measure(runs: dict[str, Callable[[], Tensor]], device: str, budget: float, peaks: bool) -> dict[str, Any]:
     clock = CudaClock() if device == "cuda" else CpuClock()
     contestants = {name: Contestant(run) for name, run in runs.items()}
-    times, others_share = time_undisturbed(contestants, clock, budget, [FROZEN_HOST, FROZEN])
+    times, others_share = time_undisturbed(contestants, clock, budget, [FROZEN_STOCK, FROZEN])
     bytes_of = {name: peak_of(run, device) for name, run in runs.items()} if peaks else {}
     results: dict[str, Any] = {}
     for name in runs:
@@ -255,7 +255,7 @@ def run(options: Namespace) -> int:
 
 def _line(case: str, results: dict[str, Any]) -> str:
     parts = []
-    for name in (FROZEN_HOST, FROZEN, STOCK, OURS):
+    for name in (FROZEN_STOCK, FROZEN, STOCK, OURS):
         peak = f", {results[name]['peak_mb']} MB" if "peak_mb" in results[name] else ""
         ratio = "" if name == FROZEN else f" = {results[name]['ms_to'][FROZEN]}x"
         parts.append(f"{name} {results[name]['ms']} ms{ratio}{peak}")

@@ -4,15 +4,15 @@
     python benchmarks/balancing.py --report    # the plot and the table, from what was measured
 
 Part 1, from scratch: the quickstart's base architecture, text, seed and optimizer, 250 steps of 5 micro-batches of 2
-rows, without balancing, with the host's loss, and with `BalancingConfig`. The host's loss (`load_balancing_loss_func`)
-pools the layers and its balanced value is the number of experts per token: it is divided by that, and by the
-micro-batches, which its own path through the Trainer does not do. All losses have the same weight.
+rows, without balancing, with transformers' loss, and with `BalancingConfig`. Transformers' loss
+(`load_balancing_loss_func`) pools the layers and its balanced value is the number of experts per token: it is divided
+by that, and by the micro-batches, which its own path through the Trainer does not do. All losses have the same weight.
 
 Part 2, collapse: 4 layers of 8 experts, of which layer l sends every token to experts 2l and 2l + 1: a constant in the
 embedding, and router rows that answer to it. 150 steps.
 
 Loads and bits per byte are those of held-out text of the four domains trained on. One run and one seed each. Every
-training is written when it ends, and the same command goes on after an interruption.
+training is written when it ends, and the same command continues after an interruption.
 """
 
 import argparse
@@ -59,7 +59,7 @@ RESULT = ROOT / "benchmarks" / "results" / "balancing.json"
 PLOT = ROOT / "benchmarks" / "results" / "plots" / "balancing.png"
 MICRO_BATCHES = 5
 COEFFICIENT = 0.01
-HOST = "host's loss, layers pooled"
+POOLED = "transformers' loss, layers pooled"
 NONE = "no balancing"
 
 
@@ -76,7 +76,7 @@ class Part:
 def ways(bias_update_rate: float) -> dict[str, BalancingConfig | None]:
     return {
         NONE: None,
-        HOST: None,
+        POOLED: None,
         "loss per layer": BalancingConfig(aux_loss_coef=COEFFICIENT, aux_loss_scope="layer"),
         "loss over the global batch": BalancingConfig(aux_loss_coef=COEFFICIENT, aux_loss_scope="global_batch"),
         "bias update, no loss": BalancingConfig(bias_update_rate=bias_update_rate),
@@ -91,7 +91,7 @@ PARTS = {
 
 
 class PooledTrainer(MoeTrainer):
-    """With the host's loss over the layers' pooled logits."""
+    """With transformers' loss over the layers' pooled logits."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(
@@ -104,7 +104,7 @@ class PooledTrainer(MoeTrainer):
 
 
 def pooled_loss(router_logits: Sequence[Tensor], config: Any) -> Tensor:
-    """The host's loss, divided by its balanced value."""
+    """Transformers' loss, divided by its balanced value."""
     top_k = config.num_experts_per_tok
     return load_balancing_loss_func(tuple(router_logits), config.num_experts, top_k) / top_k
 
@@ -151,7 +151,7 @@ def train(part: Part, way: str, model: PreTrainedModel, rows: Tensor, output: Pa
         seed=recipe.seed,
         report_to="none",
     )
-    trainer_class = PooledTrainer if way == HOST else MoeTrainer
+    trainer_class = PooledTrainer if way == POOLED else MoeTrainer
     trainer = trainer_class(model=model, args=arguments, train_dataset=PackedRows(rows), balancing=part.ways[way])
     trainer.remove_callback(ProgressCallback)
     trainer.train()
@@ -257,7 +257,7 @@ def table(results: dict[str, Any]) -> str:
     part = results["collapse"]
     lines += [
         "",
-        "| collapse | host's reading | per-layer reading | max violation by layer | bits per byte |",
+        "| collapse | transformers' reading | per-layer reading | max violation by layer | bits per byte |",
         "|---|---|---|---|---|",
     ]
     rows = {"before": (part["before"], None)}
@@ -276,7 +276,7 @@ def joined(values: Sequence[float]) -> str:
 
 COLOURS = {
     NONE: "#9a9a9a",
-    HOST: "#e07b28",
+    POOLED: "#e07b28",
     "loss per layer": "#2f6db5",
     "loss over the global batch": "#5a9e6f",
     "bias update, no loss": "#8a5aa8",
@@ -320,7 +320,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         relative = [[share * len(layer) for share in layer] for layer in load["load"]]
         image = axis.imshow(relative, cmap="Blues", vmin=0, vmax=4, aspect="auto")
         axis.set_title(way, fontsize=9)
-        reading = f"host's loss reads {load['pooled_loss']:.2f}\nper layer {load['loss_per_layer']:.2f}"
+        reading = f"transformers' loss reads {load['pooled_loss']:.2f}\nper layer {load['loss_per_layer']:.2f}"
         axis.set_xlabel(f"expert\n{reading}", fontsize=8)
         axis.set_xticks(range(8), range(8), fontsize=7)
         axis.set_yticks(range(4), range(4), fontsize=7)

@@ -36,7 +36,7 @@ def seconds(work: Callable[..., object], *arguments: object) -> float:
 
 
 def write(folder: Path, values: torch.Tensor) -> None:
-    """As the host does: a third of it weights, the rest optimizer."""
+    """As transformers does: a third of it weights, the rest optimizer."""
     third = len(values) // 3
     save_file({"weights": values[:third]}, folder / "model.safetensors")
     torch.save({"moments": values[third:].clone()}, folder / "optimizer.pt")

@@ -7,7 +7,7 @@
 The base is the quickstart's; the old domains are those that it was trained on (text that every Python carries), the
 new ones public texts that it has not seen: `finetuning_texts.py` says which files FOLDER holds. One run and one seed
 for each domain and method. Seconds are the process's CPU time on one thread: about 50 for a run, 50 minutes for all.
-Every run is written when it ends, and the same command goes on after an interruption. `--learning-rates` tries other
+Every run is written when it ends, and the same command continues after an interruption. `--learning-rates` tries other
 rates than those of `METHODS`, which are the recipes' own. `--report` writes the plot and the page of tables.
 """
 
@@ -36,8 +36,13 @@ from hf_moe.adapters.select_experts import select_experts
 from hf_moe.data.corpus import byte_count
 from hf_moe.finetuning.arguments import DataArguments, ModelArguments, RecipeTrainingArguments
 from hf_moe.finetuning.card import write_results
-from hf_moe.finetuning.prepare import save_adapter, save_model, versions
-from hf_moe.finetuning.report import FineTuning
+from hf_moe.finetuning.domains import Data
+from hf_moe.finetuning.measure import measure
+from hf_moe.finetuning.prepare import Job, prepare
+from hf_moe.finetuning.report import report
+from hf_moe.finetuning.save import save_adapter, save_model
+from hf_moe.finetuning.surroundings import versions
+from hf_moe.finetuning.train import train
 from hf_moe.io.whole_files import write_json
 from hf_moe.training.callbacks import RouterFreezeCallback
 
@@ -54,7 +59,7 @@ SEED = 0
 class Method:
     """A way of fine-tuning: what it makes of the base, its learning rate, and the share of rows from old domains."""
 
-    attach: Callable[[FineTuning], Any]
+    attach: Callable[[Job[Data]], Any]
     learning_rate: float
     replay: float = 0.0
 
@@ -67,28 +72,28 @@ class Chosen:
     replay: float
 
 
-def attention_lora(job: FineTuning) -> Any:
+def attention_lora(job: Job[Data]) -> Any:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return get_peft_model(job.model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
 
 
-def expert_lora(job: FineTuning) -> Any:
+def expert_lora(job: Job[Data]) -> Any:
     model = get_peft_model(job.model, expert_lora_config(job.model, r=8))
     accelerate_adapters(model)
     return model
 
 
-def adapter_experts(job: FineTuning) -> Any:
+def adapter_experts(job: Job[Data]) -> Any:
     return get_peft_model(job.model, AdapterExpertsConfig())
 
 
-def esft(job: FineTuning) -> Any:
-    examples = next(iter(job.data.encodings.values())).examples
+def esft(job: Job[Data]) -> Any:
+    examples = next(iter(job.data.domains.values())).train.examples
     selection = select_experts(job.model, [{"input_ids": e.input_ids} for e in examples], budget=0.6)
     return train_selected_experts(job.model, selection)
 
 
-def full(job: FineTuning) -> Any:
+def full(job: Job[Data]) -> Any:
     return job.model
 
 
@@ -132,24 +137,26 @@ def run(
     training = training_arguments(folder, learning_rate, options.steps)
     command = f"python benchmarks/finetuning.py --base {Path(options.base).name} --domain {domain} --method '{name}'"
     chosen = Chosen(learning_rate, method.replay)
-    job = FineTuning(name, command, chosen, ModelArguments(options.base), DataArguments(weighted, **SIZES), training)
-    model = method.attach(job)
+    job = prepare(name, command, chosen, ModelArguments(options.base), DataArguments(weighted, **SIZES), training)
+    before = measure(job, job.model)
     freeze_router(job.model)
+    model = method.attach(job)
     clock = CpuSeconds()
-    job.train(model, [RouterFreezeCallback(), clock])
+    trained = train(job, model, [RouterFreezeCallback(), clock])
+    after = measure(job, model)
     saved = "adapter" if isinstance(model, PeftModel) else "model"
     if isinstance(model, PeftModel):
         save_adapter(model, folder / saved)
     else:
         save_model(fold_selected_experts(model) if method.attach is esft else model, job.tokenizer, folder / saved)
-    report = job.report(saved)
+    result = report(job, before, trained, after, saved=saved)
     if (domain, name) in KEPT_CARDS and options.cards:
-        write_results(folder, report, saved=saved)
+        write_results(folder, result, saved=saved)
         keep_card(folder, Path(options.cards) / f"{domain}-{name.replace(', ', '-').replace(' ', '-').lower()}")
-    return figures(report, chosen, clock.seconds / options.steps)
+    return metrics(result, chosen, clock.seconds / options.steps)
 
 
-def figures(report: dict[str, Any], chosen: Chosen, seconds: float) -> dict[str, Any]:
+def metrics(report: dict[str, Any], chosen: Chosen, seconds: float) -> dict[str, Any]:
     domains = {
         domain: {key: each[key]["bits_per_byte"] for key in ("before", "after")}
         | {"routing_agreement": min(each["routing_agreement"])}
@@ -199,8 +206,8 @@ def read_result(options: argparse.Namespace) -> dict[str, Any]:
 def texts(options: argparse.Namespace, result: dict[str, Any], folder: Path) -> dict[str, dict[str, str]]:
     """The data sets of each run's domain, as files in `folder`: the new one first, then the old ones."""
     old = {}
-    for name, (train, held_out) in old_domains().items():
-        old[name] = write(folder / f"{name}.jsonl", train, held_out, result)
+    for name, (kept, held_out) in old_domains().items():
+        old[name] = write(folder / f"{name}.jsonl", kept, held_out, result)
     new = {name: folder / f"{name}.jsonl" for name in options.domain}
     return {name: {name: write(path, *split_new(options.texts, name), result)} | old for name, path in new.items()}
 
@@ -214,7 +221,7 @@ def write(path: Path, train: list[str], held_out: list[str], result: dict[str, A
     return str(path)
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure_all(options: argparse.Namespace) -> None:
     """Every run that is asked for and not there yet."""
     result = read_result(options)
     with tempfile.TemporaryDirectory() as temporary:
@@ -253,7 +260,7 @@ def main() -> None:
     elif options.base is None or options.texts is None:
         raise SystemExit("--base and --texts are needed to run; --report shows what is there.")
     else:
-        measure(options)
+        measure_all(options)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ INTRO = """# Ways of fine-tuning, compared
 
 The quickstart's base ({parameters} parameters, 16 experts, top-2) learns one new domain at a time, by each method, in
 {steps} steps of {tokens:,} tokens. The router is frozen in all, and {proof}.
-Figures are bits per byte of held-out text, lower is better: of the new domain, and of the four that the base was
+The metric is bits per byte of held-out text, lower is better: of the new domain, and of the four that the base was
 trained on ({old}). One run and one seed each: no error bars. With replay, half of the rows
 come from the old domains. Seconds are CPU time of one thread. Full fine-tuning alone trains the embeddings, and a
-language that the base has never seen needs these most. Every figure is in
+language that the base has never seen needs these most. All numbers are in
 [`finetuning.json`](../../benchmarks/results/finetuning.json).
 
 The command, after `hf-moe quickstart`:
@@ -199,6 +199,6 @@ def draw(runs: Runs, path: Path) -> None:
         axis.tick_params(axis="y", length=0)
     panels[0].set_yticks(places, runs.methods)
     panels[0].invert_yaxis()
-    figure.supxlabel("Bars and figures: the mean; dots: each new domain. One run, one seed each.", fontsize=9)
+    figure.supxlabel("Bars and numbers: the mean; dots: each new domain. One run, one seed each.", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})

@@ -25,7 +25,7 @@ WRITTEN = "quickstart-output"
 
 
 def commands() -> list[str]:
-    """The README's code lines that install the project from its clone and go on."""
+    """The README's code lines that install the project from its clone and run it."""
     return re.findall(r"^python -m pip install .* && .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         for command in commands()
         if options.only in command
     }
-    kept = {command: figures for command, figures in written.items() if command in commands()}
+    kept = {command: times for command, times in written.items() if command in commands()}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"commands": kept | measured}, indent=2) + "\n")
     print(json.dumps(measured, indent=2))

@@ -7,8 +7,8 @@ Needs `pip install "hf-moe[eval,recipes]"`. Without `--data_root` the benchmarks
 copies in the Hub's layout (`hf download --repo-type dataset allenai/ai2_arc --local-dir DIR/allenai/ai2_arc`).
 
 The output folder: `base/` and `adapted/`, each with `results.json` and the samples behind it, and `comparison.json`:
-for every metric the paired difference with its 95 % interval. Interrupted, the same command goes on with the task that
-was running. Scores are those of lm-evaluation-harness to the digit.
+for every metric the paired difference with its 95 % interval. Interrupted, the same command continues with the task
+that was running. Scores are those of lm-evaluation-harness to the digit.
 
 A model of a few million parameters answers multiple-choice questions at chance level; its bits per byte tell more.
 """
@@ -26,7 +26,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.runner import evaluate
 from hf_moe.evaluation.tables import print_comparison, print_results
 from hf_moe.finetuning.arguments import RecipeError
-from hf_moe.finetuning.prepare import recipe_errors
+from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.io.names import command_line
 from hf_moe.io.stages import RunRefusedError
 from hf_moe.io.whole_files import write_json

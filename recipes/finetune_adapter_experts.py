@@ -9,7 +9,7 @@ with a gate of their own, which start as zero: before training the output is the
 and experts stay as they are, and several such adapters (a domain each) share one base.
 
 The output folder: `adapter/` (loads after `import hf_moe`), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` goes on after an interruption. `--help` lists every
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
 option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 
@@ -23,8 +23,12 @@ from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.finetuning.arguments import RECIPE, parse_recipe
 from hf_moe.finetuning.card import write_results
-from hf_moe.finetuning.prepare import recipe_errors, save_adapter
-from hf_moe.finetuning.report import FineTuning, print_domains
+from hf_moe.finetuning.measure import measure
+from hf_moe.finetuning.prepare import prepare
+from hf_moe.finetuning.report import print_domains, report
+from hf_moe.finetuning.save import save_adapter
+from hf_moe.finetuning.surroundings import recipe_errors
+from hf_moe.finetuning.train import train
 from hf_moe.io.names import command_line
 from hf_moe.io.run_lock import frees_folders
 from hf_moe.training.callbacks import RouterFreezeCallback
@@ -45,23 +49,26 @@ class AdapterExpertsArguments:
 @frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    # 1. model, data, figures before: whatever cannot be used is refused here
-    adapter, *others = parse_recipe((AdapterExpertsArguments, *RECIPE), arguments, __file__)
-    job = FineTuning("Adapter experts", command_line(__file__, arguments), adapter, *others)
-    # 2. new experts in every MoE layer; everything else is frozen
+    # 1. model and data: whatever cannot be used is refused here
+    adapter, base, texts, training = parse_recipe((AdapterExpertsArguments, *RECIPE), arguments, __file__)
+    job = prepare("Adapter experts", command_line(__file__, arguments), adapter, base, texts, training)
+    # 2. measure every domain before
+    before = measure(job, job.model)
+    # 3. the router is frozen; new experts in every MoE layer
+    freeze_router(job.model)
     model = get_peft_model(job.model, AdapterExpertsConfig(task_type="CAUSAL_LM", **asdict(adapter)))
     refuse_unreadable(model)
-    freeze_router(model)
-    # 3. train with the ordinary Trainer, and measure again
-    job.train(model, [RouterFreezeCallback()])
-    # 4. save, and say what happened
-    if job.is_main_process:
+    # 4. train with the ordinary Trainer, and measure again
+    trained = train(job, model, [RouterFreezeCallback()])
+    after = measure(job, model)
+    # 5. save, report, and write the model card
+    if trained.is_main_process:
         save_adapter(model, job.folder / "adapter")
-    report = job.report("adapter")
-    if job.is_main_process:
-        write_results(job.folder, report, saved="adapter")
-        print_domains(report["domains"], job.folder)
-    return report
+    result = report(job, before, trained, after, saved="adapter")
+    if trained.is_main_process:
+        write_results(job.folder, result, saved="adapter")
+        print_domains(result["domains"], job.folder)
+    return result
 
 
 if __name__ == "__main__":

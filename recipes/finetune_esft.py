@@ -9,7 +9,7 @@ tokens decide which experts are trained, per layer the smallest set that takes `
 optimizer state exist for these experts alone. Source: arXiv:2407.01906.
 
 The output folder: `model/` (an ordinary checkpoint), `selection.json`, `report.json`, `README.md` (model card),
-`plots/`, `metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` goes on after an interruption. `--help`
+`plots/`, `metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help`
 lists every option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 
@@ -21,8 +21,12 @@ from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.select_experts import select_experts
 from hf_moe.finetuning.arguments import RECIPE, RecipeError, parse_recipe
 from hf_moe.finetuning.card import write_results
-from hf_moe.finetuning.prepare import recipe_errors, save_model
-from hf_moe.finetuning.report import FineTuning, print_domains
+from hf_moe.finetuning.measure import measure
+from hf_moe.finetuning.prepare import prepare
+from hf_moe.finetuning.report import print_domains, report
+from hf_moe.finetuning.save import save_model
+from hf_moe.finetuning.surroundings import recipe_errors
+from hf_moe.finetuning.train import train
 from hf_moe.io.names import command_line
 from hf_moe.io.run_lock import frees_folders
 from hf_moe.training.callbacks import RouterFreezeCallback
@@ -43,26 +47,29 @@ class EsftArguments:
 @frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    # 1. model, data, figures before: whatever cannot be used is refused here
-    esft, *others = parse_recipe((EsftArguments, *RECIPE), arguments, __file__)
-    job = FineTuning("ESFT", command_line(__file__, arguments), esft, *others)
-    # 2. the experts that the first data set uses
-    domain = next(iter(job.data.rows))
-    examples = [{"input_ids": example.input_ids} for example in job.data.encodings[domain].examples]
-    selection = select_experts(job.model, examples, method=esft.method, budget=esft.budget)
+    # 1. model and data: whatever cannot be used is refused here
+    esft, base, texts, training = parse_recipe((EsftArguments, *RECIPE), arguments, __file__)
+    job = prepare("ESFT", command_line(__file__, arguments), esft, base, texts, training)
+    # 2. measure every domain before
+    before = measure(job, job.model)
+    # 3. the router is frozen; of the experts those are trained that the first data set uses
     freeze_router(job.model)
+    domain = next(iter(job.data.domains.values()))
+    examples = [{"input_ids": example.input_ids} for example in domain.train.examples]
+    selection = select_experts(job.model, examples, method=esft.method, budget=esft.budget)
     model = train_selected_experts(job.model, selection)
-    # 3. train with the ordinary Trainer, and measure again
-    job.train(model, [RouterFreezeCallback()])
-    # 4. save, and say what happened
-    if job.is_main_process:
+    # 4. train with the ordinary Trainer, and measure again
+    trained = train(job, model, [RouterFreezeCallback()])
+    after = measure(job, model)
+    # 5. save, report, and write the model card
+    if trained.is_main_process:
         selection.save(job.folder / "selection.json")
         save_model(fold_selected_experts(model), job.tokenizer, job.folder / "model")
-    report = job.report("model")
-    if job.is_main_process:
-        write_results(job.folder, report, saved="model")
-        print_domains(report["domains"], job.folder)
-    return report
+    result = report(job, before, trained, after, saved="model")
+    if trained.is_main_process:
+        write_results(job.folder, result, saved="model")
+        print_domains(result["domains"], job.folder)
+    return result
 
 
 if __name__ == "__main__":

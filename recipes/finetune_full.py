@@ -8,7 +8,7 @@ Works on any Mixture-of-Experts of transformers and on hf_moe models. The router
 `--train_router` asks for the opposite; its balancing losses are then on, as the model's config has them.
 
 The output folder: `model/` (an ordinary checkpoint), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` goes on after an interruption. `--help` lists every
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
 option, those of `TrainingArguments` among them; `--smoke` takes four steps.
 """
 
@@ -18,8 +18,12 @@ from typing import Any
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.finetuning.arguments import RECIPE, parse_recipe
 from hf_moe.finetuning.card import write_results
-from hf_moe.finetuning.prepare import recipe_errors, save_model
-from hf_moe.finetuning.report import FineTuning, print_domains
+from hf_moe.finetuning.measure import measure
+from hf_moe.finetuning.prepare import prepare
+from hf_moe.finetuning.report import print_domains, report
+from hf_moe.finetuning.save import save_model
+from hf_moe.finetuning.surroundings import recipe_errors
+from hf_moe.finetuning.train import train
 from hf_moe.io.names import command_line
 from hf_moe.io.run_lock import frees_folders
 from hf_moe.training.callbacks import RouterFreezeCallback
@@ -35,22 +39,25 @@ class FullArguments:
 @frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    # 1. model, data, figures before: whatever cannot be used is refused here
-    full, *others = parse_recipe((FullArguments, *RECIPE), arguments, __file__)
-    job = FineTuning("Full fine-tuning", command_line(__file__, arguments), full, *others)
-    # 2. everything is trained but the router
+    # 1. model and data: whatever cannot be used is refused here
+    full, base, texts, training = parse_recipe((FullArguments, *RECIPE), arguments, __file__)
+    job = prepare("Full fine-tuning", command_line(__file__, arguments), full, base, texts, training)
+    # 2. measure every domain before
+    before = measure(job, job.model)
+    # 3. everything is trained but the router
     if not full.train_router:
         freeze_router(job.model)
-    # 3. train with the ordinary Trainer, and measure again
-    job.train(job.model, [] if full.train_router else [RouterFreezeCallback()])
-    # 4. save, and say what happened
-    if job.is_main_process:
+    # 4. train with the ordinary Trainer, and measure again
+    trained = train(job, job.model, [] if full.train_router else [RouterFreezeCallback()])
+    after = measure(job, job.model)
+    # 5. save, report, and write the model card
+    if trained.is_main_process:
         save_model(job.model, job.tokenizer, job.folder / "model")
-    report = job.report("model")
-    if job.is_main_process:
-        write_results(job.folder, report, saved="model")
-        print_domains(report["domains"], job.folder)
-    return report
+    result = report(job, before, trained, after, saved="model")
+    if trained.is_main_process:
+        write_results(job.folder, result, saved="model")
+        print_domains(result["domains"], job.folder)
+    return result
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@
     hf-moe quickstart --data notes.txt --minutes 10          # your own text becomes the new domain
 
 Hardware: 2 CPU cores, 2 GB of memory, no GPU, no download. Time: 5 minutes, with the CPU kernels built before.
-The text is what every Python installation carries, so figures differ a little between versions of Python and of the
-packages; with these the same, the same arguments give the same figures.
+The text is what every Python installation carries, so numbers differ a little between versions of Python and of the
+packages; with these the same, the same arguments give the same numbers.
 
 Expected (seed 0, 5 minutes, CPython 3.11, versions of constraints.txt; bits per byte of held-out text):
 
 - the base model's training loss falls from 7.1 to 4.3; it needs 2.4 bits for a byte of code, 2.4 docs, 3.2 readme, 1.1
   arithmetic, and 3.3 for legal text, which it has not seen;
 - the adapter lowers legal to 3.0, and raises no other domain by more than 0.03;
-- with the adapter off every figure is exactly the base model's; the router's SHA-256 is the same before and after;
+- with the adapter off every number is exactly the base model's; the router's SHA-256 is the same before and after;
 - a frozen router is no frozen routing: 61 to 77 % of the legal tokens keep their experts in layers 1 to 3 (all in 0).
 """
 
@@ -52,7 +52,8 @@ from hf_moe.adapters.frozen_router import (
     verify_router_frozen,
 )
 from hf_moe.comparison.routing_agreement import RoutingChoices, record_choices, routing_agreement
-from hf_moe.data.corpus import EMBEDDED, Domain, TextError, embedded_corpus
+from hf_moe.data.bad_rows import DataError
+from hf_moe.data.corpus import EMBEDDED, Domain, embedded_corpus
 from hf_moe.data.packing import PackedRows, mix, pack
 from hf_moe.data.text_files import read_domains
 from hf_moe.data.tokenizer import encode_documents, train_tokenizer
@@ -98,9 +99,9 @@ class Quickstart:
     learning_rate: float = 4e-3
     adapter_rank: int = 8
     adapter_learning_rate: float = 1e-2
-    page_tokens: int = 2_000  # of each domain, shown on the page about the routing
+    page_tokens: int = 2_000  # of each domain, on the page about the routing
     replay: float = 0.5  # share of the old domains' rows while the adapter learns the new domain
-    # steps follow from the minutes by these rates, never from the clock: same arguments, same figures
+    # steps follow from the minutes by these rates, never from the clock: same arguments, same numbers
     base_tokens_per_minute: int = 180_000
     adapter_tokens_per_minute: int = 80_000
 
@@ -109,10 +110,10 @@ class Quickstart:
 
 
 def main(recipe: Quickstart) -> dict[str, Any]:
-    """Run the recipe, or go on where an interrupted run stopped; returns what `report.json` holds.
+    """Run the recipe, or continue where an interrupted run stopped; returns what `report.json` holds.
 
     Raises:
-        RunRefusedError, TextError: Before any work, if an argument, a file or the output folder cannot be used.
+        RunRefusedError, DataError: Before any work, if an argument, a file or the output folder cannot be used.
     """
     check(recipe)
     own = read_domains(recipe.data, train_bytes=recipe.train_bytes, held_out_bytes=recipe.held_out_bytes)
@@ -120,25 +121,24 @@ def main(recipe: Quickstart) -> dict[str, Any]:
     with ResumableRun(recipe.output, "quickstart", identity(recipe, new_domain)) as run, one_thread(), quiet():
         # 1. real text, a tokenizer, and a base model from scratch: neither ever sees the new domain
         domains = load_text(recipe, own, run)
-        say(
+        print_step(
             f"1/5 Training a tokenizer and a base model on {', '.join(name for name in domains if name != new_domain)}"
         )
         text = run.stage("tokenizer", lambda: make_tokenizer(recipe, domains, new_domain), leaves=("tokenizer",))
         base = run.stage("base", lambda: train_base(recipe, domains, new_domain), leaves=("model",))
         # 2. adapters on the experts learn the new domain; the router is frozen, and proved frozen
-        say(f"2/5 Adapting the experts to {new_domain}, with the router frozen")
+        print_step(f"2/5 Adapting the experts to {new_domain}, with the router frozen")
         adapter = run.stage("adapter", lambda: train_adapter(recipe, domains, new_domain), leaves=("adapter",))
         # 3. measure before, after, and with the adapter off
-        say("3/5 Measuring every domain before, after, and with the adapter off")
+        print_step("3/5 Measuring every domain before, after, and with the adapter off")
         evaluation = run.stage("evaluation", lambda: evaluate(recipe, domains), leaves=("routing.html",))
         # 4. load everything back from disk, compare, and write a sample
-        say("4/5 Loading back and writing a sample")
+        print_step("4/5 Loading back and writing a sample")
         loaded = run.stage("load back", lambda: load_back(recipe, domains, new_domain))
         # 5. report, model card, plots
-        say("5/5 Writing the report, the model card and the plots")
-        figures = {name: figure for name, figure in evaluation.items() if name != "health"}
-        parts = {"text": text, "base": base, "adapter": adapter, "evaluation": figures, "load_back": loaded}
-        parts["health"] = evaluation["health"]
+        print_step("5/5 Writing the report, the model card and the plots")
+        parts = {"text": text, "base": base, "adapter": adapter, "evaluation": dict(evaluation), "load_back": loaded}
+        parts["health"] = parts["evaluation"].pop("health")
         report = describe(recipe, new_domain) | parts | {"seconds": run.seconds, "interrupted": run.interrupted}
         write_results(recipe.output, report)
     summarise(report, recipe.output)
@@ -175,14 +175,14 @@ def choose_new_domain(recipe: Quickstart, own: Mapping[str, Domain]) -> str:
 
 
 def identity(recipe: Quickstart, new_domain: str) -> dict[str, Any]:
-    """What two calls must share for the second to go on with the first; file names, as no path goes into a result."""
+    """What two calls must share for the second to continue the first; file names, as no path goes into a result."""
     choices = asdict(recipe) | {"data": [path.name for path in recipe.data], "domain": new_domain}
     del choices["output"]
     return choices | {"versions": {name: version(name) for name in LIBRARIES}}
 
 
 def load_text(recipe: Quickstart, own: Mapping[str, Domain], run: ResumableRun) -> dict[str, Domain]:
-    """All domains; refuses to go on with a run whose text has changed since."""
+    """All domains; refuses to continue a run whose text has changed since."""
     embedded = embedded_corpus(train_bytes=recipe.train_bytes, held_out_bytes=recipe.held_out_bytes)
     domains = {**own, **embedded}
     now = {name: domain.sha256() for name, domain in domains.items()}
@@ -190,7 +190,7 @@ def load_text(recipe: Quickstart, own: Mapping[str, Domain], run: ResumableRun) 
     if changed := [name for name in now if then.get(name) != now[name]]:
         raise RunRefusedError(
             f"the text of the domain {changed[0]!r} has changed since this run began (a file was edited, or a package "
-            "installed). Choose another --output to begin anew."
+            "installed). Choose another --output to start over."
         )
     return domains
 
@@ -305,13 +305,12 @@ def train_adapter(recipe: Quickstart, domains: Mapping[str, Domain], new_domain:
     mixture = mix(rows, shares, count=steps * recipe.rows_per_step, seed=recipe.seed + 1)
 
     model = load_model(recipe)
-    hash_before = router_hash(model)
     # a frozen router needs no balancing, whose gradient would only push the adapters around
     model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.0
+    hash_before = freeze_router(model)
     set_seed(recipe.seed)
     tuned = get_peft_model(model, expert_lora_config(model, r=recipe.adapter_rank))
     accelerate_adapters(tuned)
-    freeze_router(tuned)
     log = train(
         recipe,
         "adapter",
@@ -471,7 +470,6 @@ def describe(recipe: Quickstart, new_domain: str) -> dict[str, Any]:
     command = f"hf-moe quickstart --domain {new_domain} --minutes {recipe.minutes:g} --seed {recipe.seed}"
     for name in choices["data"]:
         command += f" --data {name}"
-    machine = {"architecture": platform.machine(), "torch_threads": 1, "device": "cpu"}
     return {
         "recipe": "quickstart",
         "date": date.today().isoformat(),
@@ -479,7 +477,7 @@ def describe(recipe: Quickstart, new_domain: str) -> dict[str, Any]:
         "new_domain": new_domain,
         "choices": choices,
         "versions": versions,
-        "machine": machine,
+        "machine": {"architecture": platform.machine(), "torch_threads": 1, "device": "cpu"},
     }
 
 
@@ -531,8 +529,8 @@ def summarise(report: Mapping[str, Any], output: Path) -> None:
 
 
 RESULTS = {
-    "README.md": "model card with these figures and the plots",
-    "report.json": "every figure",
+    "README.md": "model card with these numbers and the plots",
+    "report.json": "all numbers",
     "routing.html": "which expert took which token: open it in a browser",
     "model": "AutoModelForCausalLM.from_pretrained",
     "adapter": "PeftModel.from_pretrained",
@@ -542,7 +540,7 @@ RESULTS = {
 # ---- what several steps use
 
 
-def say(text: str) -> None:
+def print_step(text: str) -> None:
     Console().print(text, style="bold", highlight=False)
 
 
@@ -606,7 +604,7 @@ def logits_of(model: PreTrainedModel | PeftModel, rows: Tensor) -> Tensor:
 
 
 def keep_logits(recipe: Quickstart, name: str, model: PreTrainedModel | PeftModel, rows: Tensor) -> None:
-    """Keep what the trained model says, to compare with what is loaded back."""
+    """Keep the logits of the trained model, to compare with what is loaded back."""
     save_file({"logits": logits_of(model, rows).contiguous()}, recipe.output / "work" / f"{name}_logits.safetensors")
 
 
@@ -616,5 +614,5 @@ if __name__ == "__main__":
     (chosen,) = parser.parse_args_into_dataclasses()
     try:
         main(chosen)
-    except (RunRefusedError, TextError) as error:
+    except (RunRefusedError, DataError) as error:
         parser.exit(2, f"error: {error}\n")

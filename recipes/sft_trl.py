@@ -11,25 +11,18 @@ does to the loss of a Mixture-of-Experts, and what it drops where the router is 
 with the plain Trainer and measures more: bits per byte and routing agreement of every domain.
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
-TRL's model card. `--resume_from_checkpoint auto` goes on after an interruption; `--smoke` takes four steps.
+TRL's model card. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four steps.
 """
 
-from dataclasses import asdict
 from typing import Any
 
-from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
+from hf_moe.adapters.expert_lora import accelerate_adapters
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
 from hf_moe.finetuning.packing_check import check_packing
-from hf_moe.finetuning.prepare import (
-    MetricsFile,
-    known_config,
-    load_model,
-    load_tokenizer,
-    recipe_errors,
-    refuse_used_folder,
-)
+from hf_moe.finetuning.surroundings import recipe_errors
+from hf_moe.finetuning.train import run_trainer
 from hf_moe.io.names import command_line
 from hf_moe.io.run_lock import frees_folders
 from hf_moe.training.callbacks import RouterFreezeCallback
@@ -38,41 +31,29 @@ from hf_moe.training.callbacks import RouterFreezeCallback
 @frees_folders
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
-    from hf_moe.finetuning.trl import (  # first: it names the extra if TRL is missing
-        SafeSFTTrainer,
-        SftArguments,
-        refuse_broken_trackio,
-        train_and_save,
-    )
+    # it names the extra if TRL is missing
+    from hf_moe.finetuning import trl
     from hf_moe.finetuning.trl_data import TrlDataArguments, read_for_sft
 
-    # 1. choices, model, data: whatever cannot be used is refused here
-    kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, SftArguments)
+    # 1. model and data: whatever cannot be used is refused here
+    kinds = (ExpertLoraArguments, ModelArguments, TrlDataArguments, trl.SftArguments)
     adapter, base, texts, training = parse_recipe(kinds, arguments, __file__)
-    refuse_broken_trackio()
-    refuse_used_folder(training)
-    known_config(base)
-    tokenizer = load_tokenizer(base)
-    train_data, held_out = read_for_sft(texts, training, tokenizer, base.chat_options)
-    model = load_model(base, training.device)  # TRL cannot build a model type that another package registers
+    command = command_line(__file__, arguments)
+    job = trl.prepare_for_trl("SFT with TRL", command, adapter, base, texts, training, read_for_sft)
     if training.packing:
         # TRL flattens a batch of packed rows into one
-        check_packing(model, (training.max_length or 0) * training.per_device_train_batch_size)
-    # 2. the router is frozen, and with it the auxiliary losses are off; every expert gets low-rank factors
-    freeze_router(model)
-    trainer = SafeSFTTrainer(
-        model,
-        args=training,
-        train_dataset=train_data,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=expert_lora_config(model, **asdict(adapter)),
-        callbacks=[MetricsFile(), RouterFreezeCallback()],
-    )
+        check_packing(job.model, (training.max_length or 0) * training.per_device_train_batch_size)
+    # 2. the router is frozen, and with it the auxiliary losses are off; low-rank factors on every expert
+    freeze_router(job.model)
+    trainer = trl.expert_lora_trainer(trl.SafeSFTTrainer, job, adapter, [RouterFreezeCallback()])
     refuse_unreadable(trainer.model)
     accelerate_adapters(trainer.model)
-    # 3. measure, train, measure again, save
-    return train_and_save(trainer, "SFT with TRL", command_line(__file__, arguments), base, adapter)
+    # 3. measure the held-out records, train, measure again
+    before = trainer.evaluate()
+    trained = run_trainer(trainer)
+    after = trainer.evaluate()
+    # 4. save and report
+    return trl.save_and_report(job, before, trained, after)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ def fake_result():
     runs = {}
     for domain in ("french", "law"):
         for place, (name, method) in enumerate(METHODS.items()):
-            figures = {
+            metrics = {
                 key: {"before": 2.0, "after": 2.0 + change, "routing_agreement": 0.5}
                 for key, change in ((domain, -0.1 * (place + 1)), ("code", 0.2), ("docs", 0.4))
             }
             runs.setdefault(domain, {})[f"{name} at {method.learning_rate:g}"] = {
-                "trained": 10, "saved_bytes": 2_000_000, "cpu_seconds_per_step": 0.25, "domains": figures,
+                "trained": 10, "saved_bytes": 2_000_000, "cpu_seconds_per_step": 0.25, "domains": metrics,
                 "router_unchanged": True,
             }  # fmt: skip
     sizes = {"train_bytes": 10, "held_out_bytes": 5}

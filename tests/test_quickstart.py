@@ -1,4 +1,4 @@
-"""The main job at smoke size: the effects that it promises, the figures twice the same, interruptions, refusals."""
+"""The main job at smoke size: the effects that it promises, the numbers twice the same, interruptions, refusals."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.data.corpus import TextError
+from hf_moe.data.bad_rows import DataError
 from hf_moe.io.stages import RunRefusedError
 from tiny_moe import hf_moe_model, words
 from tiny_quickstart import smoke
@@ -24,7 +24,7 @@ from tiny_quickstart import smoke
 PROGRAM = Path(__file__).with_name("tiny_quickstart.py")
 
 
-def figures(report):
+def without_times(report):
     """Everything but the times, which differ."""
     return {name: value for name, value in report.items() if name not in ("seconds", "interrupted")}
 
@@ -145,10 +145,10 @@ def test_other_arguments_in_the_same_folder_are_refused_by_name(finished):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished, tmp_path):
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
     _, report = finished
     again = quickstart.main(smoke(tmp_path / "again"))
-    assert figures(again) == figures(report)
+    assert without_times(again) == without_times(report)
     other = quickstart.main(smoke(tmp_path / "other", seed=1))
     assert other["evaluation"]["bits_per_byte"] != report["evaluation"]["bits_per_byte"]
     assert other["text"] == report["text"]
@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished, 
 @pytest.mark.parametrize(
     "kill_at", ["base:0", *(pytest.param(point, marks=pytest.mark.long) for point in ("base:9", "adapter:10"))]
 )
-def test_killed_and_continued_gives_the_figures_of_an_uninterrupted_run(kill_at, finished, tmp_path):
+def test_killed_and_continued_gives_the_numbers_of_an_uninterrupted_run(kill_at, finished, tmp_path):
     output = tmp_path / "out"
     killed = start(output, kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -169,7 +169,7 @@ def test_killed_and_continued_gives_the_figures_of_an_uninterrupted_run(kill_at,
     assert (output / "model").exists() == (stage == "adapter")
     assert not (output / "adapter").exists()
     continued = quickstart.main(smoke(output))
-    assert figures(continued) == figures(finished[1])
+    assert without_times(continued) == without_times(finished[1])
     assert continued["interrupted"] == [stage]
 
 
@@ -245,7 +245,7 @@ def test_bad_arguments_are_refused_before_any_work(case, tmp_path, monkeypatch):
     arguments = change(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     recipe = Quickstart(**{"output": tmp_path / "out", **arguments})
-    with pytest.raises((RunRefusedError, TextError), match=message):
+    with pytest.raises((RunRefusedError, DataError), match=message):
         quickstart.main(recipe)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -25,14 +25,14 @@ def quickstart(
 ) -> None:
     """Train a small MoE on real text, adapt it to a new domain with its router frozen, evaluate, save, load back."""
     require("recipes", "accelerate", "peft", "tokenizers", "matplotlib", "jinja2")
-    from hf_moe.data.corpus import TextError
+    from hf_moe.data.bad_rows import DataError
     from hf_moe.io.stages import RunRefusedError
     from hf_moe.recipes import quickstart as recipe
 
     chosen = recipe.Quickstart(output=output, data=data or [], domain=domain, minutes=minutes, seed=seed)
     try:
         recipe.main(chosen)
-    except (RunRefusedError, TextError) as error:
+    except (RunRefusedError, DataError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted. Give the same command again to continue.", code=130)

@@ -1,18 +1,18 @@
-"""Rows that cannot be used: the run ends with their count and first lines, or goes on without them and says so."""
+"""Errors of data, and the rows that cannot be used: they end a run with count and first lines, or are left out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 POLICIES = ("error", "skip")
-SHOWN = 5
+LISTED = 5
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; says which, why, and what to do."""
+    """Data that cannot be used: names the file, data set or domain, the rule, and the way out."""
 
 
 class RowError(DataError):
-    """One row that cannot be used; which one, `BadRows` adds."""
+    """One row that cannot be used; `BadRows` adds its number."""
 
 
 class BadRows:
@@ -35,14 +35,14 @@ class BadRows:
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
-        """Note a RowError that is raised inside as one of this row, and go on."""
+        """Record a RowError that is raised inside as this row's; the next row follows."""
         try:
             yield
         except RowError as error:
             self.reasons.setdefault(number, str(error))
 
     def settle(self, total: int) -> None:
-        """Once every row has been tried.
+        """Decide, once every row has been tried, whether the bad ones end the run.
 
         Raises:
             DataError: If there are bad rows that may not be skipped, or no other ones.
@@ -56,7 +56,7 @@ class BadRows:
             )
 
     def __str__(self) -> str:
-        """What was left out; empty if nothing."""
+        """A sentence about what was left out; empty if nothing."""
         if not self.reasons:
             return ""
         count = len(self.reasons)
@@ -64,9 +64,9 @@ class BadRows:
 
     def _numbers(self) -> str:
         numbers = sorted(self.reasons)
-        more = ", ..." if len(numbers) > SHOWN else ""
+        more = ", ..." if len(numbers) > LISTED else ""
         plural = "" if len(numbers) == 1 else "s"
-        return f"{self.unit}{plural} {', '.join(map(str, numbers[:SHOWN]))}{more}"
+        return f"{self.unit}{plural} {', '.join(map(str, numbers[:LISTED]))}{more}"
 
     def _reason(self) -> str:
         first = min(self.reasons)

@@ -57,7 +57,7 @@ class ChatWriter:
             )
 
     def marks_turns(self, chat: Chat) -> bool:
-        """Whether the template marks the assistant's turns with `{% generation %}`."""
+        """Return whether the template marks the assistant's turns with `{% generation %}`."""
         template = self.tokenizer.get_chat_template(tools=chat.tools)
         return re.search(r"{%-?\s*generation\s*-?%}", template) is not None
 
@@ -78,11 +78,11 @@ class ChatWriter:
         except TemplateSyntaxError as error:  # no row can mend it
             raise DataError(f"the chat template is not valid Jinja: {error} (line {error.lineno}).") from error
         except (TemplateError, KeyError, TypeError, AttributeError, ValueError) as error:
-            shown = json.dumps(written, default=str, ensure_ascii=False)[:200]
-            raise RowError(f"the chat template refuses the messages ({error}): {shown}") from error
+            beginning = json.dumps(written, default=str, ensure_ascii=False)[:200]
+            raise RowError(f"the chat template refuses the messages ({error}): {beginning}") from error
 
     def text(self, chat: Chat, messages: Messages | None = None, *, prompt: bool = False) -> str:
-        """What the template writes, for `prompt` with the beginning of the assistant's next turn.
+        """The text that the template writes, for `prompt` with the beginning of the assistant's next turn.
 
         Raises:
             RowError: If the template refuses it, or writes a list of parts as Python shows it.
@@ -94,7 +94,7 @@ class ChatWriter:
         return written
 
     def prompt_end(self, chat: Chat) -> Span:
-        """Where what follows the prompt begins and ends in the text.
+        """The span of the completion in the text.
 
         Raises:
             RowError: If the template writes the prompt differently when the completion follows.
@@ -109,14 +109,14 @@ class ChatWriter:
         return len(prompt), len(whole)
 
     def assistant_turns(self, chat: Chat) -> list[Span]:
-        """Where the assistant speaks in the text, each turn with the token that ends it.
+        """The spans of the assistant's turns in the text, each with the token that ends it.
 
         A turn begins where the prompt for it ends, and ends where the text of the messages up to it does. Where a
         template writes a message otherwise once others follow (Qwen3 leaves out earlier reasoning), marks in the
         messages tell, with which it must write the same but for the marks.
 
         Raises:
-            RowError: If that cannot be told.
+            RowError: If a turn cannot be found.
         """
         whole = self.text(chat)
         spans: list[Span] = []
@@ -158,10 +158,12 @@ class _Turn:
         before = self._text(self.index)
         if before is not None and self.whole.startswith(before):
             return _after(header, self.whole, len(before), len(before))
-        # the first header after what was said before
-        said = least if self.index == 0 else self._place(self.chat.messages, self.index - 1, self.whole)
-        spoken = self._place(self.chat.messages, self.index, self.whole)
-        return None if said is None or spoken is None else _after(header, self.whole, max(said, least), spoken)
+        # the first header after the message before
+        before_end = least if self.index == 0 else self._place(self.chat.messages, self.index - 1, self.whole)
+        own_end = self._place(self.chat.messages, self.index, self.whole)
+        if before_end is None or own_end is None:
+            return None
+        return _after(header, self.whole, max(before_end, least), own_end)
 
     def end(self) -> int | None:
         alone = self._text(self.index + 1)
@@ -169,7 +171,7 @@ class _Turn:
             return None
         if self.whole.startswith(alone):
             return self._without_spaces(len(alone))
-        # from the last word of the turn on it must go on as it does when the turn is the last
+        # from the last word of the turn on the text must be what it is when the turn is the last
         here = self._place(self.chat.messages, self.index, self.whole)
         there = self._place(self.chat.messages[: self.index + 1], self.index, alone)
         if here is None or there is None:
@@ -180,7 +182,7 @@ class _Turn:
         return self._other_end(rest.rstrip(), here)
 
     def _other_end(self, rest: str, here: int) -> int | None:
-        """Where a turn ends whose last token is another one when the turn is the last: gpt-oss has two, Phi-3 ends
+        """The end of a turn whose last token is another one when the turn is the last: gpt-oss has two, Phi-3 ends
         the whole text with one more."""
         specials = self.writer.special_tokens()
         last = next((token for token in specials if rest.endswith(token)), None)
@@ -194,7 +196,7 @@ class _Turn:
         return None if other is None else place + len(other)
 
     def _text(self, count: int, *, prompt: bool = False) -> str | None:
-        """Of the first messages; None if the template refuses these alone."""
+        """The text of the first messages; None if the template refuses these alone."""
         if not count:
             return None
         try:
@@ -203,15 +205,15 @@ class _Turn:
             return None
 
     def _header(self) -> str:
-        """What the template writes to begin an assistant's turn."""
+        """The text with which the template begins an assistant's turn."""
         question = [{"role": "user", "content": "?"}]
         before = self.writer.text(self.chat, question)
         prompt = self.writer.text(self.chat, question, prompt=True)
         return prompt.removeprefix(before) if prompt.startswith(before) else ""
 
     def _place(self, messages: Messages, index: int, text: str) -> int | None:
-        """Where in `text`, which is that of the messages, the content of one ends, or else the name of its tool call;
-        None if that cannot be told."""
+        """The place in `text`, which is that of the messages, where the content of one ends, or else the name of its
+        tool call; None if it cannot be found."""
         marked = _marked(messages[index])
         if marked is None:
             return None
@@ -223,8 +225,8 @@ class _Turn:
         return written.find(MARK) if MARK in written and written.replace(MARK, "") == text else None
 
     def _without_spaces(self, end: int) -> int:
-        """Up to the token that ends the turn: what follows it is the template's. GLM has none, and stops where the
-        token comes that begins the next message."""
+        """The end of the turn at the token that ends it: what follows it is the template's. GLM has none, and stops
+        where the token comes that begins the next message."""
         stripped = self.whole[:end].rstrip()
         specials = self.writer.special_tokens()
         if stripped.endswith(tuple(specials)):
@@ -235,7 +237,7 @@ class _Turn:
 
 
 def _after(header: str, text: str, begin: int, end: int) -> int | None:
-    """Where a header that begins in text[begin : end + 1] is over. Its end may be missing (an opened thought of which
+    """The end of a header that begins in text[begin : end + 1]. Its own end may be missing (an opened thought of which
     nothing is left), but no more than half of it."""
     ends = [match.end() for match in re.finditer(r"[\s>\]|｜]+", header)]
     for length in sorted({*ends, len(header)}, reverse=True):

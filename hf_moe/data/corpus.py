@@ -20,6 +20,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hf_moe.data.bad_rows import DataError
+
 PACKAGES = ("accelerate", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers")
 """Their descriptions and licences are `readme` and `legal`, with those of all that they require."""
 DOCUMENT_BYTES = 24_000
@@ -27,13 +29,9 @@ DOCUMENT_BYTES = 24_000
 PASSAGE_BYTES = 6_000
 """`passages` cuts running text into pieces of about this size."""
 MIN_DOMAIN_BYTES = 6_000
-"""Less text than this gives neither a training row worth the name nor a held-out figure worth reading."""
+"""Less text than this gives neither a training row worth the name nor a held-out measurement worth reading."""
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _LICENCE_FILE = re.compile(r"licen[cs]e|copying|notice|common-licenses", re.IGNORECASE)
-
-
-class TextError(ValueError):
-    """Text that cannot be used: the message names the file or domain, the rule, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,12 @@ def split_domain(name: str, documents: Iterable[str], *, train_bytes: int, held_
     that it never hangs on one or two files. Repeated documents are kept once.
 
     Raises:
-        TextError: If the domain has fewer than two documents or less than `MIN_DOMAIN_BYTES` of text.
+        DataError: If the domain has fewer than two documents or less than `MIN_DOMAIN_BYTES` of text.
     """
     ordered = sorted(set(documents), key=lambda text: hashlib.sha256(text.encode()).digest())
     total = sum(map(byte_count, ordered))
     if len(ordered) < 2 or total < MIN_DOMAIN_BYTES:
-        raise TextError(
+        raise DataError(
             f"domain {name!r} has {total} bytes in {len(ordered)} different documents; at least "
             f"{MIN_DOMAIN_BYTES} bytes in 2 documents are needed to train on one part and test on another. Add text, "
             "or leave the domain out."
@@ -108,7 +106,7 @@ def embedded_corpus(*, train_bytes: int, held_out_bytes: int, without: Iterable[
     """The embedded domains by name, each with at most about the given numbers of UTF-8 bytes.
 
     Raises:
-        TextError: If this Python installation carries too little text for one of them (a zipped standard library).
+        DataError: If this Python installation carries too little text for one of them (a zipped standard library).
     """
     skip = set(without)
     return {
@@ -227,7 +225,7 @@ def _docstrings(source: str) -> list[str]:
 
 
 def _distributions() -> list[importlib.metadata.Distribution]:
-    """`PACKAGES` and all that they require, by name: what else is installed changes neither text nor figures."""
+    """`PACKAGES` and all that they require, by name: what else is installed changes neither text nor metrics."""
     found: dict[str, importlib.metadata.Distribution] = {}
     seen: set[tuple[str, str]] = set()
     wanted = [(name, "") for name in PACKAGES]

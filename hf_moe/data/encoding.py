@@ -11,7 +11,7 @@ from hf_moe.data.bad_rows import DataError, RowError
 from hf_moe.data.chat_text import ChatWriter, Span, plain_or_chat
 from hf_moe.data.formats import Chat, Pair, Row, Text
 
-IGNORED = -100  # a label without loss, the host's value
+IGNORED = -100  # a label without loss, the value of transformers
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Example:
 
 @dataclass
 class Encoding:
-    """What became of the rows of one source; `remarks` says what was left out before."""
+    """Encoded rows of one source, with counts; `remarks`: what was left out before."""
 
     examples: list[Example]
     tokens: int = 0
@@ -42,13 +42,17 @@ class Encoding:
         return "; ".join([text, *self.remarks])
 
 
-def cut(rows: Iterable[list[Example]], max_length: int, where: str) -> Encoding:
+def cut(rows: Iterable[list[Example]], max_length: int, where: str, remarks: Iterable[str] = ()) -> Encoding:
     """Encoded rows, each cut to `max_length` tokens; texts are in pieces already.
+
+    Args:
+        where: The data set.
+        remarks: What was left out of it.
 
     Raises:
         DataError: If nothing is left to learn from.
     """
-    result = Encoding([])
+    result = Encoding([], remarks=list(remarks))
     for example in (example for examples in rows for example in examples):
         if len(example.input_ids) > max_length:
             result.truncated += 1

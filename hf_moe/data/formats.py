@@ -1,4 +1,4 @@
-"""What the columns of a data set mean: every known layout, as one of five kinds of row."""
+"""Layouts of a data set's columns, each read as one of five kinds of row."""
 
 import json
 from collections import Counter
@@ -140,7 +140,7 @@ class DataSet:
         return done
 
     def remarks(self) -> list[str]:
-        """What was left out, a sentence each."""
+        """Sentences about what was left out."""
         columns = ", ".join(map(repr, self.unused))
         return [*([f"not used: the column{'s' * (len(self.unused) > 1)} {columns}"] if columns else []),
                 *([str(self.bad)] if self.bad.reasons else [])]  # fmt: skip
@@ -171,7 +171,7 @@ def read_rows(records: Iterable[tuple[int, Mapping[str, Any]]], layouts: Sequenc
 
 
 def _layout(record: Mapping[str, Any], layouts: Sequence[Layout]) -> Layout | None:
-    """By the columns that are filled, else by those that are there."""
+    """The layout by the columns that are filled, else by those that are there."""
     for names in ({name for name, value in record.items() if value is not None}, set(record)):
         if found := next((layout for layout in layouts if set(layout.needed) <= names), None):
             return found

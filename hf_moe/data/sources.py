@@ -1,6 +1,6 @@
-"""The data sets that people have, as records by domain.
+"""Data sets by name: local files, folders of data sets and names on the Hub, as rows by domain.
 
-Local files, folders of data sets and names on the Hub; what the columns of a data set mean is in `formats`.
+What the columns of a data set mean is in `formats`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,8 @@ from typing import Any, TypeVar
 from hf_moe.data.bad_rows import BadRows, DataError
 from hf_moe.data.corpus import DOMAIN_NAME
 from hf_moe.data.formats import FINE_TUNING, DataSet, Layout, read_rows, without_nulls
-from hf_moe.data.record_files import GZIPPED, kind_of, read_file
-from hf_moe.data.record_files import SUFFIXES as RECORDS
-from hf_moe.data.text_files import read_passages
+from hf_moe.data.text_files import DOCUMENTS, GZIPPED, RECORDS, kind_of, read_file, read_passages
 
-DOCUMENTS = (".txt", ".md")
 FILES = (*RECORDS, *GZIPPED, ".parquet", *DOCUMENTS)
 Item = TypeVar("Item")
 
@@ -27,7 +24,7 @@ class Source:
 
     Attributes:
         path: A local file (see `FILES`), a local folder of a data set, or a name on the Hub.
-        domain: What its figures are reported under; the file's name if not given.
+        domain: What its metrics are reported under; the file's name if not given.
         weight: Its share of the training rows, relative to the other sources; 0 measures it and does not train on it.
         config: Of a data set with several configurations.
         split: Of a data set with several splits.
@@ -119,7 +116,7 @@ def _check_path(path: Path, name: str) -> None:
 
 
 def _load(source: Source, path: Path) -> list[dict[str, Any]]:
-    """Of a .parquet file, a folder or the Hub, through Arrow."""
+    """Records of a .parquet file, a folder or the Hub, through Arrow."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 

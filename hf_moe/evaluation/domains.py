@@ -37,7 +37,7 @@ def read_domains(paths: Sequence[str], tokenizer: Tokenizer, *, on_bad_row: str 
 
     Raises:
         EvaluationError: If two files have one name.
-        DataError, TextError: If a file cannot be read.
+        DataError: If a file cannot be read.
     """
     domains: dict[str, list[str]] = {}
     for path in paths:
@@ -57,7 +57,7 @@ def read_documents(
         by_field: Whether a record's `domain` names its domain, where it has one.
 
     Raises:
-        DataError, TextError: If it cannot be read.
+        DataError: If it cannot be read.
     """
     if path == EMBEDDED and not Path(path).exists():
         corpus = embedded_corpus(train_bytes=EMBEDDED_BYTES, held_out_bytes=EMBEDDED_BYTES)

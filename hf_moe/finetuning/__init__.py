@@ -1,0 +1,19 @@
+"""Shared parts of the fine-tuning recipes: prepare a job, measure it, train it, report.
+
+    arguments.py       a recipe's choices, from YAML and the command line
+    prepare.py         a job: output folder, seed, data, model; whatever cannot be used is refused
+    domains.py         the data of a job, by domain: training rows and held-out rows
+    packing_check.py   proof that the model keeps packed examples apart
+    other_towers.py    vision and audio towers, which training on text leaves as they are
+    measure.py         held-out loss and chosen experts of every domain
+    train.py           the ordinary Trainer over the job, and what became of it
+    save.py            an adapter or a model, with the routers' hash
+    report.py          `report.json`, and the table of domains
+    card.py            the results folder: report, plots, model card
+    surroundings.py    versions, machine, warnings, errors in one line
+
+TRL's trainers:
+
+    trl.py             their arguments, job, trainer and report for a Mixture-of-Experts
+    trl_data.py        their data, read and checked as for the other recipes
+"""

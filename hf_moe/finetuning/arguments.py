@@ -16,14 +16,16 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_moe.data.formats import check_options
 from hf_moe.training.checkpointing.checkpoints import TOKEN_IS_PICKLED
 
+SMOKE_HELP = "Four short steps, to see that everything works."
+
 
 class RecipeError(ValueError):
-    """A choice that cannot be used; says which, why, and what to do. Nothing has been done yet."""
+    """A choice that cannot be used: names it, the rule, and the way out. Nothing has been done yet."""
 
 
 @dataclass
 class ModelArguments:
-    """What is fine-tuned."""
+    """The model that is fine-tuned."""
 
     model: str = field(metadata={"help": "A model folder, or a name on the Hub."})
     experts_implementation: str = field(default="hf_moe", metadata={"help": "How experts run; see `hf-moe info`."})
@@ -52,7 +54,7 @@ class ModelArguments:
 
 @dataclass
 class SourceArguments:
-    """What it learns from. In YAML a data set may also be a mapping: path, domain, weight, config, split."""
+    """The data sets that it learns from. In YAML each may also be a mapping: path, domain, weight, config, split."""
 
     datasets: list[str] = field(
         default_factory=list,
@@ -75,7 +77,7 @@ class SourceArguments:
 
 @dataclass
 class DataArguments(SourceArguments):
-    """What it learns from, and how it is put into rows."""
+    """The data sets that it learns from, and how they are put into rows."""
 
     row_length: int = field(default=1024, metadata={"help": "Tokens of a training row."})
     packing: bool = field(default=True, metadata={"help": "Several examples a row, kept apart by position ids."})
@@ -103,29 +105,33 @@ class ExpertLoraArguments:
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """The host's TrainingArguments with the defaults of the recipes, and `smoke`."""
+    """TrainingArguments of transformers with the defaults of the recipes, and `smoke`."""
 
     output_dir: str | None = field(default="finetune-output")
     learning_rate: float = field(default=1e-3)
     lr_scheduler_type: str = field(default="cosine")
     logging_steps: float = field(default=10)
-    logging_nan_inf_filter: bool = field(default=False)  # a NaN loss must not be shown as 0
+    logging_nan_inf_filter: bool = field(default=False)  # a NaN loss must not be logged as 0
     save_steps: float = field(default=100)
     save_total_limit: int | None = field(default=2)
-    # in the order of the host, whose parser reads unions by position
+    # in the order of transformers, whose parser reads unions by position
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
     remove_unused_columns: bool | None = field(default=False)
     train_sampling_strategy: str = field(default="sequential")  # the mixture has put the rows in order
-    smoke: bool = field(default=False, metadata={"help": "Four short steps, to see that everything works."})
+    smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise RecipeError(TOKEN_IS_PICKLED)
         if self.smoke:
-            self.max_steps, self.logging_steps, self.save_steps = 4, 1, 2
-            batch_size: int = self.per_device_train_batch_size  # type: ignore[has-type]
-            self.per_device_train_batch_size = min(batch_size, 2)
+            shorten(self)
         super().__post_init__()
+
+
+def shorten(arguments: Any) -> None:
+    """Set a Trainer's arguments to four short steps."""
+    arguments.max_steps, arguments.logging_steps, arguments.save_steps = 4, 1, 2
+    arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, 2)
 
 
 RECIPE = (ModelArguments, DataArguments, RecipeTrainingArguments)

@@ -1,4 +1,4 @@
-"""Models with more towers than text: what training on text leaves as it is, and what has to be saved beside it."""
+"""Models with more towers than text: freeze what text does not reach, save what their other inputs need."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _TOKENS = 8
 
 
 def has_other_towers(model: PreTrainedModel) -> bool:
-    """Whether the config describes more than a text model."""
+    """Return whether the config describes more than a text model."""
     return model.config.get_text_config() is not model.config
 
 

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed examples apart, by what it computes."""
+"""Check that a model keeps packed examples apart, by what it computes."""
 
 import math
 import re
@@ -75,7 +75,7 @@ def _probes(model: PreTrainedModel, row_length: int) -> Iterator[tuple[Tensor, T
 
 
 def _reaches(field: Any, named: bool = False) -> Iterator[int]:
-    """Every integer under a name that says a reach, however deep."""
+    """Every integer under a name that stands for a reach, however deep."""
     if isinstance(field, dict):
         for name, value in field.items():
             yield from _reaches(value, named or bool(_REACH.fullmatch(str(name))))
@@ -88,7 +88,7 @@ def _reaches(field: Any, named: bool = False) -> Iterator[int]:
 
 @torch.no_grad()
 def _change(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: int) -> float:
-    """What other tokens before `kept` change behind it, relative to the size of the logits."""
+    """The change behind `kept` by other tokens before it, relative to the size of the logits."""
     vocabulary = model.config.get_text_config().vocab_size
     others = ids.clone()
     others[:, :kept] = 2 + (ids[:, :kept] - 1) % (vocabulary - 2)  # every token is another one

@@ -1,11 +1,64 @@
-"""What a recipe changes around itself while it runs, and puts back."""
+"""Surroundings of a recipe: versions and machine, and what it changes around itself and puts back."""
 
+import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
 
 import torch
+from rich.console import Console
+from transformers import TrainingArguments
 from transformers.utils import logging
+
+from hf_moe.adapters.frozen_router import RouterNotFrozenError
+from hf_moe.adapters.readable import UnreadableAdapterError
+from hf_moe.data.bad_rows import DataError
+from hf_moe.finetuning.arguments import RecipeError
+from hf_moe.io.run_lock import RunRefusedError
+from hf_moe.loading.pretrained import ModelError
+
+LIBRARIES = ("hf-moe", "torch", "transformers", "peft", "accelerate", "datasets")
+# printed in one line, without a traceback
+_REFUSALS = (
+    DataError,
+    ImportError,
+    ModelError,
+    OSError,
+    RecipeError,
+    RouterNotFrozenError,
+    RunRefusedError,
+    UnreadableAdapterError,
+)
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in (*LIBRARIES, *more)}}
+
+
+def machine(arguments: TrainingArguments) -> dict[str, Any]:
+    """The machine that a recipe runs on, as JSON values; `torch_threads` of one process."""
+    device = arguments.device
+    return {
+        "architecture": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": arguments.world_size,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def recipe_errors() -> Iterator[None]:
+    """Print what cannot be used in one line, and exit with 2."""
+    try:
+        with without_needless_warnings():
+            yield
+    except _REFUSALS as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
 
 
 @contextmanager
@@ -20,8 +73,8 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def without_host_warnings() -> Iterator[None]:
-    """Leave out warnings that a recipe's user can do nothing about: one is meant for PEFT, one for who has a GPU."""
+def without_needless_warnings() -> Iterator[None]:
+    """Leave out warnings that a user can do nothing about: one is meant for PEFT, one for machines with a GPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
@@ -30,12 +83,12 @@ def without_host_warnings() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """`without_host_warnings`, and without the bars of reading and writing files."""
-    shown = logging.is_progress_bar_enabled()
+    """`without_needless_warnings`, and without the bars of reading and writing files."""
+    had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with without_host_warnings():
+        with without_needless_warnings():
             yield
     finally:
-        if shown:
+        if had_bars:
             logging.enable_progress_bar()

@@ -8,23 +8,25 @@ global batch, sigmoid scores and selection biases are dropped without a word. `M
 loss there; before `DPOTrainer`, with `router_aux_loss_coef=0.0` in its config, `BalancingMixin` adds losses instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import is_torch_bf16_gpu_available
 
+from hf_moe.adapters.expert_lora import expert_lora_config
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments, RecipeError
-from hf_moe.finetuning.prepare import folder_bytes, refuse_shards, save_adapter, versions
+from hf_moe.finetuning.arguments import SMOKE_HELP, ExpertLoraArguments, ModelArguments, RecipeError, shorten
+from hf_moe.finetuning.prepare import Job, known_config, load_model, load_tokenizer, refuse_used_folder
+from hf_moe.finetuning.report import run_report
+from hf_moe.finetuning.save import save_adapter
+from hf_moe.finetuning.train import MetricsFile, Trained, refuse_shards
+from hf_moe.finetuning.trl_data import TrlDataArguments
 from hf_moe.io.names import without_folders
 from hf_moe.io.whole_files import write_json
-from hf_moe.observability.explain import explain
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 
 try:
@@ -39,7 +41,7 @@ class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):
 
 
 class SafeDPOTrainer(SafeCheckpointMixin, DPOTrainer):
-    """The same for DPOTrainer."""
+    """DPOTrainer whose checkpoints a kill cannot damage, and which stops at a loss that is not finite."""
 
 
 class MoeSFTTrainer(SafeSFTTrainer):
@@ -66,45 +68,43 @@ class MoeSFTTrainer(SafeSFTTrainer):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
+@dataclass
+class _FrozenRouterArguments:
+    """Settings of the recipes for every config of TRL: the auxiliary loss, which TRL turns on by itself, is off."""
+
+    router_aux_loss_coef: float | None = field(default=0.0)
+    report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
+
+    def __post_init__(self) -> None:
+        _set_up(self)
+        super().__post_init__()  # type: ignore[misc]
+
+
 def _set_up(arguments: Any) -> None:
-    """Four short steps if `smoke` is set; TRL's bfloat16, where nothing is said of it, on a device that has it."""
+    """TRL's bfloat16, where nothing is asked for, only on a device that has it; four short steps if `smoke` is set."""
     if arguments.bf16 is None and (arguments.use_cpu or not is_torch_bf16_gpu_available()):
         arguments.bf16 = False
     if arguments.smoke:
-        arguments.max_steps, arguments.logging_steps, arguments.save_steps = 4, 1, 2
-        arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, 2)
+        shorten(arguments)
 
 
 @dataclass
-class SftArguments(SFTConfig):
-    """TRL's SFTConfig for a frozen router: its auxiliary loss, which TRL turns on by itself, is off."""
+class SftArguments(_FrozenRouterArguments, SFTConfig):
+    """TRL's SFTConfig for a frozen router."""
 
     output_dir: str | None = field(default="sft-trl-output")
-    router_aux_loss_coef: float | None = field(default=0.0)
-    report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
-    smoke: bool = field(default=False, metadata={"help": "Four short steps, to see that everything works."})
-
-    def __post_init__(self) -> None:
-        _set_up(self)
-        super().__post_init__()
 
 
 @dataclass
-class DpoArguments(DPOConfig):
-    """TRL's DPOConfig for a frozen router: its auxiliary loss, which TRL turns on by itself, is off."""
+class DpoArguments(_FrozenRouterArguments, DPOConfig):
+    """TRL's DPOConfig for a frozen router."""
 
     output_dir: str | None = field(default="dpo-trl-output")
-    router_aux_loss_coef: float | None = field(default=0.0)
-    report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
-    smoke: bool = field(default=False, metadata={"help": "Four short steps, to see that everything works."})
-
-    def __post_init__(self) -> None:
-        _set_up(self)
-        super().__post_init__()
 
 
 def refuse_broken_trackio() -> None:
-    """TRL asks trackio, where it is installed, for the card of every checkpoint: fail now and not at the first.
+    """Fail now and not at the first checkpoint, for whose card TRL asks trackio where it is installed.
 
     Raises:
         RecipeError: If trackio is there and cannot be imported.
@@ -118,50 +118,92 @@ def refuse_broken_trackio() -> None:
         ) from error
 
 
-def train_and_save(
-    trainer: Trainer, recipe: str, command: str, base: ModelArguments, adapter: ExpertLoraArguments
-) -> dict[str, Any]:
-    """Measure, train, measure again, save `adapter/` and `report.json`; returns the report."""
+class TrlData(NamedTuple):
+    """Two `datasets.Dataset`, as TRL reads them."""
+
+    train: Any
+    held_out: Any
+
+
+def prepare_for_trl(
+    method: str,
+    command: str,
+    adapter: ExpertLoraArguments,
+    base: ModelArguments,
+    texts: TrlDataArguments,
+    training: Any,
+    read: Callable[..., tuple[Any, Any]],
+) -> Job[TrlData]:
+    """Take the output folder, read the data, load the model; whatever cannot be used is refused.
+
+    Args:
+        method: The method's name, as the report has it.
+        command: How the recipe was called.
+        training: `SftArguments` or `DpoArguments`.
+        read: `read_for_sft` or `read_for_dpo`.
+
+    Raises:
+        RecipeError, DataError, OSError: Before any training.
+    """
+    refuse_broken_trackio()
+    refuse_used_folder(training)
+    config = known_config(base)
+    tokenizer = load_tokenizer(base)
+    data = TrlData(*read(texts, training, tokenizer, base.chat_options))
+    # TRL cannot build a model type that another package registers
+    model = load_model(base, training.device, config)
+    choices = {**asdict(adapter), "model": without_folders(base.model)}
+    return Job(method, command, choices, training, tokenizer, data, model, router_hash(model))
+
+
+def expert_lora_trainer(
+    kind: type[Trainer], job: Job[TrlData], adapter: ExpertLoraArguments, callbacks: Sequence[TrainerCallback]
+) -> Trainer:
+    """TRL's trainer of this kind over the job's data and model, with LoRA on the experts.
+
+    Raises:
+        RecipeError: Under FSDP.
+    """
+    trainer = kind(
+        job.model,
+        args=job.training,
+        train_dataset=job.data.train,
+        eval_dataset=job.data.held_out,
+        processing_class=job.tokenizer,
+        # not a PeftModel: DPOTrainer would copy its adapter for the reference
+        peft_config=expert_lora_config(job.model, **asdict(adapter)),
+        callbacks=[MetricsFile(), *callbacks],
+    )
     refuse_shards(trainer)
-    folder = Path(str(trainer.args.output_dir))
-    hash_before, before = router_hash(trainer.model), trainer.evaluate()
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    after = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        save_adapter(trainer.model, folder / "adapter")
-    size = explain(trainer.model)
-    log = [record for record in trainer.state.log_history if "loss" in record]
-    report = {
-        "recipe": recipe,
-        "date": date.today().isoformat(),
-        "command": command,
-        "choices": {**asdict(adapter), "model": without_folders(base.model)},
-        "versions": versions("trl"),
-        "parameters": {
-            "total": size.total_parameters,
-            "active": size.active_parameters,
-            "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        },
-        "router_sha256": {"before": hash_before, "after": router_hash(trainer.model)},
-        "held_out": {"before": _measures(before), "after": _measures(after)},
-        "steps": trainer.state.global_step,
-        "log": log,
-    }
-    if trainer.is_world_process_zero():
-        report["saved_bytes"] = folder_bytes(folder / "adapter")
-        write_json(folder / "report.json", report)
-        print_measures(report["held_out"])
-        Console(soft_wrap=True).print(f"results: {folder}", markup=False, highlight=False)
+    return trainer
+
+
+def save_and_report(
+    job: Job[TrlData], before: Mapping[str, float], trained: Trained, after: Mapping[str, float]
+) -> dict[str, Any]:
+    """Save `adapter/` and `report.json`, print the metrics; returns the report.
+
+    Args:
+        before, after: What the trainer's `evaluate` returned.
+    """
+    if trained.is_main_process:
+        save_adapter(trained.model, job.folder / "adapter")
+    report = run_report(job, trained, saved="adapter", libraries=("trl",))
+    report["held_out"] = {"before": _metrics(before), "after": _metrics(after)}
+    if trained.is_main_process:
+        write_json(job.folder / "report.json", report)
+        _print_metrics(report["held_out"])
+        Console(soft_wrap=True).print(f"results: {job.folder}", markup=False, highlight=False)
     return report
 
 
-def _measures(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What the Trainer's evaluation measured, without how long it took."""
+def _metrics(evaluated: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of the Trainer's evaluation, without its times."""
     timing = ("runtime", "per_second", "_time", "num_tokens", "epoch")
-    return {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(timing)}
+    return {key.removeprefix("eval_"): value for key, value in evaluated.items() if not key.endswith(timing)}
 
 
-def print_measures(held_out: Mapping[str, Mapping[str, float]]) -> None:
+def _print_metrics(held_out: Mapping[str, Mapping[str, float]]) -> None:
     table = Table(title="Held-out records", title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")

@@ -24,7 +24,7 @@ NOT_OURS = {"chat_template_path": None, "dataset_kwargs": None, "dataset_text_fi
 
 
 class TrlDataArguments(SourceArguments):
-    """What it learns from; cutting and packing are TRL's."""
+    """The data sets that it learns from; cutting and packing are TRL's."""
 
 
 def read_for_sft(
@@ -42,7 +42,7 @@ def read_for_sft(
         options: Variables of the chat template.
 
     Raises:
-        DataError, TextError: If a data set cannot be used.
+        DataError: If a data set cannot be used.
         RecipeError: For an option of SFTConfig that would change the tokens afterwards, or `assistant_only_loss`
             without a conversation.
     """
@@ -67,10 +67,9 @@ def read_for_sft(
         return encoder.encode(row)
 
     def prepare(data_set: DataSet, encoded: list, part: str) -> list[dict[str, Any]]:
-        encoding = cut(encoded, longest, data_set.where)
+        encoding = cut(encoded, longest, data_set.where, data_set.remarks())
         if part == "train":
-            encoding.remarks = data_set.remarks()
-            _say(training, f"{data_set.where}: {encoding}")
+            _print_once(training, f"{data_set.where}: {encoding}")
         return [vars(example) for example in encoding.examples]
 
     parts = _read(arguments, training, FINE_TUNING, encode, prepare, lambda records: None)
@@ -92,7 +91,7 @@ def read_for_dpo(
         options: Variables of the chat template; a row's own come first.
 
     Raises:
-        DataError, TextError: If a data set cannot be used, or two have different columns.
+        DataError: If a data set cannot be used, or two have different columns.
     """
 
     def check(row: Row) -> dict[str, Any]:
@@ -102,13 +101,13 @@ def read_for_dpo(
     def prepare(data_set: DataSet, records: list, part: str) -> list[dict[str, Any]]:
         if part == "train":
             for remark in data_set.remarks():
-                _say(training, f"{data_set.where}: {remark}")
+                _print_once(training, f"{data_set.where}: {remark}")
         return records
 
     return _read(arguments, training, PREFERENCES, check, prepare, _preference_features)
 
 
-def _say(training: TrainingArguments, text: str) -> None:
+def _print_once(training: TrainingArguments, text: str) -> None:
     if training.process_index == 0:
         Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
@@ -144,7 +143,7 @@ def _read(
 
 
 def _preference(row: Preference, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What TRL reads, once it is known that TRL can."""
+    """The record that TRL reads, after a check that it can."""
     answers = {"chosen": row.chosen, "rejected": row.rejected}
     record = answers if row.prompt is None else {"prompt": row.prompt, **answers}
     if isinstance(row.chosen, str):

@@ -154,18 +154,19 @@ def check_language_model(name: str) -> PreTrainedConfig:
     return config
 
 
-def load_language_model(name: str, **options: Any) -> PreTrainedModel:
+def load_language_model(name: str, *, checked: PreTrainedConfig | None = None, **options: Any) -> PreTrainedModel:
     """The model with all its towers.
 
     Args:
         name: A folder, or a name on the Hub.
+        checked: What `check_language_model(name)` returned, where it has been called already.
         **options: Of `from_pretrained`: `dtype`, `experts_implementation`, `device_map`.
 
     Raises:
         ModelError: If it is no language model, dense, its experts bypass transformers' interface, or tensors of it
             are missing; an option that does not fit.
     """
-    config = check_language_model(name)
+    config = check_language_model(name) if checked is None else checked
     auto_class = language_class(config, name)
     try:
         model, found = auto_class.from_pretrained(name, trust_remote_code=False, output_loading_info=True, **options)

@@ -1,4 +1,4 @@
-"""Where the assistant speaks is found in the text of any chat template, or refused; what a row is as one text."""
+"""The assistant's turns are found in the text of any chat template, or refused; a row as one text."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def test_the_models_own_words_in_a_message_change_nothing():
 @pytest.mark.parametrize(
     "template",
     [
-        # a template that writes the whole conversation otherwise once more comes, or loses what was said
+        # a template that writes the whole conversation otherwise once more comes, or loses what came before
         "{% for m in messages %}{{ loop.length }}{{ m.role }}{{ m.content | upper }}{% endfor %}",
         "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}",
     ],
@@ -173,7 +173,7 @@ def test_every_row_has_a_text():
     assert text_of(instruction, tiny_tokenizer).endswith("### Input:\n1 and 2\n\n### Response:3")
 
 
-def test_what_a_template_refuses_is_said_with_the_messages():
+def test_what_a_template_refuses_is_named_with_the_messages():
     with pytest.raises(RowError, match=r"refuses the messages .*two\?"):
         ChatWriter(chat_tokenizer("{{ raise_exception('no') }}")).text(Chat([user("two?")]))
     with pytest.raises(DataError, match="no chat template"):

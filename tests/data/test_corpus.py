@@ -3,7 +3,8 @@
 import pytest
 
 from hf_moe.data import corpus
-from hf_moe.data.corpus import Domain, TextError, byte_count, embedded_corpus, passages, split_domain
+from hf_moe.data.bad_rows import DataError
+from hf_moe.data.corpus import Domain, byte_count, embedded_corpus, passages, split_domain
 
 TEXTS = [f"document {number}\n" + "x" * 900 for number in range(40)]
 
@@ -76,7 +77,7 @@ def test_repeated_documents_count_once():
     "documents", [[], ["x" * 9_000], ["a", "b"], ["same " * 2_000] * 5], ids=["none", "one", "short", "repeated"]
 )
 def test_too_little_text_is_refused(documents):
-    with pytest.raises(TextError, match=r"'letters' has \d+ bytes .* at least 6000 bytes .* Add text"):
+    with pytest.raises(DataError, match=r"'letters' has \d+ bytes .* at least 6000 bytes .* Add text"):
         split_domain("letters", documents, train_bytes=10_000, held_out_bytes=1_000)
 
 

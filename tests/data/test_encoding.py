@@ -110,11 +110,11 @@ def test_a_template_without_generation_marks_gives_the_same_labels(tokenizer):
 def test_labels_begin_and_end_with_the_assistants_turns(template):
     plain = chat_tokenizer(template)
     (example,) = encode(plain, [{"messages": CHAT, "tools": [ADD]}], max_length=1000).examples
-    said = plain.decode([label for label in example.labels if label != IGNORED])
-    assert "and three?" not in said
-    assert "user" not in said
-    assert said.index("four") < said.index("seven")
-    assert said.endswith(("<|im_end|>", "<|return|>", plain.eos_token))
+    text = plain.decode([label for label in example.labels if label != IGNORED])
+    assert "and three?" not in text
+    assert "user" not in text
+    assert text.index("four") < text.index("seven")
+    assert text.endswith(("<|im_end|>", "<|return|>", plain.eos_token))
 
 
 def test_the_prompt_of_a_thinking_template_is_cut_where_its_text_ends():
@@ -137,11 +137,11 @@ def test_of_a_completion_with_a_tools_answer_the_assistants_turns_are_learned():
     record = {"prompt": CHAT[:1], "completion": [*called(), CHAT[1]], "tools": [ADD]}
     for options, includes in (({}, False), ({"assistant_only": False}, True)):
         (example,) = encode(plain, [record], max_length=1000, **options).examples
-        said = plain.decode([label for label in example.labels if label != IGNORED])
-        assert ("42" in said) is includes
-        assert '"name": "add"' in said
-        assert "four" in said
-        assert "two and two?" not in said
+        text = plain.decode([label for label in example.labels if label != IGNORED])
+        assert ("42" in text) is includes
+        assert '"name": "add"' in text
+        assert "four" in text
+        assert "two and two?" not in text
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -211,7 +211,7 @@ def test_one_row_that_a_template_refuses_is_settled_like_any_other():
 
 
 @pytest.mark.parametrize("template", ["olmoe", TEMPLATE])
-def test_rows_without_the_assistant_are_told_so(template):
+def test_rows_without_the_assistant_are_refused_by_that_name(template):
     with pytest.raises(DataError, match=r"no message of the assistant to learn from. Add one, or learn whole conv"):
         encode(chat_tokenizer(template), [{"messages": CHAT[:1]}])
 

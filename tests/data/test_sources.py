@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from hf_moe.data.corpus import TextError
 from hf_moe.data.formats import Chat, Instruction, Pair, Text
 from hf_moe.data.sources import DataError, Source, hold_out, read_records, read_source
 
@@ -179,7 +178,7 @@ def test_keys_that_arrow_adds_are_gone_and_those_of_the_file_stay(tmp_path):
     assert read_source(Source(str(tmp_path / "null.jsonl"))).rows[1].messages == meant["messages"]
 
 
-def test_what_is_left_out_is_said_once(tmp_path):
+def test_what_is_left_out_is_reported_once(tmp_path):
     records = [{"text": "a", "id": 1}, {"text": None, "url": "x"}, {"text": "c", "id": 2}]
     jsonl(tmp_path / "a.jsonl", records)
     data_set = read_source(Source(str(tmp_path / "a.jsonl")), on_bad_row="skip")
@@ -202,7 +201,7 @@ def test_bad_lines_are_numbered_as_in_the_file(tmp_path):
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes("señor".encode("latin-1") * 100)
-    with pytest.raises(TextError, match="not UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         read_source(Source(str(tmp_path / "a.txt")))
 
 

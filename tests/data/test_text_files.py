@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_moe.data.corpus import TextError
+from hf_moe.data.bad_rows import DataError
 from hf_moe.data.text_files import read_domains
 from tiny_moe import words
 
@@ -82,13 +82,13 @@ def test_bad_files_are_refused(case, tmp_path):
     name, content, message = BAD_FILES[case]
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(TextError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         read(path)
     assert path.stem in str(error.value)
 
 
 def test_missing_paths_are_refused(tmp_path):
-    with pytest.raises(TextError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "absent.txt")
-    with pytest.raises(TextError, match=r"holds no .txt, .md, .jsonl file"):
+    with pytest.raises(DataError, match=r"holds no .txt, .md, .jsonl file"):
         read(tmp_path)

@@ -13,7 +13,7 @@ ROW = 64
 
 
 def sees_what_came_before(model) -> bool:
-    """Whether a packed example's logits have a gradient to the embeddings of the example before it."""
+    """Return whether a packed example's logits have a gradient to the embeddings of the example before it."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(4, vocabulary, (2, 32), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(16).repeat(2).expand(2, -1)

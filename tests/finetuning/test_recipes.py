@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 import hf_moe  # noqa: F401 (registers)
 from chat_cases import chat_tokenizer
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.data.sources import DataError
+from hf_moe.data.bad_rows import DataError
 from hf_moe.finetuning.arguments import RecipeError
+from hf_moe.loading import pretrained
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
 from tiny_multimodal import build_multimodal, multimodal_config
@@ -73,7 +74,7 @@ def run(recipe, arguments):
 
 
 def loaded(models, output, report, family):
-    """What the recipe saved, read back from disk."""
+    """The model that the recipe saved, read back from disk."""
     if (output / "model").exists():
         return AutoModelForCausalLM.from_pretrained(output / "model")
     base = AutoModelForCausalLM.from_pretrained(models / family)
@@ -150,21 +151,21 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_read(kind, mes
     assert len(str(raised.value)) < 500
 
 
-def test_what_is_loaded_back_has_the_figures_of_the_report(models, data, tmp_path):
+def test_what_is_loaded_back_has_the_metrics_of_the_report(models, data, tmp_path):
     from hf_moe.finetuning.arguments import DataArguments
-    from hf_moe.finetuning.held_out import evaluate_rows
-    from hf_moe.finetuning.prepare import prepare_data
+    from hf_moe.finetuning.domains import read_data
+    from hf_moe.finetuning.measure import evaluate_rows
 
     report = run("finetune_expert_lora", options(models, data, tmp_path / "out"))
-    rows = prepare_data(tiny_tokenizer(), DataArguments(datasets=data, row_length=32)).held_out["notes"]
+    domains = read_data(tiny_tokenizer(), DataArguments(datasets=data, row_length=32)).domains
     model = loaded(models, tmp_path / "out", report, "hf_moe")
-    figures = evaluate_rows(model, tiny_tokenizer(), rows)
-    assert figures.to_dict() == pytest.approx(report["domains"]["notes"]["after"], rel=1e-5)
+    metrics = evaluate_rows(model, tiny_tokenizer(), domains["notes"].held_out_rows)
+    assert metrics.to_dict() == pytest.approx(report["domains"]["notes"]["after"], rel=1e-5)
 
 
 def test_every_row_is_encoded_with_the_recipes_choices_and_what_is_left_out_is_shown(tmp_path):
     from hf_moe.finetuning.arguments import DataArguments
-    from hf_moe.finetuning.prepare import prepare_data
+    from hf_moe.finetuning.domains import read_data
 
     talk = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "four"}]
     records = [{"messages": talk, "id": i} for i in range(9)]
@@ -172,7 +173,7 @@ def test_every_row_is_encoded_with_the_recipes_choices_and_what_is_left_out_is_s
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     arguments = DataArguments([str(tmp_path / "chat.jsonl")], row_length=256, on_bad_row="skip")
     tokenizer = chat_tokenizer("qwen3")
-    encoding = prepare_data(tokenizer, arguments, chat_options={"enable_thinking": False}).encodings["chat"]
+    encoding = read_data(tokenizer, arguments, chat_options={"enable_thinking": False}).domains["chat"].train
     assert len(encoding.examples) == 7
     # the prompt of a model that shall not think has an empty thought, which is not learned then
     assert encoding.loss_tokens == 7 * len(tokenizer("four<|im_end|>")["input_ids"])
@@ -181,15 +182,15 @@ def test_every_row_is_encoded_with_the_recipes_choices_and_what_is_left_out_is_s
 
 def test_long_rows_hold_no_example_beyond_the_models_context(data):
     from hf_moe.finetuning.arguments import DataArguments
-    from hf_moe.finetuning.prepare import prepare_data
+    from hf_moe.finetuning.domains import read_data
 
     arguments = DataArguments(datasets=data[:1], row_length=64)
     longest = {
         context: max(
-            len(example.input_ids) for encoding in prepared.encodings.values() for example in encoding.examples
+            len(example.input_ids) for domain in prepared.domains.values() for example in domain.train.examples
         )
         for context in (None, 8)
-        if (prepared := prepare_data(tiny_tokenizer(), arguments, context))
+        if (prepared := read_data(tiny_tokenizer(), arguments, context))
     }
     assert longest[None] > longest[8] == 8
 
@@ -221,7 +222,7 @@ def test_training_learns(models, data, tmp_path):
         assert domain["after"]["bits_per_byte"] < 0.9 * domain["before"]["bits_per_byte"]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(models, data, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("finetune_expert_lora", options(models, data, whole))
     run("finetune_expert_lora", options(models, data, parts))
@@ -292,8 +293,18 @@ def test_experts_that_cannot_run_are_refused(name, message, models, data, tmp_pa
         run("finetune_full", arguments)
 
 
+def test_the_empty_model_is_built_once(models, data, tmp_path, monkeypatch):
+    """What is refused without weights is checked before the data are read, and not again when the model is loaded."""
+    built = []
+    build_empty = pretrained.build_empty
+    monkeypatch.setattr(pretrained, "build_empty", lambda config: built.append(config) or build_empty(config))
+    with pytest.raises(RecipeError, match="cannot run here"):
+        run("finetune_full", options(models, data, tmp_path, "hf_moe", "--experts_implementation", "deepgemm"))
+    assert len(built) == 1
+
+
 def test_data_is_looked_for_before_a_model_is_loaded(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_moe.finetuning.report.load_model", None)
+    monkeypatch.setattr("hf_moe.finetuning.prepare.load_model", None)
     with pytest.raises(DataError, match="does not exist"):
         run("finetune_full", options(models, [str(tmp_path / "none.jsonl")], tmp_path / "out"))
 
@@ -321,7 +332,7 @@ def test_nothing_to_train_on_is_refused(models, data, tmp_path):
         run("finetune_full", arguments)
 
 
-def test_the_program_says_what_is_wrong_in_one_line(models, tmp_path):
+def test_the_program_prints_what_is_wrong_in_one_line(models, tmp_path):
     arguments = options(models, [str(tmp_path / "none.jsonl")], tmp_path / "out")
     command = [sys.executable, str(ROOT / "recipes" / "finetune_full.py"), *arguments]
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""What TRL does to the loss of a Mixture-of-Experts, and what is done about it, as `training/trl.py` says."""
+"""What TRL does to the loss of a Mixture-of-Experts, and what is done about it, as `finetuning/trl.py` says."""
 
 import copy
 

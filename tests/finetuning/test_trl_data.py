@@ -127,9 +127,9 @@ def test_bad_rows_are_settled_as_elsewhere(bad, tmp_path, capsys):
         sft([path], tmp_path)
     _, train, held_out = sft([path], tmp_path, choices={"on_bad_row": "skip"})
     assert len(train) + len(held_out) == 3
-    said = capsys.readouterr().err
-    assert said.count("not used: the column") == 1
-    assert "1 bad row left out (line 2)" in said
+    printed = capsys.readouterr().err
+    assert printed.count("not used: the column") == 1
+    assert "1 bad row left out (line 2)" in printed
 
 
 CHATS = {
@@ -154,10 +154,10 @@ def test_sft_learns_what_the_template_writes_of_every_row(tmp_path):
         tools = {"tools": [ADD], "as text": [OTHER]}.get(name)
         options = record.get("chat_template_kwargs", {})
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-        said = tokenizer.decode([label for label in seen[text] if label != IGNORED])
-        assert "hey" not in said
-        assert "two?" not in said
-        assert '"city": null' not in said
+        learned = tokenizer.decode([label for label in seen[text] if label != IGNORED])
+        assert "hey" not in learned
+        assert "two?" not in learned
+        assert '"city": null' not in learned
     assert any('"default": null' in text for text in seen)  # the file's own
     assert trainer.evaluate()["eval_loss"] > 0
 

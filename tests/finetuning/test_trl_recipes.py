@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_moe  # noqa: F401 (registers)
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.data.sources import DataError
+from hf_moe.data.bad_rows import DataError
 from hf_moe.finetuning.arguments import RecipeError
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model, tiny_tokenizer, words
@@ -27,7 +27,7 @@ RECIPES = ("sft_trl", "dpo_trl")
 
 @pytest.fixture(autouse=True)
 def _whole_trackio(monkeypatch):
-    """Where trackio is installed without what it needs, TRL is told that it is not there."""
+    """Where trackio is installed without what it needs, TRL sees none."""
     if importlib.util.find_spec("trackio") and not importlib.util.find_spec("gradio_client"):
         monkeypatch.setattr("trl.trainer.utils.is_trackio_available", lambda: False)
 
@@ -110,7 +110,7 @@ def test_training_learns(recipe, models, data, tmp_path):
         assert held_out["after"]["rewards/margins"] > 0.1
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(models, data, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("sft_trl", models, data, whole, "hf_moe", "--smoke")
     run("sft_trl", models, data, parts, "hf_moe", "--smoke")

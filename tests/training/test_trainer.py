@@ -10,7 +10,7 @@ from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.comparison.routing_agreement import record_choices
 from hf_moe.data.packing import PackedRows
 from hf_moe.finetuning.arguments import RecipeError
-from hf_moe.finetuning.prepare import refuse_shards
+from hf_moe.finetuning.train import refuse_shards
 from hf_moe.observability.layer_statistics import load_entropy, max_violation
 from hf_moe.training.checkpointing.checkpoints import CheckpointError
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin

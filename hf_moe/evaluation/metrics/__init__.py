@@ -2,6 +2,8 @@
 
     expert_utilization/   how evenly tokens are spread over the experts of a layer
     routing_agreement/    how often two models send a token to the same experts
+
+Each is a folder, because `evaluate.load` takes one.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Loss and bits per byte of held-out rows, whatever their format: of the tokens that have a label."""
+"""Held-out metrics of every domain: loss and bits per byte of the tokens that have a label, and the chosen experts."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,8 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from hf_moe.comparison.routing_agreement import RoutingChoices, record_choices
 from hf_moe.data.encoding import IGNORED
-from hf_moe.data.rows import Rows
+from hf_moe.data.packing import Rows
+from hf_moe.finetuning.domains import Data
+from hf_moe.finetuning.prepare import Job
+from hf_moe.observability.health import Health
+from hf_moe.observability.recording import record_routing
 
 
 @dataclass(frozen=True)
@@ -68,3 +73,27 @@ def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> int:
         ids = labels[labels != IGNORED].tolist()
         total += len(tokenizer.decode(ids, skip_special_tokens=True).encode())
     return total
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Held-out metrics and chosen experts by domain; `health` is the verdict on the routing of all."""
+
+    metrics: dict[str, HeldOut]
+    choices: dict[str, RoutingChoices]
+    health: Health
+
+
+def measure(job: Job[Data], model: nn.Module) -> Measurement:
+    """Held-out loss of every domain, and the experts chosen for its held-out tokens, with the routing's health."""
+    batch_size, domains = job.training.per_device_eval_batch_size, job.data.domains
+    metrics = {
+        name: evaluate_rows(model, job.tokenizer, domain.held_out_rows, batch_size=batch_size)
+        for name, domain in domains.items()
+    }
+    with record_routing(model) as trace:
+        choices = {
+            name: record_choices(model, domain.probe(job.data.longest), batch_size=batch_size)
+            for name, domain in domains.items()
+        }
+    return Measurement(metrics, choices, trace.health())
