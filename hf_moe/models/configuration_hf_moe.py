@@ -288,6 +288,15 @@ class HfMoeConfig(PreTrainedConfig):
         """Whether the feed-forward of layer `layer_idx` is a MoE layer; the others are dense."""
         return layer_idx >= self.first_k_dense_replace and layer_idx not in (self.mlp_only_layers or ())
 
+    def require_causal(self, model: str) -> None:
+        """Raise ValueError if attention is not causal, for the model of this name, which decodes."""
+        if not self.is_causal:
+            raise ValueError(
+                f"{model} decodes causally and needs is_causal=True, got is_causal=False with "
+                f"routing={self.routing!r}. For an encoder use HfMoeModel or a classification head; for a language "
+                "model choose routing='top_k', 'top_p' or 'dense'."
+            )
+
     @property
     def can_skip_slots(self) -> bool:
         """Whether a token may use fewer experts than it has slots: the router then emits the id `num_experts`."""

@@ -31,7 +31,7 @@ from tiny_hf_moe import make_code_old, tiny_config
 
 FILES = {"configuration_hf_moe.py", "modeling_hf_moe.py", "routing.py", "losses.py"}
 FILES |= {"checkpoint_files.py", "checkpoint_layout.py", "hub_upload.py", "late_gradient.py", "shipped_code.py"}
-FILES |= {"transformers_names.py"}
+FILES |= {"masks.py", "outputs.py", "transformers_names.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_hf_moe.HfMoeConfig",
     "AutoModel": "modeling_hf_moe.HfMoeModel",
@@ -60,6 +60,11 @@ def test_every_class_saves_the_whole_map_and_all_files(model_class: type, tmp_pa
     model_class(tiny_config()).save_pretrained(tmp_path)
     assert auto_map(tmp_path) == AUTO_MAP
     assert {path.name for path in tmp_path.glob("*.py")} == FILES
+
+
+def test_the_folder_is_what_ships_with_a_checkpoint() -> None:
+    folder = Path(modeling_hf_moe.__file__).parent
+    assert {path.name for path in folder.iterdir() if path.is_file()} == FILES | {"__init__.py"}
 
 
 def test_the_copied_files_stand_alone() -> None:
