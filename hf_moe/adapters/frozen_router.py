@@ -154,7 +154,7 @@ def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = 
             "RouterFreezeCallback, or write it with save_router_hash."
         )
     else:
-        problem = _difference(path, model)
+        problem = router_difference(folder, _read_record(path), model)
     if problem is None:
         return True
     if strict:
@@ -163,16 +163,18 @@ def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = 
     return False
 
 
-def _difference(path: Path, model: nn.Module) -> str | None:
-    """What tells the routers of `model` from those recorded in `path`; None if they are the same."""
-    record = _read_record(path)
+def router_difference(folder: str | Path, record: dict[str, Any], model: nn.Module) -> str | None:
+    """A sentence about how the routers of `model` differ from the `checked_record` of `folder`; None if they do not.
+
+    Raises:
+        ValueError: As `router_hash`.
+    """
     actual, dtype = router_hash(model), _router_dtypes(model)
     recorded = record["router_sha256"]
     if _has_hash(model, actual, recorded, None if record["version"] == VERSION else record["dtype"]):
         return None
     problem = (
-        f"the routers differ from those that {str(path.parent)!r} was trained with: sha256 {actual}, recorded "
-        f"{recorded}. "
+        f"the routers differ from those that {str(folder)!r} was trained with: sha256 {actual}, recorded {recorded}. "
     )
     if dtype != record["dtype"]:
         return problem + (
@@ -198,6 +200,15 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = read_json(path, largest=LARGEST_RECORD, allow_nan=True)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error}): take it from the adapter again.") from error
+    return checked_record(path, record)
+
+
+def checked_record(path: Path, record: Any) -> dict[str, Any]:
+    """What the file `path` holds, as a record of routers: version, hash and dtype.
+
+    Raises:
+        ValueError: If it is none, or one of a later version of hf_moe.
+    """
     digest = record.get("router_sha256") if isinstance(record, dict) else None
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(
