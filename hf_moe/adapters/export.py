@@ -58,7 +58,7 @@ class AdapterExportError(ValueError):
 def export_adapter(
     path: str | Path, output: str | Path, format: str = "per_expert", *, model_type: str | None = None
 ) -> Path:
-    """Write the PEFT adapter in `path` anew, in another format, with its record of the routers if it has one.
+    """Convert the PEFT adapter in `path` to another format, with its record of the routers if it has one.
 
     `per_expert` gives every expert factors of its own, under the names of the family's checkpoints; gate and up share
     A and have half of B each. Stock PEFT reads it with the rank of the fused projection doubled, which changes no
@@ -246,7 +246,7 @@ def _scale(config: Mapping[str, Any]) -> float:
 
 
 def _is_known_to_peft(modules: list[str], model_type: str) -> bool:
-    """Whether PEFT turns the names of single experts into the fused parameters of this family by itself."""
+    """True if PEFT turns the names of single experts into the fused parameters of this family by itself."""
     probe = LoraConfig(target_modules=modules)
     convert_peft_config_for_transformers(probe, SimpleNamespace(config=SimpleNamespace(model_type=model_type)), None)
     return bool(probe.target_parameters)

@@ -1,7 +1,7 @@
-"""Load a PEFT adapter that somebody else saved: decided from its files, compared with them, the base proved unchanged.
+"""Load an untrusted PEFT adapter: checked by its files, compared with them, the base proved unchanged.
 
-PEFT warns of missing and surplus tensors and goes on, accepts NaN, reads pickles, writes into the base where a config
-asks for it, and allocates what the config says before it looks at the weights. Here each is an error.
+PEFT warns of missing and surplus tensors and continues, accepts NaN, reads pickles, writes into the base where a
+config asks for it, and allocates what the config says before it looks at the weights. Here each is an error.
 """
 
 import copy
@@ -117,7 +117,7 @@ def load_adapter(
     except BaseException as error:
         state.restore()
         if isinstance(error, AdapterError) and (lost := state.difference(model)):
-            raise AdapterError(f"{error} That could not be undone, and {lost}: load the base anew.") from error
+            raise AdapterError(f"{error} That could not be undone, and {lost}: load the base again.") from error
         raise
     return loaded
 
@@ -143,7 +143,7 @@ def _refuse_taken(model: Any, adapter_name: str) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
                 f"this {type(model).__name__} has an adapter already: pass the PeftModel around it to add another, or "
-                "load the base anew."
+                "load the base again."
             )
     elif adapter_name in model.peft_config:
         raise AdapterError(f"the model has an adapter {adapter_name!r} already: choose another adapter_name.")
@@ -345,7 +345,7 @@ def _local(adapter: str | Path, revision: str | None) -> Path:
 
 
 def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
-    """What is in place must be what the file holds."""
+    """Compare the tensors in place with those of the file."""
     from safetensors import safe_open
 
     names = {tensor.name for tensor in files.tensors}

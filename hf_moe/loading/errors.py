@@ -1,4 +1,4 @@
-"""What the Hub answers, in words; and what other libraries raise for files that do not fit them."""
+"""Words for what the Hub answers, and the exceptions of other libraries for files that do not fit them."""
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -14,10 +14,10 @@ from huggingface_hub.errors import (
 from hf_moe.io.error_text import one_line
 
 HUB_ERRORS = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, HTTPError, ConnectionError)
-"""What the Hub's client raises where a repository cannot be had."""
+"""Raised by the Hub's client where a repository cannot be had."""
 
 MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-"""What transformers, PEFT and torch raise where a value or tensor of a file has another type, size or shape than they
+"""Raised by transformers, PEFT and torch where a value or tensor of a file has another type, size or shape than they
 expect. Where they are caught, ValueError, OSError, MemoryError and what the file's own reader raises come on top."""
 
 

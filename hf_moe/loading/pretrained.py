@@ -1,7 +1,7 @@
 """Load a Mixture-of-Experts language model whole: the one way that recipes, trace, compare and evaluate share.
 
-Everything that would refuse it is asked before its weights are read: whether it is there, which class it is, and
-whether its experts go through transformers' interface.
+Everything that would refuse it is checked before its weights are read: that it exists, its class, and that its experts
+go through the interface of transformers.
 """
 
 import copy
@@ -28,7 +28,7 @@ class ModelNotFoundError(ModelError, OSError):
 
 
 def find_model(name: str, *, file: str = "config.json", revision: str | None = None) -> None:
-    """Ask the Hub once whether it has `name`: transformers tries for half a minute before it gives up.
+    """Check with one request that the Hub has `name`: transformers tries for half a minute before it gives up.
 
     Args:
         name: A folder, or a name on the Hub. Of a folder, or of what is in the Hub's cache, nothing is asked.

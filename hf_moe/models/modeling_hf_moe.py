@@ -401,7 +401,7 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
         share: Tensor | None = None,
         **logits: Tensor,
     ) -> Any:
-        """What all heads return: the loss with the balancing losses added, these by themselves, and the records."""
+        """The output of every head: the loss with the balancing losses added, these by themselves, and the records."""
         config, aux_loss, z_loss = self.config, None, None
         if outputs.router_decisions:
             counts = self._global_batch_counts if self.training and config.balance_scope == "global_batch" else None

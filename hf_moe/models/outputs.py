@@ -1,4 +1,4 @@
-"""What the models return: the outputs of transformers with the balancing losses and what the routers decided."""
+"""Outputs of the models: those of transformers with the balancing losses and the routers' decisions."""
 
 from dataclasses import dataclass
 
@@ -30,9 +30,9 @@ class HfMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 @dataclass
 class _BalancingOutput:
-    """What the outputs of a head that transformers has without experts get: balancing losses, `[T, X]` of each layer.
+    """Scalars and `[T, X]` logits of each MoE layer, for heads whose outputs have none in transformers.
 
-    Before the output of transformers among the bases, so that its fields come first.
+    The first base of an output: fields of the second, transformers' own, then come first.
     """
 
     aux_loss: Tensor | None = None

@@ -16,7 +16,7 @@ from .configuration_hf_moe import HfMoeConfig
 
 
 class RoutingDecision(NamedTuple):
-    """What the router chose, for the balancing losses: they take it and never choose again.
+    """The choice of a router, for the balancing losses: they take it and never choose again.
 
     Attributes:
         router_logits: `[T, X]`, float32.
@@ -30,7 +30,7 @@ class RoutingDecision(NamedTuple):
 
 
 class RouterOutput(NamedTuple):
-    """What a router returns; the first three are the contract of transformers.
+    """Output of a router; the first three are the contract of transformers.
 
     Attributes:
         router_logits: `[T, X]`, float32.

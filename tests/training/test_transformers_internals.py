@@ -9,8 +9,8 @@ import pytest
 from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_moe.training.checkpointing.broken_evaluation import BreakableEvaluationMixin
-from hf_moe.training.checkpointing.loading import CheckpointLoadingMixin
 from hf_moe.training.checkpointing.non_finite import FiniteTrainingMixin
+from hf_moe.training.checkpointing.resumption import CheckpointLoadingMixin
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 
 MIXINS = (SafeCheckpointMixin, FiniteTrainingMixin, BreakableEvaluationMixin, CheckpointLoadingMixin)

@@ -180,10 +180,10 @@ def test_auto_begins_anew_where_there_is_nothing(tmp_path, caplog):
         train(tmp_path, resume=str(tmp_path / "checkpoint-2"))
     assert train(tmp_path, resume="auto", max_steps=2).began == 0
     assert train(tmp_path, resume="auto", max_steps=4).began == 2
-    assert "beginning anew" not in caplog.text
+    assert "starting from the beginning" not in caplog.text
     (tmp_path / "checkpoint-4" / MANIFEST).unlink()
     assert train(tmp_path, resume="auto", max_steps=2).began == 0
-    assert f"No valid checkpoint in {str(tmp_path)!r}: beginning anew" in caplog.text
+    assert f"No valid checkpoint in {str(tmp_path)!r}: starting from the beginning" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, caplog):
@@ -253,17 +253,19 @@ def test_what_weights_alone_lose_is_said_at_the_start(tmp_path, caplog):
     assert "save_only_model: a run that is resumed from a checkpoint of this one begins with a new opt" in caplog.text
     caplog.clear()
     train(tmp_path, resume=True, max_steps=3)
-    assert "checkpoint-2' holds the weights alone: this run goes on at its step, but begins with a new" in caplog.text
+    assert (
+        "checkpoint-2' holds the weights alone: this run continues at its step, but begins with a new" in caplog.text
+    )
     caplog.clear()
     train(tmp_path, resume=True, max_steps=4)
     assert "weights alone" not in caplog.text
 
 
-@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_distributed_loading_by_transformers"])
-def test_what_an_engine_cannot_resume_is_refused_by_all_processes_at_the_start(engine, tmp_path):
-    """One process of FSDP raised FileNotFoundError and the others waited for it; the own engine failed in `copy_`."""
+@pytest.mark.parametrize("trained_by", ["is_fsdp_enabled", "is_distributed_loading_by_transformers"])
+def test_what_cannot_be_resumed_is_refused_by_all_processes_at_the_start(trained_by, tmp_path):
+    """One process of FSDP raised FileNotFoundError, others waited for it; DistributedConfig failed in `copy_`."""
     trainer = train(tmp_path, max_steps=2, save_only_model=True)
-    setattr(trainer, engine, True)
+    setattr(trainer, trained_by, True)
     assert not is_resumable(trainer)
     with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2'.*\. Load the model from it with"):
         trainer.train(resume_from_checkpoint="auto")
