@@ -6,6 +6,7 @@ several processes of one run the main one takes it.
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
@@ -17,9 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LOCK = "_run.lock"  # transformers pushes no name that begins with "_"
 _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.EINVAL, errno.ENXIO)

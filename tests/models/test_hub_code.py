@@ -203,10 +203,10 @@ def test_with_hf_moe_its_classes_win(auto_class: Any, options: dict[str, Any], h
 NOTE = "carries code of another version of hf_moe (modeling_hf_moe.py)"
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    notes = [record.getMessage() for record in caplog.records if record.name == "hf_moe.models.checkpoint_layout"]
+def notes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in caplog.records if record.name == "hf_moe.models.checkpoint_layout"]
     caplog.clear()
-    return notes
+    return messages
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -215,19 +215,19 @@ def test_loading_says_that_the_folder_carries_other_code(
 ) -> None:
     folder = shutil.copytree(hub_folder, tmp_path / "model")
     AutoModelForCausalLM.from_pretrained(folder)
-    assert said(caplog) == []
+    assert notes(caplog) == []
     make_code_old(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
-    (note,) = said(caplog)
+    (note,) = notes(caplog)
     assert str(folder) in note
     assert NOTE in note
     assert "renew_code(folder)" in note
     hub_cache(folder, tmp_path / "cache")
     AutoModelForCausalLM.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
-    assert NOTE in said(caplog)[0]
+    assert NOTE in notes(caplog)[0]
     model.save_pretrained(folder)
     AutoModelForCausalLM.from_pretrained(folder)
-    assert said(caplog) == []
+    assert notes(caplog) == []
 
 
 def test_code_is_renewed_without_the_weights(

@@ -314,7 +314,7 @@ def test_reentrant_checkpointing_where_the_loss_is_of_an_early_layer():
 
 
 def test_reentrant_checkpointing_of_some_layers_and_without_the_task():
-    """Layers in between run as they are; router logits have gradients outside; a second backward counts anew."""
+    """Layers in between run as they are; router logits have gradients outside; a second backward starts over."""
 
     def step(every):
         model = loud("sigmoid_groups_bias")
@@ -356,7 +356,7 @@ def test_torch_compile_full_graph_encoder():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["top_k", "sigmoid_groups_bias", "null_experts"])
 def test_dtypes(dtype, name):
-    # float64 rows are refused by the host's grouped_mm on CPU
+    # float64 rows are refused by transformers' grouped_mm on CPU
     model = build(name, experts_implementation="eager").to(dtype).train()
     ids = random_ids()
     outputs = model(ids, labels=ids, output_router_logits=True)
@@ -436,7 +436,7 @@ def test_outputs_that_are_asked_for():
 
 
 def test_generate_with_router_logits_in_the_config():
-    """The host's own loss breaks here: the mask covers the cache, the router only the new token."""
+    """The loss of transformers breaks here: the mask covers the cache, the router only the new token."""
     model = build()
     model.config.output_router_logits = True
     ids, mask = left_padded(random_ids(), 3)

@@ -166,14 +166,14 @@ def test_resuming_is_exact(workers, whole, tmp_path):
 
 
 def test_after_the_last_step_nothing_is_trained(whole):
-    """The host would take one more step."""
+    """The Trainer would take one more step."""
     folder, _, expected = whole
     again = train(folder, resume=True, save_total_limit=2)
     assert again.state.global_step == STEPS
     assert_same(state(again), expected)
 
 
-def test_auto_begins_anew_where_there_is_nothing(tmp_path, caplog):
+def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path, caplog):
     with pytest.raises(ValueError, match="no valid checkpoint in"):
         train(tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -248,7 +248,7 @@ def test_a_file_of_that_name_that_is_not_ours_stays(tmp_path):
     assert (tmp_path / "RESUMABLE").read_text() == "my notes"
 
 
-def test_what_weights_alone_lose_is_said_at_the_start(tmp_path, caplog):
+def test_what_weights_alone_lose_is_logged_at_the_start(tmp_path, caplog):
     train(tmp_path, max_steps=2, save_only_model=True)
     assert "save_only_model: a run that is resumed from a checkpoint of this one begins with a new opt" in caplog.text
     caplog.clear()
