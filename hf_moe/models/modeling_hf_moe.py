@@ -183,7 +183,8 @@ class HfMoeSparseMoeBlock(nn.Module):
 
     def _run_packed(self, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Experts that choose tokens take a fixed number: run those rows, not one for each token and expert."""
-        num_rows = self.num_experts * min(tokens.shape[0], expert_capacity(tokens.shape[0], self.gate.config))
+        num_tokens = tokens.shape[0]
+        num_rows = self.num_experts * min(num_tokens, expert_capacity(num_tokens, self.num_experts, self.gate.config))
         token, weight, index = pack_assignments(top_k_weights, top_k_index, num_rows)
         return torch.zeros_like(tokens).index_add(0, token, self._run_experts(tokens[token], index, weight))
 

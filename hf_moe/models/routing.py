@@ -55,6 +55,7 @@ def route(
         bias_X: Added to the scores for the choice alone.
         token_mask_T: False for padding, which takes no capacity and is chosen by no expert.
     """
+    num_experts = router_logits.shape[-1] - config.num_null_experts
     is_softmax = config.router_scoring == "softmax"
     scores = router_logits.softmax(-1) if is_softmax else router_logits.sigmoid()
     # the choice itself has no gradient, the weights have
@@ -62,17 +63,15 @@ def route(
     weights, index = slot_weights(
         scores,
         choice,
-        config.num_experts,
+        num_experts,
         # all the probabilities add up to 1 already
         normalize=config.norm_topk_prob and not (config.routing == "dense" and is_softmax),
         scale=config.routed_scaling_factor,
         epsilon=0.0 if is_softmax else 1e-20,
     )
     if training and config.capacity_factor is not None and config.routing != "expert_choice":
-        capacity = expert_capacity(scores.shape[0], config)
-        weights, index = drop_over_capacity(
-            weights, index, config.num_experts, capacity, config.drop_policy, token_mask_T
-        )
+        capacity = expert_capacity(scores.shape[0], num_experts, config)
+        weights, index = drop_over_capacity(weights, index, num_experts, capacity, config.drop_policy, token_mask_T)
     return RouterOutput(router_logits, weights, index, RoutingDecision(router_logits, scores, choice))
 
 
@@ -83,8 +82,10 @@ def _choose(scores_TX: Tensor, config: HfMoeConfig, bias_X: Tensor | None, token
     if config.routing == "top_p":
         return choose_top_p(scores_TX, config.num_experts_per_tok, config.router_top_p)
     if config.routing == "expert_choice":
-        num_tokens = scores_TX.shape[0]
-        return choose_tokens(scores_TX, min(num_tokens, expert_capacity(num_tokens, config)), token_mask_T)
+        num_tokens, num_experts = scores_TX.shape  # without null experts
+        return choose_tokens(
+            scores_TX, min(num_tokens, expert_capacity(num_tokens, num_experts, config)), token_mask_T
+        )
     return choose_top_k(
         scores_TX,
         config.num_experts_per_tok,
@@ -95,10 +96,10 @@ def _choose(scores_TX: Tensor, config: HfMoeConfig, bias_X: Tensor | None, token
     )
 
 
-def expert_capacity(num_tokens: int, config: HfMoeConfig) -> int:
-    """Assignments that an expert may take of `num_tokens` tokens."""
+def expert_capacity(num_tokens: int, num_experts: int, config: HfMoeConfig) -> int:
+    """Assignments that an expert may take of `num_tokens` tokens, whose slots are spread over `num_experts`."""
     factor = 1.0 if config.capacity_factor is None else config.capacity_factor
-    return math.ceil(factor * num_tokens * config.num_experts_per_tok / config.num_experts)
+    return math.ceil(factor * num_tokens * config.num_experts_per_tok / num_experts)
 
 
 def choose_top_k(

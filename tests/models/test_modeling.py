@@ -182,7 +182,7 @@ def test_encoder_padding_changes_nothing(name, monkeypatch):
     """Experts that choose tokens never take padding, on either side; their capacity counts all rows, so cap both."""
     model = build(name, AutoModel)
     for module in ("routing", "modeling_hf_moe"):
-        monkeypatch.setattr(f"hf_moe.models.{module}.expert_capacity", lambda num_tokens, config: 4)
+        monkeypatch.setattr(f"hf_moe.models.{module}.expert_capacity", lambda num_tokens, num_experts, config: 4)
     ids = random_ids()
     padded, mask = left_padded(ids, 5)
     hidden = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).last_hidden_state
