@@ -21,8 +21,8 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from hf_moe.training.checkpointing.checkpoints import flaw, seal  # noqa: E402
+from hf_moe.training.checkpointing.cpu_copy import CpuCopy  # noqa: E402
 from hf_moe.training.checkpointing.non_finite import non_finite_weight  # noqa: E402
-from hf_moe.training.device_copy import HostCopy  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "checkpoint_cost.json"
 GIGABYTE = 10**9
@@ -60,7 +60,7 @@ def checkpoint_seconds(values: torch.Tensor) -> dict[str, float]:
 def step_microseconds(micro_batches: int) -> float:
     """The check of one step on the CPU."""
     losses = [torch.rand(()) for _ in range(micro_batches + 1)]
-    times = [seconds(lambda: HostCopy(torch.stack([loss.float() for loss in losses])).tolist()) for _ in range(1000)]
+    times = [seconds(lambda: CpuCopy(torch.stack([loss.float() for loss in losses])).tolist()) for _ in range(1000)]
     return round(statistics.median(times) * 1e6, 1)
 
 

@@ -67,9 +67,10 @@ def left_padded(ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def make_code_old(folder: Path) -> str:
-    """The folder as an hf_moe of before saved it: a file says something else, another is not there yet."""
+    """The folder as an earlier hf_moe saved it: a file says something else, another is not there yet."""
     path = folder / "modeling_hf_moe.py"
-    text = path.read_text().replace("from .late_gradient import LateGradient\n", "LateGradient = None\n")
+    imported = "from .late_gradient import LateGradient, attach_late_gradients\n"
+    text = path.read_text().replace(imported, "LateGradient = attach_late_gradients = None\n")
     path.write_text(text)
     (folder / "late_gradient.py").unlink()
     return text

@@ -1,4 +1,4 @@
-"""What the files of an adapter may hold, decided before a model is touched.
+"""Rules for the files of an adapter, applied before a model is touched.
 
 A config may choose where factors go, how large they are and how they are scaled; what PEFT does beyond that (rewriting
 the base, importing modules, reading other adapters) is refused. Each field has a rule, and one without a rule is
@@ -112,7 +112,7 @@ def _read_weights(folder: Path) -> list[StoredTensor]:
 
 @dataclass(frozen=True)
 class _Limits:
-    """What the tensors of the file explain: `size`, the largest in a shape, and `entries`, the longest list."""
+    """Sizes that the tensors of the file explain: `size`, the largest in a shape, and `entries`, the longest list."""
 
     size: int
     entries: int
@@ -279,13 +279,13 @@ def _checked(folder: Path, config: Mapping[str, Any], tensors: list[StoredTensor
     method = config["peft_type"]
     if method not in _METHODS:
         raise AdapterError(
-            f"peft_type in {path!r} must be one of {', '.join(_METHODS)}, got {_shown(method)}. If you trust "
+            f"peft_type in {path!r} must be one of {', '.join(_METHODS)}, got {_excerpt(method)}. If you trust "
             "the file, load it with PEFT itself."
         )
     rules = {**_EVERY_METHOD, **_METHODS[method]}
     for field, number in _numbers(config):
         if not _is_number(number):
-            raise AdapterError(f"{field} in {path!r} must be a finite number, got {_shown(number)}.")
+            raise AdapterError(f"{field} in {path!r} must be a finite number, got {_excerpt(number)}.")
     # a tensor without elements explains nothing: it may have any size at no cost
     largest = max((size for tensor in tensors if math.prod(tensor.shape) for size in tensor.shape), default=1)
     limits = _Limits(size=largest, entries=max(largest, len(tensors), 1024))
@@ -296,16 +296,16 @@ def _checked(folder: Path, config: Mapping[str, Any], tensors: list[StoredTensor
         if field not in rules:
             if value not in (False, "", [], {}) or _is_number(value):
                 why = _REFUSED.get(field, f"may do more than add {method} factors")
-                raise AdapterError(f"{field[:80]} in {path!r} must be null, got {_shown(value)}: it {why}.")
+                raise AdapterError(f"{field[:80]} in {path!r} must be null, got {_excerpt(value)}: it {why}.")
         elif rules[field].holds(value, limits):
             checked[field] = value
         else:
             says = rules[field].says.format(size=limits.size, entries=limits.entries)
-            raise AdapterError(f"{field} in {path!r} must be {says}, got {_shown(value)}.{_hint(field, value)}")
+            raise AdapterError(f"{field} in {path!r} must be {says}, got {_excerpt(value)}.{_hint(field, value)}")
     return checked
 
 
-def _shown(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     """The start of a value that may be large, or deep."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 80

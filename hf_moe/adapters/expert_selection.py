@@ -182,8 +182,8 @@ def check_budget(budget: float) -> None:
 
 def listed(names: Iterable[Any]) -> str:
     """The first few names, for an error."""
-    shown = [repr(name)[:80] for name in names]
-    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+    quoted = [repr(name)[:80] for name in names]
+    return ", ".join(quoted[:4]) + (", ..." if len(quoted) > 4 else "")
 
 
 def _lists(values: dict[str, Any]) -> dict[str, Any]:
@@ -242,5 +242,5 @@ def _plot(selection: ExpertSelection, path: Path) -> None:
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=8)
     figure.colorbar(image, ax=axis, label="score / mean score")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no Software tag: the same figures give the same bytes
+    # no Software tag: the same scores give the same bytes
     figure.savefig(path, format="png", metadata={"Software": None})

@@ -33,7 +33,7 @@ from peft.utils.transformers_weight_conversion import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_moe.adapters import per_expert
@@ -42,7 +42,8 @@ from hf_moe.adapters.frozen_router import HASH_FILE
 from hf_moe.adapters.per_expert import FUSED_PATTERN, Experts, Layout, PerExpertError, Stack
 from hf_moe.io.json_files import read_object
 from hf_moe.io.whole_files import whole_folder, write_json
-from hf_moe.loading.pretrained import ModelError, read_config
+from hf_moe.loading.config_files import ModelError, load_config
+from hf_moe.loading.pretrained import read_config
 
 FORMATS = ("per_expert",)
 _REPORT = "Report this with the adapter's config."
@@ -57,7 +58,7 @@ class AdapterExportError(ValueError):
 def export_adapter(
     path: str | Path, output: str | Path, format: str = "per_expert", *, model_type: str | None = None
 ) -> Path:
-    """Write the PEFT adapter in `path` anew, in another format, with its record of the routers if it has one.
+    """Convert the PEFT adapter in `path` to another format, with its record of the routers if it has one.
 
     `per_expert` gives every expert factors of its own, under the names of the family's checkpoints; gate and up share
     A and have half of B each. Stock PEFT reads it with the rank of the fused projection doubled, which changes no
@@ -245,7 +246,7 @@ def _scale(config: Mapping[str, Any]) -> float:
 
 
 def _is_known_to_peft(modules: list[str], model_type: str) -> bool:
-    """Whether PEFT turns the names of single experts into the fused parameters of this family by itself."""
+    """True if PEFT turns the names of single experts into the fused parameters of this family by itself."""
     probe = LoraConfig(target_modules=modules)
     convert_peft_config_for_transformers(probe, SimpleNamespace(config=SimpleNamespace(model_type=model_type)), None)
     return bool(probe.target_parameters)
@@ -278,8 +279,8 @@ def _base(config: dict[str, Any], model_type: str) -> PreTrainedModel | None:
     if not name:
         return None
     try:
-        base = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):  # not here, or of a type that transformers does not know
+        base = load_config(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # not here, damaged, or of a type that transformers does not know
         return None
     adapted = _adapted_class(config)
     if adapted is None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 HASH_FILE = "router_hash.json"
 LARGEST_RECORD = 2**20  # bytes
-# what the host's configs and model classes, and hf_moe's, call the weights of the losses that train a router
+# what configs and model classes of transformers, and of hf_moe, call the weights of the losses that train a router
 AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef")
 
 
@@ -36,17 +36,23 @@ class RouterNotFrozenError(RuntimeError):
 
 
 def freeze_router(model: nn.Module, *, keep_aux_loss: bool = False) -> str:
-    """Stop gradients into every router and return `router_hash(model)`, to compare with later.
+    """Freeze every router of a model of any family, in place: no gradient reaches its weights, biases or buffers.
 
     The auxiliary losses can balance nothing through a frozen router; they would only move attention and experts. So
     they are turned off, in the model and in its configs (and so in saved ones), with a line in the log. TRL's trainers
     take the coefficient from the config when they are built: call this before.
 
     Args:
+        model: The model, with or without adapters; with sharded routers every process calls this.
         keep_aux_loss: Leave the auxiliary losses as they are; what is on is logged.
+
+    Returns:
+        `router_hash(model)`, 64 hexadecimal digits, for `verify_router_frozen` after the training.
 
     Raises:
         RouterNotFrozenError: If an adapter or a trainable copy is attached to a router.
+        ValueError: If the model has no MoE layer, a block without a router module, or no values (meta device, FSDP
+            version 1, DeepSpeed ZeRO-3).
     """
     reshard(model)
     for layer, router in _routed_layers(model):
@@ -117,7 +123,7 @@ def save_router_hash(folder: str | Path, model: nn.Module) -> str:
 
 
 def router_record(model: nn.Module) -> dict[str, Any]:
-    """What `router_hash.json` holds; every process calls this. `dtype` is a note: in which dtype to load the base."""
+    """The contents of `router_hash.json`; every process calls this. `dtype` notes in which to load the base."""
     return {
         "version": VERSION,
         "router_sha256": router_hash(model),
@@ -133,7 +139,7 @@ def write_router_record(folder: str | Path, record: dict[str, Any]) -> None:
 
 
 def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = False) -> bool:
-    """Whether `model` has the routers that the adapter (or checkpoint) in `folder` was trained with.
+    """Compare the routers of `model` with those that the adapter (or checkpoint) in `folder` was trained with.
 
     Records of earlier versions of hf_moe, whose hash depended on the dtype, are compared as well.
 
@@ -141,6 +147,9 @@ def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = 
         folder: Holds `router_hash.json`, which `RouterFreezeCallback` and `save_router_hash` write.
         model: The base, or the base with the adapter loaded.
         strict: Raise where the default warns: routers differ, or the folder has no record of them.
+
+    Returns:
+        True if they are the same.
 
     Raises:
         RouterNotFrozenError: With `strict`.
@@ -154,7 +163,7 @@ def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = 
             "RouterFreezeCallback, or write it with save_router_hash."
         )
     else:
-        problem = _difference(path, model)
+        problem = router_difference(folder, _read_record(path), model)
     if problem is None:
         return True
     if strict:
@@ -163,16 +172,18 @@ def verify_adapter_base(folder: str | Path, model: nn.Module, *, strict: bool = 
     return False
 
 
-def _difference(path: Path, model: nn.Module) -> str | None:
-    """What tells the routers of `model` from those recorded in `path`; None if they are the same."""
-    record = _read_record(path)
+def router_difference(folder: str | Path, record: dict[str, Any], model: nn.Module) -> str | None:
+    """A sentence about how the routers of `model` differ from the `checked_record` of `folder`; None if they do not.
+
+    Raises:
+        ValueError: As `router_hash`.
+    """
     actual, dtype = router_hash(model), _router_dtypes(model)
     recorded = record["router_sha256"]
     if _has_hash(model, actual, recorded, None if record["version"] == VERSION else record["dtype"]):
         return None
     problem = (
-        f"the routers differ from those that {str(path.parent)!r} was trained with: sha256 {actual}, recorded "
-        f"{recorded}. "
+        f"the routers differ from those that {str(folder)!r} was trained with: sha256 {actual}, recorded {recorded}. "
     )
     if dtype != record["dtype"]:
         return problem + (
@@ -183,7 +194,7 @@ def _difference(path: Path, model: nn.Module) -> str | None:
 
 
 def _has_hash(model: nn.Module, actual: str, expected: str, first_dtypes: str | None = "") -> bool:
-    """Whether `expected` is the hash of these routers: the `actual` one, or the first form's, stored as recorded.
+    """True if `expected` is the hash of these routers: the `actual` one, or the first form's, stored as recorded.
 
     Args:
         first_dtypes: The dtypes that the first form was recorded with; None if it is not of the first form.
@@ -198,6 +209,15 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = read_json(path, largest=LARGEST_RECORD, allow_nan=True)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error}): take it from the adapter again.") from error
+    return checked_record(path, record)
+
+
+def checked_record(path: Path, record: Any) -> dict[str, Any]:
+    """Check the contents of `router_hash.json` (at `path`) and return version, hash and dtype.
+
+    Raises:
+        ValueError: If it is none, or one of a later version of hf_moe.
+    """
     digest = record.get("router_sha256") if isinstance(record, dict) else None
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(
@@ -245,8 +265,8 @@ def verify_adapter_without_router(folder: str | Path, model: nn.Module) -> None:
 def active_auxiliary_losses(model: nn.Module) -> dict[str, float]:
     """Names and weights of the balancing losses that the model's own forward adds in training; empty if it adds none.
 
-    The host's models add theirs with the router logits (`output_router_logits`); hf_moe's, which have a z-loss,
-    whenever they train.
+    Models of transformers add theirs with the router logits (`output_router_logits`); those of hf_moe, which have a
+    z-loss, whenever they train.
     """
     is_on = any(
         _coefficients(owner) and (getattr(owner, "output_router_logits", False) or "router_z_loss_coef" in vars(owner))

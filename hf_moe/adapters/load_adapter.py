@@ -1,13 +1,14 @@
-"""Load a PEFT adapter that somebody else saved: decided from its files, compared with them, the base proved unchanged.
+"""Load an untrusted PEFT adapter: checked by its files, compared with them, the base proved unchanged.
 
-PEFT warns of missing and surplus tensors and goes on, accepts NaN, reads pickles, writes into the base where a config
-asks for it, and allocates what the config says before it looks at the weights. Here each is an error.
+PEFT warns of missing and surplus tensors and continues, accepts NaN, reads pickles, writes into the base where a
+config asks for it, and allocates what the config says before it looks at the weights. Here each is an error.
 """
 
 import copy
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,13 @@ from hf_moe.adapters.frozen_router import (
     HASH_FILE,
     LARGEST_RECORD,
     RouterNotFrozenError,
+    checked_record,
     refuse_router_adapters,
-    verify_adapter_base,
+    router_difference,
 )
 from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState
 from hf_moe.io.error_text import one_line
+from hf_moe.loading.errors import HUB_ERRORS, MISFITS, hub_sentence
 from hf_moe.loading.pretrained import ModelError, find_model
 
 if TYPE_CHECKING:
@@ -40,17 +43,7 @@ _START_OPTIONS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config"
 # tensors in memory may be this much more than in the file: PEFT joins per-expert factors, with zeros between them
 _MOST_GROWTH = 4
 # what PEFT and the model raise for a config or tensors that do not fit
-_MISFITS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    re.error,
-)
+_UNFIT = (*MISFITS, ValueError, ImportError, re.error)
 
 
 class AdapterRouterError(AdapterError, RouterNotFrozenError):
@@ -106,7 +99,7 @@ def load_adapter(
     files = check_adapter(_local(adapter, revision))
     _refuse_taken(model, adapter_name)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    _check_record(files.folder, strict_router)
+    record = _router_record(files.folder, strict_router)
     if files.config["peft_type"] == "LORA" and is_per_expert(files.folder):
         options = {"is_trainable": is_trainable, "strict_router": strict_router, "accelerate": accelerate}
         return _load_fused(files, model, base, adapter_name, options)
@@ -117,14 +110,14 @@ def load_adapter(
         state.restore()
         loaded = _attach(files, model, adapter_name, is_trainable)
         _check_base(files, loaded, state, outputs)
-        _check_routers(files.folder, loaded, strict_router)
+        _check_routers(files.folder, record, loaded, strict_router)
         if accelerate and _has_expert_lora(loaded):
             _accelerate(files, loaded)
         _check_outputs(files, loaded, outputs)
     except BaseException as error:
         state.restore()
         if isinstance(error, AdapterError) and (lost := state.difference(model)):
-            raise AdapterError(f"{error} That could not be undone, and {lost}: load the base anew.") from error
+            raise AdapterError(f"{error} That could not be undone, and {lost}: load the base again.") from error
         raise
     return loaded
 
@@ -150,7 +143,7 @@ def _refuse_taken(model: Any, adapter_name: str) -> None:
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
                 f"this {type(model).__name__} has an adapter already: pass the PeftModel around it to add another, or "
-                "load the base anew."
+                "load the base again."
             )
     elif adapter_name in model.peft_config:
         raise AdapterError(f"the model has an adapter {adapter_name!r} already: choose another adapter_name.")
@@ -248,7 +241,7 @@ def _fitting(files: AdapterFiles, model: Any) -> Iterator[None]:
         yield
     except AdapterError:
         raise
-    except _MISFITS as error:
+    except _UNFIT as error:
         base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         if offloaded := _offloaded(base):
             raise AdapterError(
@@ -278,8 +271,8 @@ def _check_base(files: AdapterFiles, loaded: "PeftModel", state: BaseState, outp
         raise AdapterError(f"the adapter in {str(files.folder)!r} is refused, because it changes its base: {changed}.")
 
 
-def _check_record(folder: Path, strict: bool) -> None:
-    """The adapter's record of its routers can be read, and is there if it must be."""
+def _router_record(folder: Path, strict: bool) -> dict[str, Any] | None:
+    """The adapter's record of its routers, checked; None if it has none and may."""
     path = folder / HASH_FILE
     if not os.path.lexists(path):
         if strict:
@@ -287,26 +280,32 @@ def _check_record(folder: Path, strict: bool) -> None:
                 f"{str(folder)!r} has no {HASH_FILE}: which routers it was trained with cannot be told. Leave out "
                 "strict_router, or write the record with save_router_hash."
             )
-        return
+        return None
     if not path.is_file():
         raise AdapterError(f"{str(path)!r} is no file that can be read: take it from the adapter again.")
-    read_bounded_json(path, LARGEST_RECORD)
+    record = read_bounded_json(path, LARGEST_RECORD)
+    try:
+        return checked_record(path, record)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
 
 
-def _check_routers(folder: Path, loaded: "PeftModel", strict: bool) -> None:
+def _check_routers(folder: Path, record: dict[str, Any] | None, loaded: "PeftModel", strict: bool) -> None:
     """Compare the base's routers with the adapter's record of them, if it has one."""
-    if not (folder / HASH_FILE).is_file():
+    if record is None:
         return
     if loaded.device.type == "meta":
         if strict:
             raise AdapterRouterError("a model on the meta device has no routers to compare. Leave out strict_router.")
         return
     try:
-        verify_adapter_base(folder, loaded, strict=strict)
-    except RouterNotFrozenError as error:
-        raise AdapterRouterError(str(error)) from error
+        problem = router_difference(folder, record, loaded)
     except ValueError as error:
         raise AdapterError(str(error)) from error
+    if problem is not None and strict:
+        raise AdapterRouterError(problem)
+    if problem is not None:
+        warnings.warn(problem, stacklevel=3)
 
 
 def _accelerate(files: AdapterFiles, loaded: "PeftModel") -> None:
@@ -329,42 +328,24 @@ def _check_outputs(files: AdapterFiles, loaded: "PeftModel", outputs: BaseOutput
 
 
 def _local(adapter: str | Path, revision: str | None) -> Path:
+    """The adapter's folder, downloaded if it is a name on the Hub."""
     if Path(adapter).exists():
         if revision is not None:
             raise AdapterError(f"{str(adapter)!r} is a folder, which has no revision {revision!r}. Leave it out.")
         return Path(adapter)
-    try:
-        find_model(str(adapter), file=CONFIG, revision=revision)  # the client asks for long before it gives up
-    except ModelError as error:
-        raise AdapterError(str(error)) from error
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     try:
+        find_model(str(adapter), file=CONFIG, revision=revision)  # the client asks for long before it gives up
         return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=list(_FILES)))
-    except GatedRepoError as error:
-        raise AdapterError(f"{adapter} is gated and this account has no access. Ask for it on its page.") from error
-    except RevisionNotFoundError as error:
-        raise AdapterError(f"{adapter} has no branch, tag or commit {revision!r}. Take one from its page.") from error
-    except RepositoryNotFoundError as error:
-        raise AdapterError(
-            f"there is no adapter {str(adapter)!r:.200}, neither a folder nor on the Hub, as far as this "
-            "account may see."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise AdapterError(
-            f"{str(adapter)!r:.200} is no folder, and the Hub does not give it: {one_line(error)}"
-        ) from error
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+    except HUB_ERRORS as error:
+        raise AdapterError(hub_sentence(error, str(adapter), revision)) from error
 
 
 def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
-    """What is in place must be what the file holds."""
+    """Compare the tensors in place with those of the file."""
     from safetensors import safe_open
 
     names = {tensor.name for tensor in files.tensors}

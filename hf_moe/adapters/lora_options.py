@@ -1,4 +1,4 @@
-"""Which options of PEFT's `LoraConfig` reach fused experts; the others are refused, and so is what is not listed here.
+"""Options of PEFT's `LoraConfig` that reach fused experts; all others are refused, those not listed here too.
 
 PEFT adapts experts through `target_parameters`, and reads several options for `target_modules` alone.
 """

@@ -202,13 +202,13 @@ def without_experts(
 
 
 def is_of_experts(parameter: str) -> bool:
-    """Whether a name in `target_parameters` is of a fused projection of experts."""
+    """True if a name in `target_parameters` is of a fused projection of experts."""
     owner, _, name = parameter.rpartition(".")
     return name in FUSED and owner.rpartition(".")[2] in ("experts", "")
 
 
 def is_per_expert(folder: Path) -> bool:
-    """Whether an adapter's file has pairs for single experts."""
+    """True if an adapter's file has pairs for single experts."""
     with safe_open(str(folder / WEIGHTS), framework="pt") as opened:
         return any(_OF_ONE_EXPERT.search(key) for key in opened.keys())  # noqa: SIM118
 

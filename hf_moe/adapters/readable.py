@@ -1,4 +1,4 @@
-"""Whether stock PEFT will read an adapter again: asked before it is trained.
+"""Refuse, before it is trained, an adapter that stock PEFT could not read again.
 
 PEFT renames an adapter's tensors on loading as transformers renames those of old checkpoints. For some classes
 (MistralLarge4, DeepseekOcr2 and UnlimitedOcr with peft 0.21) the rules also match names that need no renaming, and the

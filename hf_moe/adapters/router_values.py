@@ -33,7 +33,7 @@ def values_hash(routers: Iterable[Router]) -> str:
 
 
 def first_hashes(routers: Sequence[Router], dtypes: str) -> Iterator[str]:
-    """What the first form may have given: as the routers are stored, then as each mix of the recorded `dtypes`.
+    """Hashes that the first form may have given: as the routers are stored, then as each mix of the recorded `dtypes`.
 
     A tensor is only cast where that changes no value. A name has one dtype in all layers, as in every family.
     """

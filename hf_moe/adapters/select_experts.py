@@ -1,4 +1,4 @@
-"""Which experts does a domain use? The measurement of ESFT.
+"""Measure the experts that a domain uses, as ESFT does, and select them.
 
 Source: Wang et al. 2024, "Let the Expert Stick to His Last: Expert-Specialized Fine-Tuning" (arXiv:2407.01906).
 

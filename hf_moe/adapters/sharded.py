@@ -8,8 +8,8 @@ from torch.distributed.tensor import DTensor
 def reshard(model: nn.Module) -> None:
     """Give back what FSDP2 gathered for a forward, so that parameters are the sharded ones, which are trained.
 
-    It keeps the modules with `reshard_after_forward=False` gathered until a backward (of transformers' own engine the
-    last norm and the head): `parameters()` then yields plain tensors that are thrown away later.
+    It keeps the modules with `reshard_after_forward=False` gathered until a backward (under `DistributedConfig`
+    the last norm and the head): `parameters()` then yields plain tensors that are thrown away later.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -17,7 +17,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a parameter is a DTensor."""
+    """True if a parameter is a DTensor."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 

@@ -39,7 +39,7 @@ class BaseState:
         self._digests = self._all_digests()
 
     def difference(self, model: nn.Module) -> str | None:
-        """What of the base is no longer in `model` (itself, or what it has become), or holds other values; or None."""
+        """The part of the base that is not in `model` (itself, or what it became), or has other values; or None."""
         present = {id(module) for module in model.modules()}
         for path, module in self._modules.items():
             if id(module) not in present:
@@ -121,7 +121,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class KeyedHash:
-    """A hash of a tensor's bytes whose key is drawn anew for each object, so that nobody can aim at a collision.
+    """A hash of a tensor's bytes whose key is drawn for each object, so that nobody can aim at a collision.
 
     A sum of 32-bit words times random 64-bit numbers (modulo 2**64) for each block of words, and a polynomial of the
     blocks' sums (modulo 2**61 - 1): two unequal tensors of one shape agree with a probability below 2**-31.
@@ -162,11 +162,11 @@ def _words(tensor: Tensor) -> Tensor:
     return octets.view(torch.int32)
 
 
-# ---- what the base computes
+# ---- outputs of the base
 
 
 class BaseOutputs:
-    """What a base answers to a few token ids in evaluation mode, to compare bit by bit.
+    """Outputs of a base for a few token ids in evaluation mode, to compare bit by bit.
 
     Nothing is compared where there is nothing to run (no values, no token ids), or where two runs of the base itself
     differ: then only its tensors prove anything.
@@ -186,11 +186,11 @@ class BaseOutputs:
             self.is_finite = bool(runs[1].isfinite().all())
 
     def are_those_of(self, model: nn.Module) -> bool:
-        """Whether `model` gives them to the last bit with its adapters off."""
+        """True if `model` gives them to the last bit with its adapters off."""
         return self._outputs is None or _same_bits(self._outputs, self._without_adapters(model))
 
     def are_finite_on(self, model: nn.Module) -> bool:
-        """Whether `model` as it is gives finite outputs, if the base did."""
+        """True if `model` as it is gives finite outputs, if the base did."""
         return self._inputs is None or not self.is_finite or bool(self._run(model).isfinite().all())
 
     def _without_adapters(self, model: Any) -> Tensor:

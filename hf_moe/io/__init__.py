@@ -1,0 +1,12 @@
+"""Files and folders that survive interruptions, and the words of reports and errors.
+
+Files, then runs, then words:
+
+    whole_files.py  files and folders that appear whole or not at all
+    json_files.py   untrusted JSON, read within bounds
+    stages.py       a program of several stages in one folder, which the same call resumes
+    run_lock.py     a lock on a folder for one run at a time
+    names.py        names and command lines for reports, without folders of this machine
+    error_text.py   another library's error in one line
+    old_names.py    old names of methods and arguments, with a FutureWarning
+"""

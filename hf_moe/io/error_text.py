@@ -1,4 +1,4 @@
-"""What another library's error says, in one line of bounded length: some list every tensor, or every model type."""
+"""Text of another library's error in one line of bounded length: some list every tensor, or every model type."""
 
 
 def one_line(error: BaseException, most: int = 400) -> str:

@@ -1,4 +1,4 @@
-"""JSON files of strangers, read within bounds of size and depth: a small file costs neither memory nor time.
+"""Untrusted JSON files, read within bounds of size and depth: a small file costs neither memory nor time.
 
 Python's reader takes any size, ends a deep file in a RecursionError, and reads NaN, which is no JSON.
 """
@@ -49,7 +49,7 @@ def read_object(path: Path, *, largest: int = LARGEST, allow_nan: bool = False) 
 
 
 def _refuse_depth(value: Any) -> None:
-    """What reads on recurses: into a copy, a comparison, a text."""
+    """Refuse depth: copies, comparisons and printing recurse."""
     level = [value]
     for _ in range(DEEPEST):
         level = [part for each in level for part in _parts(each) if isinstance(part, dict | list)]

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a second is told of the first, before it writes or deletes anything.
+"""Lock on a folder for one run at a time: a second is refused, naming the first, before it writes anything.
 
 The lock is the kernel's (flock), so that a run that was killed blocks nobody; its file only says who holds it. Of
 several processes of one run the main one takes it.
@@ -6,6 +6,7 @@ several processes of one run the main one takes it.
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
@@ -17,9 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LOCK = "_run.lock"  # transformers pushes no name that begins with "_"
 _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.EINVAL, errno.ENXIO)
@@ -30,7 +29,7 @@ _until_the_end: list[ExitStack] = []
 
 
 class RunRefusedError(ValueError):
-    """The folder belongs to something else: other files, other arguments, or a run that is still going."""
+    """The folder belongs to something else: other files, other arguments, or a run that has not ended."""
 
 
 @contextmanager
@@ -38,7 +37,7 @@ def folder_held(folder: str | Path, program: str | None = None, *, nested: bool 
     """Hold the folder, which is made if it is not there, while the block runs.
 
     Args:
-        program: What the other run is told; default: the name of the program that runs.
+        program: Name for the message that another run gets; default: the name of the program that runs.
         nested: Take part in what this process holds already.
 
     Raises:
@@ -97,7 +96,7 @@ def _take(folder: Path, program: str) -> int | None:
             raise RunRefusedError(
                 f"{str(path)!r} must be a file: it locks the folder. Delete what is there."
             ) from error
-        # read-only, full, or a file system that knows no locks: what the run writes there will say more
+        # read-only, full, or a file system without locks: what the run writes there will fail with more detail
         logger.warning(f"{str(folder)!r} cannot be locked ({error.strerror}): start no second run in it.")
         return None
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")

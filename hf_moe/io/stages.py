@@ -77,7 +77,7 @@ class ResumableRun:
             result = work()
             self._state["stages"][name] = {"seconds": time.perf_counter() - begin, "result": result}
             write_json(self._state_file, self._state)
-            # what a first run goes on with is exactly what a continued one would read
+            # a first run continues with exactly what a continued one would read
             self._state = json.loads(self._state_file.read_text(encoding="utf-8"))
         for path in leaves:
             if not (self.folder / path).exists():

@@ -82,7 +82,7 @@ def temporary(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name in a checkpoint was never finished: by the functions here, or by safetensors."""
+    """True if a file of this name in a checkpoint was never finished: by the functions here, or by safetensors."""
     return name.endswith((_NEW, _OLD)) or _OF_SAFETENSORS.fullmatch(name) is not None
 
 

@@ -1,7 +1,7 @@
-"""Which auto class of transformers loads a checkpoint whole, with every tower that its config describes.
+"""Auto classes of transformers: the one that loads a checkpoint whole, with every tower that its config describes.
 
 `AutoModelForCausalLM` reads the text model alone out of several vision-language checkpoints (Qwen3.5-MoE, Llama 4)
-and leaves the rest behind without a word. What the checkpoint itself names in `architectures` decides.
+and silently leaves the rest behind. What the checkpoint itself names in `architectures` decides.
 """
 
 import inspect
@@ -54,7 +54,7 @@ def whole_auto_class(config: PreTrainedConfig) -> Any:
 
 
 def is_language_model(auto_class: Any, config: PreTrainedConfig) -> bool:
-    """Whether the class reads text alone and gives logits and a loss for it (block diffusion and talkers do not)."""
+    """True if the class reads text alone and gives logits and a loss for it (block diffusion and talkers do not)."""
     if auto_class.__name__ not in _LANGUAGE:
         return False
     known = _classes(auto_class.__name__, config)

@@ -1,4 +1,5 @@
-"""Configs of strangers, of any family: what a small file could make of them is looked at before transformers does."""
+"""Untrusted configs of any family: checked for what a small file could do to memory and time before transformers reads
+them."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,13 +13,10 @@ from transformers.utils import CONFIG_NAME
 
 from hf_moe.io.error_text import one_line
 from hf_moe.io.json_files import read_object
+from hf_moe.loading.errors import MISFITS
 from hf_moe.models.configuration_hf_moe import refuse_huge
 
-# what transformers raises, and torch on the meta device, where a value has another type or size than they expect
-_UNUSABLE = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError),
-    StrictDataclassError,
-)
+_UNUSABLE = (*MISFITS, MemoryError, StrictDataclassError)
 
 
 class ModelError(ValueError):
@@ -30,13 +28,13 @@ class ConfigError(ModelError):
 
 
 def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
-    """`AutoConfig.from_pretrained(source, **options)` after `check_config`.
+    """`AutoConfig.from_pretrained(source, **options)` after `check_config(source, **options)`.
 
     Raises:
         ConfigError: For a config that is damaged.
         OSError, ValueError: As `AutoConfig`, for one that is not there or of an unknown family.
     """
-    found = check_config(source)
+    found = check_config(source, **options)
     with config_errors(source):
         try:
             return AutoConfig.from_pretrained(source, **options)
@@ -46,11 +44,14 @@ def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
             raise _damaged(source, error) from error
 
 
-def check_config(source: str | Path) -> dict[str, Any]:
+def check_config(source: str | Path, **options: Any) -> dict[str, Any]:
     """Refuse a config whose numbers or lists would take all memory or time before anything is computed.
 
     To be called before a `from_pretrained` of `source`: a folder, or a name on the Hub (its config is downloaded).
     Returns what the file holds; nothing if a folder has none.
+
+    Args:
+        **options: Of that `from_pretrained`, where they say which file is read (`revision`, `local_files_only`).
 
     Raises:
         ConfigError: Naming the field; for a file that is no JSON object; for a `source` that is a file.
@@ -60,7 +61,7 @@ def check_config(source: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{str(source)!r} is a file. Name the folder of a model, or a model on the Hub.")
     try:
         with config_errors(source):
-            found = _read(source)
+            found = _read(source, options)
             for part in _objects(found):
                 refuse_huge(part)
     except ValueError as error:
@@ -81,9 +82,9 @@ def config_errors(source: Any, what: str = "config") -> Iterator[None]:
         raise _damaged(source, error, what) from error
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def _read(source: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
     if not os.path.isdir(source):
-        return PreTrainedConfig.get_config_dict(source)[0]
+        return PreTrainedConfig.get_config_dict(source, **options)[0]
     try:
         return read_object(Path(source, CONFIG_NAME), allow_nan=True)
     except FileNotFoundError:  # the loader says what is missing, or finds an adapter

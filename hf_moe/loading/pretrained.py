@@ -1,7 +1,7 @@
 """Load a Mixture-of-Experts language model whole: the one way that recipes, trace, compare and evaluate share.
 
-Everything that would refuse it is asked before its weights are read: whether it is there, which class it is, and
-whether its experts go through transformers' interface.
+Everything that would refuse it is checked before its weights are read: that it exists, its class, and that its experts
+go through the interface of transformers.
 """
 
 import copy
@@ -11,28 +11,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe.io.error_text import one_line
 from hf_moe.layers.unseen_experts import required_layers
 from hf_moe.loading.auto_classes import is_language_model, whole_auto_class
 from hf_moe.loading.config_files import ConfigError, ModelError, check_config, config_errors, load_config
+from hf_moe.loading.errors import HUB_ERRORS, hub_sentence
 
 _SECONDS = 10.0
-_ABSENT: dict[type[Exception], str] = {
-    HFValidationError: "it is no name on the Hub (owner/name). Check the path.",
-    GatedRepoError: "on the Hub it is gated, without access for this account. Ask for it on its page.",
-    RepositoryNotFoundError: "the Hub has none that this account may see. Check the spelling, or `hf auth whoami`.",
-    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set: nothing of it is in the cache. Check the spelling.",
-}
 
 
 class ModelNotFoundError(ModelError, OSError):
@@ -40,7 +28,7 @@ class ModelNotFoundError(ModelError, OSError):
 
 
 def find_model(name: str, *, file: str = "config.json", revision: str | None = None) -> None:
-    """Ask the Hub once whether it has `name`: transformers tries for half a minute before it gives up.
+    """Check with one request that the Hub has `name`: transformers tries for half a minute before it gives up.
 
     Args:
         name: A folder, or a name on the Hub. Of a folder, or of what is in the Hub's cache, nothing is asked.
@@ -56,16 +44,10 @@ def find_model(name: str, *, file: str = "config.json", revision: str | None = N
         if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return
         HfApi().model_info(name, timeout=_SECONDS)
-    except (HFValidationError, GatedRepoError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
-        said = next(said for kind, said in _ABSENT.items() if isinstance(error, kind))
-        raise ModelNotFoundError(f"no folder here is called {name!r}, and {said}") from error
-    except HfHubHTTPError:
-        return  # the Hub is there: whoever loads the model hears what it says
-    except (HTTPError, ConnectionError) as error:
-        raise ModelNotFoundError(
-            f"no folder here is called {name!r}, and the Hub cannot be reached ({type(error).__name__}: {error}). "
-            "Check the spelling and the connection."
-        ) from error
+    except HUB_ERRORS as error:
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            return  # the Hub is there: whoever loads the model gets its answer
+        raise ModelNotFoundError(hub_sentence(error, name)) from error
 
 
 def read_config(name: str) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which tensors they say they hold, and whether they are whole."""
+"""Files of a checkpoint: the tensors that they claim to hold, and checks that they are whole."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_folder(folder: Path, variant: str | None) -> None:
-    """Refuse what the host would misread in a local folder, before it opens a file there."""
+    """Refuse what transformers would misread in a local folder, before it opens a file there."""
     single, index = (folder / with_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
     if single.exists() and index.exists():
         raise CheckpointError(
@@ -128,7 +128,7 @@ def read_headers(files: Iterable[str]) -> list[StoredTensor]:
         for tensor in _read_header(file):
             if tensor.name in stored:
                 raise CheckpointError(
-                    f"{tensor.where} is also in {stored[tensor.name].file}: which one counts is not said. Delete the "
+                    f"{tensor.where} is also in {stored[tensor.name].file}: which one counts is unknown. Delete the "
                     "file that does not belong there."
                 )
             stored[tensor.name] = tensor
@@ -157,7 +157,7 @@ def _read_header(file: str) -> list[StoredTensor]:
 
 
 def _damage(file: str) -> str:
-    """What is wrong with a file that safetensors refused, as far as its first bytes tell."""
+    """The damage of a file that safetensors refused, as far as its first bytes show it."""
     size = os.path.getsize(file)
     with open(file, "rb") as opened:
         start = opened.read(8)

@@ -1,12 +1,12 @@
-"""How an hf_moe checkpoint lies on disk, and the checks that it passes before a model is made of it.
+"""Layout of an hf_moe checkpoint on disk, and the checks that it passes before a model is made of it.
 
 On disk every expert has its own tensors, the layout of Qwen3-MoE, OLMoE and DeepSeek that other tools read:
 `mlp.experts.3.gate_proj.weight [I, H]`, `up_proj [I, H]`, `down_proj [H, I]`. In memory they are fused:
-`mlp.experts.gate_up_proj [E, 2I, H]` (gate rows first), `down_proj [E, H, I]`. The host converts in both directions,
-bit for bit; `save_pretrained(save_original_format=False)` writes the fused tensors, which load as well.
+`mlp.experts.gate_up_proj [E, 2I, H]` (gate rows first), `down_proj [E, H, I]`. transformers converts in both
+directions, bit for bit; `save_pretrained(save_original_format=False)` writes the fused tensors, which load as well.
 
-The host initialises anew what a checkpoint lacks, and loads NaN, integers and files outside of the folder without a
-word. `VerifiedCheckpointMixin` refuses instead, with the tensor's and the file's name:
+transformers initialises what a checkpoint lacks, and loads NaN, integers and files outside of the folder, silently.
+ `VerifiedCheckpointMixin` refuses instead, with the tensor's and the file's name:
 
 - safetensors only; every file whole; the index and the files name the same tensors; no index entry leaves the folder;
 - every tensor of the base model there exactly once, in the shape of the config, as F64, F32, F16 or BF16, and finite;
@@ -17,8 +17,8 @@ word. `VerifiedCheckpointMixin` refuses instead, with the tensor's and the file'
 - where the config ties `lm_head` to the embeddings, a stored `lm_head.weight` has the same values.
 
 The same holds for `state_dict=`. A checkpoint stored quantised, which has other tensors, is checked for whole files,
-a tensor for every module, and finite values. Not checked: GGUF files, adapters, and distributed checkpoints (which the
-host loads strictly).
+a tensor for every module, and finite values. Not checked: GGUF files, adapters, and distributed checkpoints (which
+transformers loads strictly).
 
 Cost: the headers are read once more, and every loaded parameter is read once where it lies (no copy, no mask). What is
 not in memory as floating point afterwards (offloaded to disk, quantised) is read once more from its file.
@@ -79,13 +79,13 @@ _PER_EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<p
 
 
 if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel as _Host
+    from transformers.modeling_utils import PreTrainedModel as _Base
 else:
-    _Host = object
+    _Base = object
 
 
 def register_conversion_mapping() -> None:
-    """Teach the host the per-expert layout of `hf_moe`. Adds, never replaces; may be called again."""
+    """Register the per-expert layout of `hf_moe` with transformers. Adds, never replaces; may be called again."""
     if get_checkpoint_conversion_mapping(MODEL_TYPE) is not None:
         return
     gate_and_up = ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"]
@@ -152,7 +152,7 @@ class Target:
 
 
 def targets_of(model: nn.Module) -> dict[str, Target]:
-    """What a checkpoint must hold for `model`, by name."""
+    """Tensors that a checkpoint must hold for `model`, by name."""
     tensors = model.state_dict(keep_vars=True)
     # DeepSpeed ZeRO-3 leaves an empty parameter with its full shape beside it
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
@@ -161,7 +161,7 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which stored tensors go into which target, and, by the name that `key_mapping` gives them, which go nowhere."""
+    """Stored tensors by the target that they go into, and those without one by the name that `key_mapping` gives."""
 
     stored: dict[str, dict[str, StoredTensor]]
     unexpected: dict[str, StoredTensor]
@@ -170,7 +170,7 @@ class Assignment:
 def assign(
     stored: list[StoredTensor], targets: dict[str, Target], prefix: str, renamings: list[WeightRenaming]
 ) -> Assignment:
-    """Match names as the host does: the caller's `key_mapping`, then `prefix` ("model") added or taken away."""
+    """Match names as transformers does: the caller's `key_mapping`, then `prefix` ("model") added or taken away."""
     owner = {name: target.name for target in targets.values() for name in target.known}
     assigned: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     unexpected: dict[str, StoredTensor] = {}
@@ -214,13 +214,13 @@ def check_layout(
         if not _is_head(model, target.name):
             problems += _mismatches(target, found)
         elif not resize_heads:
-            hint = " (ignore_mismatched_sizes=True makes this head anew)"
+            hint = " (ignore_mismatched_sizes=True makes a new head)"
             problems += [mismatch + hint for mismatch in _mismatches(target, found)]
     problems += _left_over(model, checkpoint.unexpected)
     problems += _untied(model, checkpoint)
     refuse(
         problems,
-        "Nothing is initialised anew in their place. Load the checkpoint with the config.json that it was saved "
+        "Nothing new is initialised in their place. Load the checkpoint with the config.json that it was saved "
         "with, or copy, download or save it again.",
     )
 
@@ -243,7 +243,7 @@ def check_modules(model: PreTrainedModel, stored: list[StoredTensor], targets: d
     files = sorted({tensor.origin for tensor in stored})
     refuse(
         [f"{module} has no tensor in {', '.join(files)}" for module in absent],
-        "Nothing is initialised anew in their place. Copy, download or quantise the checkpoint again.",
+        "Nothing new is initialised in their place. Copy, download or quantise the checkpoint again.",
     )
 
 
@@ -269,7 +269,7 @@ def _wrong_dtypes(target: Target, found: dict[str, StoredTensor]) -> list[str]:
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether `name` is outside of the base model."""
+    """True if `name` is outside of the base model."""
     return model.base_model is not model and not name.startswith(f"{model.base_model_prefix}.")
 
 
@@ -280,7 +280,7 @@ def _must_be_there(model: PreTrainedModel, name: str) -> bool:
 
 
 def _left_over(model: PreTrainedModel, unexpected: Mapping[str, StoredTensor]) -> list[str]:
-    """What the config does not describe, other than heads of the saved class and layers of other pipeline stages."""
+    """Tensors outside of the config, other than heads of the saved class and layers of other pipeline stages."""
     # transformers 5.17 has no pipeline stages
     if getattr(model, "_pp_stage", None) is not None:
         return []
@@ -311,7 +311,7 @@ def _matches(patterns: Iterable[str] | None, name: str) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. One pass, no copy: NaN and infinities survive a minimum and a maximum."""
+    """True if no element is NaN or infinite. One pass, no copy: NaN and infinities survive a minimum and a maximum."""
     if tensor.numel() == 0:
         return True
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
@@ -415,7 +415,7 @@ def _put_aside(model: PreTrainedModel, folder: Path, variant: str | None) -> Pat
         raise CheckpointError(
             f"{folder} holds weights that this model still reads from disk (device_map). Save into another folder."
         )
-    # what the host refuses to write must not cost the old checkpoint
+    # what transformers refuses to write must not cost the old checkpoint
     with tempfile.TemporaryDirectory() as trial:
         model.config.save_pretrained(trial)
         if model.can_generate():
@@ -426,18 +426,18 @@ def _put_aside(model: PreTrainedModel, folder: Path, variant: str | None) -> Pat
     return superseded
 
 
-class VerifiedCheckpointMixin(_Host):
+class VerifiedCheckpointMixin(_Base):
     """Loading that refuses a damaged checkpoint, and saving that cannot leave a mixture of two. First among the bases.
 
-    Source: the host's `PreTrainedModel.from_pretrained`, `_load_pretrained_model` and `save_pretrained`, whose
-    arguments and results stay as they are.
+    Source: `from_pretrained`, `_load_pretrained_model` and `save_pretrained` of `PreTrainedModel`, whose arguments and
+    results stay as they are.
     """
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As the host's, from safetensors files alone.
+        """Load as `PreTrainedModel.from_pretrained` does, from safetensors files alone.
 
         Raises:
             CheckpointError: If the checkpoint is damaged or is not the one of this model; names tensor and file.
@@ -457,10 +457,10 @@ class VerifiedCheckpointMixin(_Host):
             raise CheckpointError(f"{INDEX_FILE} of {path} is not valid JSON ({error}). Download it again.") from error
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """As the host's, from either layout.
+        """Load as `nn.Module.load_state_dict` does, from either layout.
 
         The Trainer resumes through here, with the tensors as they lie on disk and `strict=False`: for native models it
-        goes on with newly initialised experts and a warning (transformers 5.23).
+        trains on with newly initialised experts and a warning (transformers 5.23).
         """
         return super().load_state_dict(fuse_experts(state_dict), *args, **kwargs)
 
@@ -473,7 +473,7 @@ class VerifiedCheckpointMixin(_Host):
         load_config: Any,
         expected_keys: list[str] | None = None,
     ) -> Any:
-        """The host's hook, called with the files that it resolved and the model still without weights."""
+        """Hook of transformers, called with the files that it resolved and the model still without weights."""
         load = super()._load_pretrained_model
         quantizer = load_config.hf_quantizer
         # expected_keys: the tensors of an adapter; files and a state dict: those of a GGUF file
@@ -498,15 +498,15 @@ class VerifiedCheckpointMixin(_Host):
         return result
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As the host's; a save that is cut off leaves a folder that does not load.
+        """Save as `PreTrainedModel.save_pretrained` does; a save that is cut off leaves a folder that does not load.
 
-        The host writes over the old files one by one, index or single file last. Those two go first here, so that no
-        moment has an old index beside new shards or a new config; an old single file is kept as
+        transformers writes over the old files one by one, index or single file last. Those two go first here, so that
+        no moment has an old index beside new shards or a new config; an old single file is kept as
         `model.safetensors.superseded` until the save is done. `auto_map` names every class of the modeling file, not
         the saved one alone.
 
         Raises:
-            CheckpointError: If a file of the folder is a symbolic link: the host would write over its target.
+            CheckpointError: If a file of the folder is a symbolic link: transformers would write over its target.
         """
         save = super().save_pretrained
         given = signature(save).bind(save_directory, *args, **kwargs).arguments

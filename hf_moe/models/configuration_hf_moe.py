@@ -30,7 +30,7 @@ _LIMITS = {
     **dict.fromkeys(EXPERT_COUNTS, MAX_EXPERTS),
 }
 
-# The host drops these from a configuration without a word
+# transformers drops these from a configuration silently
 _GENERATION_NAMES = {"top_k": "num_experts_per_tok", "top_p": "router_top_p"}
 # Names of these may be repositories of the Hub, whose code then runs
 _IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}
@@ -66,7 +66,7 @@ class HfMoeConfig(PreTrainedConfig):
     """Configuration of a sparse Mixture-of-Experts decoder (or encoder, with `is_causal=False`).
 
     The defaults describe a 7B model with 1B active parameters (64 experts, top-8). A feed-forward layer is dense when
-    its index is below `first_k_dense_replace` or in `mlp_only_layers`; `per_layer_config` (the host's mechanism) gives
+    its index is below `first_k_dense_replace` or in `mlp_only_layers`; `per_layer_config` (of transformers) gives
     layers their own `num_experts`, `num_experts_per_tok` or `moe_intermediate_size`.
 
     Args:
@@ -192,7 +192,7 @@ class HfMoeConfig(PreTrainedConfig):
         self._refuse_foreign_code(kwargs)
         if self.mlp_only_layers is None:
             self.mlp_only_layers = []
-        # the host reads head_dim; a zero is reported by the checks, which run later
+        # transformers reads head_dim; a zero is reported by the checks, which run later
         if self.head_dim is None and self.num_attention_heads:
             self.head_dim = self._head_dim()
         self._refuse_rope(kwargs)
@@ -201,8 +201,8 @@ class HfMoeConfig(PreTrainedConfig):
 
     @classmethod
     def _refuse_misspelt(cls, kwargs: dict[str, Any]) -> None:
-        """The host keeps any keyword as an attribute; one that shadows a method, the table of checks or a constant of
-        the class is an attack, and one that nearly is a field is a mistake."""
+        """Refuse keywords, which transformers keeps as attributes: one that shadows a method, the table of checks or a
+        constant of the class is an attack, and one that nearly is a field is a mistake."""
         fields = cls.__dataclass_fields__
         for key in kwargs:
             if key in _GENERATION_NAMES:
@@ -239,7 +239,7 @@ class HfMoeConfig(PreTrainedConfig):
             raise ValueError(f"dtype must name a torch dtype such as 'bfloat16', got {dtype!r:.80}.")
 
     def _refuse_unusable(self, kwargs: dict[str, Any]) -> None:
-        """What transformers takes here and stumbles over later, in a traceback."""
+        """Refuse what transformers accepts here and fails on later, in a traceback."""
         if self.return_dict is False:
             raise ValueError(
                 "return_dict must be true: the model reads its backbone's outputs by name. For a tuple, pass "
@@ -257,7 +257,7 @@ class HfMoeConfig(PreTrainedConfig):
             raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {padding!r:.80}.")
 
     def _refuse_rope(self, kwargs: dict[str, Any]) -> None:
-        """transformers looks at the values when it builds the model, and at some not at all: NaN logits."""
+        """Check rotary values, of which transformers checks some with the model and some never: NaN logits."""
         found = kwargs.get("rope_scaling") or self.rope_parameters or {}
         if not isinstance(found, dict):  # refused by its type
             return
@@ -285,18 +285,27 @@ class HfMoeConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters: {error.args[0]}.") from error
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether the feed-forward of layer `layer_idx` is a MoE layer; the others are dense."""
+        """True if the feed-forward of layer `layer_idx` is a MoE layer; the others are dense."""
         return layer_idx >= self.first_k_dense_replace and layer_idx not in (self.mlp_only_layers or ())
+
+    def require_causal(self, model: str) -> None:
+        """Raise ValueError if attention is not causal, for the model of this name, which decodes."""
+        if not self.is_causal:
+            raise ValueError(
+                f"{model} decodes causally and needs is_causal=True, got is_causal=False with "
+                f"routing={self.routing!r}. For an encoder use HfMoeModel or a classification head; for a language "
+                "model choose routing='top_k', 'top_p' or 'dense'."
+            )
 
     @property
     def can_skip_slots(self) -> bool:
-        """Whether a token may use fewer experts than it has slots: the router then emits the id `num_experts`."""
+        """True if a token may use fewer experts than it has slots: the router then emits the id `num_experts`."""
         return (
             self.routing in ("top_p", "expert_choice") or self.num_null_experts > 0 or self.capacity_factor is not None
         )
 
     def validate_architecture(self) -> None:
-        """Check all values against each other; the host calls this once the fields are set, each model once more."""
+        """Check all values against each other; transformers calls this once the fields are set, each model again."""
         self._validate_layers()
         self._validate_sizes()
         self._validate_numbers()

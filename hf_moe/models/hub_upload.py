@@ -10,9 +10,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 
 if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel as _Host
+    from transformers.modeling_utils import PreTrainedModel as _Base
 else:
-    _Host = object
+    _Base = object
 
 _WEIGHTS = re.compile(r"(adapter_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
@@ -30,7 +30,7 @@ def superseded_weights(remote: Iterable[str], present: Iterable[str]) -> list[st
     return sorted(name for name, match in found if match and match[1] in kinds)
 
 
-class OneCommitPushMixin(_Host):
+class OneCommitPushMixin(_Base):
     """`push_to_hub` and `save_pretrained(push_to_hub=True)` in one commit that deletes what it supersedes.
 
     Before `PreTrainedModel` among the bases.
@@ -47,7 +47,7 @@ class OneCommitPushMixin(_Host):
         revision: str | None = None,
         commit_description: str | None = None,
     ) -> CommitInfo:
-        """The host's hook, with its arguments. It leaves old weight files, which are then loaded in place of new ones.
+        """Hook of transformers, which itself leaves old weight files, that are then loaded in place of new ones.
 
         If somebody commits meanwhile, the Hub refuses (412) and nothing is changed.
         """

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .outputs import HfMoeModelOutputWithPast
+from .routing import RoutingDecision
+
 
 class LateGradient:
     """The gradient of the tensors that one run of one layer gave away without a graph."""
@@ -34,6 +37,19 @@ class LateGradient:
     def deliver(self, through: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Inside, in the second run: `through` as it is; its backward also sends the kept gradient into `tensors`."""
         return _Deliver.apply(self, through, *tensors)
+
+
+def attach_late_gradients(late: Sequence[LateGradient], outputs: HfMoeModelOutputWithPast) -> None:
+    """Give gradients to those decisions in `outputs`, one for each of `late`, that were computed without."""
+    hidden_states, decisions = outputs.last_hidden_state, []
+    for gradient, decision in zip(late, outputs.router_decisions or (), strict=True):
+        if not decision.scores.requires_grad:
+            hidden_states, (logits, scores) = gradient.attach(hidden_states, decision[:2])
+            decision = RoutingDecision(logits, scores, decision.choice)
+        decisions.append(decision)
+    outputs.last_hidden_state, outputs.router_decisions = hidden_states, tuple(decisions)
+    if outputs.router_logits is not None:
+        outputs.router_logits = tuple(decision.router_logits for decision in decisions)
 
 
 class _Attach(torch.autograd.Function):

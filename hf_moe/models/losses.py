@@ -51,6 +51,54 @@ def load_balancing_loss(
     return scores_TX.shape[-1] * (load_X * probability_X).sum()
 
 
+def balancing_losses(
+    decisions: Sequence[RoutingDecision],
+    attention_mask: Tensor | None,
+    num_null_experts: int,
+    step_counts: "GlobalBatchCounts | None" = None,
+    share: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Load balancing loss and router z-loss of a model, each a mean over its MoE layers, on the first one's device.
+
+    Args:
+        attention_mask: `[B, S]`, 0 for padding, which is left out; a mask of more dimensions does not tell padding.
+        step_counts: Balances over the optimizer step instead of the micro-batch, of which this is the part `share`.
+    """
+    device = decisions[0].scores.device
+    masks = [_token_mask(attention_mask, decision) for decision in decisions]
+    counts = [count_assignments(*pair) for pair in zip(decisions, masks, strict=True)]
+    if step_counts is not None:
+        counts = step_counts.update([layer.to(device) for layer in counts], share)
+    balance = [
+        load_balancing_loss(
+            decision, decision.scores.shape[-1] - num_null_experts, mask, layer.to(decision.scores.device)
+        )
+        for decision, mask, layer in zip(decisions, masks, counts, strict=True)
+    ]
+    z = [router_z_loss(*pair) for pair in zip(decisions, masks, strict=True)]
+    aux_loss, z_loss = (torch.stack([value.to(device) for value in values]).mean() for values in (balance, z))
+    return aux_loss, z_loss
+
+
+def _token_mask(attention_mask: Tensor | None, decision: RoutingDecision) -> Tensor | None:
+    """`[T]`: 0 for padding. A cached prefix in the mask has no tokens here."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    length = decision.scores.shape[0] // attention_mask.shape[0]
+    return attention_mask[:, -length:].flatten().to(decision.scores.device)
+
+
+def share_of_step(
+    labels: Tensor | None, num_items_in_batch: Tensor | int | None, shift_labels: Tensor | None
+) -> Tensor | None:
+    """The part of an optimizer step's items that these labels are, counted as the Trainer counts them."""
+    targets = shift_labels if shift_labels is not None or labels is None else labels[..., 1:]
+    if num_items_in_batch is None or targets is None:
+        return None
+    items = torch.as_tensor(num_items_in_batch, device=targets.device, dtype=torch.float32).mean()
+    return targets.ne(-100).sum() / items.clamp_min(1)
+
+
 def router_z_loss(decision: RoutingDecision, mask_T: Tensor | None = None) -> Tensor:
     """Mean over the tokens of `logsumexp(logits) ** 2`, which keeps router logits small (arXiv:2202.08906)."""
     return _masked_mean(decision.router_logits.logsumexp(-1).square(), mask_T)

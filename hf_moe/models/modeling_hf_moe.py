@@ -1,12 +1,11 @@
 """The `hf_moe` architecture. A forward pass reads top to bottom: router, experts, block, decoder layer, model, heads.
 
-Attention, norms and rotary embedding are Qwen3-MoE's, so that the host's fixes arrive here; what is ours is the MoE.
-All classes are in one file, as in the host: it looks for the experts' decorator in the file of the model class, and
-saved checkpoints carry the file.
+Attention, norms and rotary embedding are Qwen3-MoE's, so that fixes of transformers arrive here; what is ours is the
+MoE. All modules are in one file, as in transformers: it looks for the experts' decorator in the file of the model
+class, and saved checkpoints carry the file, with the functions and records that it imports.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import use_experts_implementation
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_bidirectional_sliding_window_mask,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
     Qwen3MoeMLP,
@@ -44,29 +30,18 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .checkpoint_layout import VerifiedCheckpointMixin, register_conversion_mapping
 from .configuration_hf_moe import HfMoeConfig
 from .hub_upload import OneCommitPushMixin
-from .late_gradient import LateGradient
-from .losses import GlobalBatchCounts, count_assignments, load_balancing_loss, router_z_loss
-from .routing import (
-    RouterOutput,
-    RoutingDecision,
-    choose_all,
-    choose_tokens,
-    choose_top_k,
-    choose_top_p,
-    drop_over_capacity,
-    expert_capacity,
-    pack_assignments,
-    slot_weights,
+from .late_gradient import LateGradient, attach_late_gradients
+from .losses import GlobalBatchCounts, balancing_losses, share_of_step
+from .masks import CACHE, last_token, layer_mask, token_mask
+from .outputs import (
+    HfMoeCausalLMOutputWithPast,
+    HfMoeModelOutputWithPast,
+    HfMoeQuestionAnsweringModelOutput,
+    HfMoeSequenceClassifierOutputWithPast,
+    HfMoeTokenClassifierOutput,
 )
-from .transformers_names import REPEATS_POSITIONS, cache_name, check_parameters, one_cache, refuse_unread
-
-check_parameters(
-    {
-        create_causal_mask: ("config", "inputs_embeds", "attention_mask", "position_ids"),
-        Qwen3MoeAttention.forward: ("hidden_states", "position_embeddings", "attention_mask"),
-    }
-)
-CACHE = cache_name(create_causal_mask, Qwen3MoeAttention.forward)
+from .routing import RouterOutput, expert_capacity, pack_assignments, route
+from .transformers_names import one_cache, refuse_unread
 
 
 class HfMoeAttention(Qwen3MoeAttention):
@@ -89,7 +64,7 @@ class HfMoeRMSNorm(Qwen3MoeRMSNorm):
 
 
 class HfMoeRotaryEmbedding(Qwen3MoeRotaryEmbedding):
-    """Rotary position embedding, with all of the host's `rope_parameters`."""
+    """Rotary position embedding, with all `rope_parameters` of transformers."""
 
 
 class HfMoeRouter(nn.Module):
@@ -118,29 +93,7 @@ class HfMoeRouter(nn.Module):
             token_mask: `[T]`, False for padding, which then takes no capacity and is chosen by no expert.
         """
         router_logits = self._logits(hidden_states.reshape(-1, hidden_states.shape[-1]))
-        scores = router_logits.softmax(-1) if self.config.router_scoring == "softmax" else router_logits.sigmoid()
-        choice = self._choose(scores, token_mask)
-        weights, index = slot_weights(
-            scores,
-            choice,
-            self.num_experts,
-            # all the probabilities add up to 1 already
-            normalize=self.config.norm_topk_prob
-            and not (self.config.routing == "dense" and self.config.router_scoring == "softmax"),
-            scale=self.config.routed_scaling_factor,
-            epsilon=1e-20 if self.config.router_scoring == "sigmoid" else 0.0,
-        )
-        if self.training and self.config.capacity_factor is not None and self.config.routing != "expert_choice":
-            capacity = self.capacity(scores.shape[0])
-            weights, index = drop_over_capacity(
-                weights, index, self.num_experts, capacity, self.config.drop_policy, token_mask
-            )
-        return RouterOutput(router_logits, weights, index, RoutingDecision(router_logits, scores, choice))
-
-    def capacity(self, num_tokens: int) -> int:
-        """Assignments that an expert may take of `num_tokens` tokens."""
-        factor = 1.0 if self.config.capacity_factor is None else self.config.capacity_factor
-        return expert_capacity(num_tokens, self.config.num_experts_per_tok, self.num_experts, factor)
+        return route(router_logits, self.config, self.e_score_correction_bias, self.training, token_mask)
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         # float32 also under autocast: bf16 ties and rounding change the choice
@@ -151,24 +104,6 @@ class HfMoeRouter(nn.Module):
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - noise, 1 + noise)
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             return F.linear(hidden_states, self.weight.to(dtype))
-
-    def _choose(self, scores: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Ids `[T, K]` in `[0, X]`; the choice itself has no gradient, the weights have."""
-        scores, config = scores.detach(), self.config
-        if config.routing == "dense":
-            return choose_all(scores)
-        if config.routing == "top_p":
-            return choose_top_p(scores, config.num_experts_per_tok, config.router_top_p)
-        if config.routing == "expert_choice":
-            return choose_tokens(scores, min(scores.shape[0], self.capacity(scores.shape[0])), token_mask)
-        return choose_top_k(
-            scores,
-            config.num_experts_per_tok,
-            self.e_score_correction_bias,
-            config.n_group,
-            config.topk_group,
-            best_per_group=2 if config.router_scoring == "sigmoid" else 1,
-        )
 
 
 @use_experts_implementation
@@ -248,7 +183,8 @@ class HfMoeSparseMoeBlock(nn.Module):
 
     def _run_packed(self, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Experts that choose tokens take a fixed number: run those rows, not one for each token and expert."""
-        num_rows = self.num_experts * min(tokens.shape[0], self.gate.capacity(tokens.shape[0]))
+        num_tokens = tokens.shape[0]
+        num_rows = self.num_experts * min(num_tokens, expert_capacity(num_tokens, self.num_experts, self.gate.config))
         token, weight, index = pack_assignments(top_k_weights, top_k_index, num_rows)
         return torch.zeros_like(tokens).index_add(0, token, self._run_experts(tokens[token], index, weight))
 
@@ -295,47 +231,6 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
         return residual + self.mlp(hidden_states)
 
 
-@dataclass
-class HfMoeModelOutputWithPast(MoeModelOutputWithPast):
-    """The host's output and the decision of each router."""
-
-    router_decisions: tuple[RoutingDecision, ...] | None = None
-
-
-@dataclass
-class HfMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """The host's output; `aux_loss` is the load balancing loss (1 when balanced), `z_loss` the router z-loss."""
-
-    z_loss: Tensor | None = None
-
-
-@dataclass
-class HfMoeSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
-    """The host's output with the balancing losses and router logits."""
-
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class HfMoeTokenClassifierOutput(TokenClassifierOutput):
-    """The host's output with the balancing losses and router logits."""
-
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class HfMoeQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
-    """The host's output with the balancing losses and router logits."""
-
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-
-
 class HfMoePreTrainedModel(VerifiedCheckpointMixin, OneCommitPushMixin, PreTrainedModel):
     config: HfMoeConfig
     base_model_prefix = "model"
@@ -374,12 +269,11 @@ class HfMoePreTrainedModel(VerifiedCheckpointMixin, OneCommitPushMixin, PreTrain
                 init.zeros_(module.e_score_correction_bias)
 
 
-# taken out of a forward's keyword arguments by `capture_outputs`
-_RECORDED = frozenset(f"output_{name}" for name in HfMoePreTrainedModel._can_record_outputs)
-
-
 class HfMoeModel(HfMoePreTrainedModel):
-    """Embedding, decoder layers and final norm."""
+    """Embedding, decoder layers and final norm; without a task, so without a loss.
+
+    Source: the decoder of Qwen3-MoE (arXiv:2505.09388); for its routing see `HfMoeConfig` and `routing.py`.
+    """
 
     _auto_class = "AutoModel"
 
@@ -413,18 +307,23 @@ class HfMoeModel(HfMoePreTrainedModel):
         """Run the decoder.
 
         Args:
-            input_ids: `[B, S]`; give these or `inputs_embeds`.
+            input_ids: `[B, S]`, int64; give these or `inputs_embeds`.
             attention_mask: `[B, S]` with 0 for padding, or a 4-D mask (then all tokens count as real for the router).
+            position_ids: `[B, S]` or `[1, S]`, int64.
             inputs_embeds: `[B, S, H]`.
             past_key_values, cache: The key/value cache; transformers 5.24 and newer call it `cache`.
             late_gradients: One for each layer, to take the gradient of its router's decision under reentrant gradient
                 checkpointing.
+            **kwargs: `output_router_logits` and the like, and what attention reads.
+
+        Returns:
+            `last_hidden_state` `[B, S, H]` in the model's dtype, the cache, and what was asked for of each layer.
 
         Raises:
             ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache where attention is not causal, or two.
             TypeError: An argument that nothing reads.
         """
-        refuse_unread(self, kwargs, _RECORDED if position_ids is None else _RECORDED | REPEATS_POSITIONS)
+        refuse_unread(self, kwargs, has_positions=position_ids is not None)
         cache = one_cache(past_key_values, cache)
         if CACHE != "cache" and cache is not None and not isinstance(cache, Cache):
             # of continuous batching, whose attention reads it under this name
@@ -440,47 +339,26 @@ class HfMoeModel(HfMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            past_length = cache.get_seq_length() if cache is not None else 0
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = positions.unsqueeze(0)
-        layer_mask = self._attention_mask(inputs_embeds, attention_mask, cache, position_ids)
-        token_mask = self._token_mask(inputs_embeds, attention_mask)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = positions[None] + (0 if cache is None else cache.get_seq_length())
+        attention = layer_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        competing = token_mask(self.config, inputs_embeds, attention_mask, self.training)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         hidden_states = inputs_embeds
         for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=layer_mask,
+                attention_mask=attention,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                token_mask=token_mask,
+                token_mask=competing,
                 late_gradient=None if late_gradients is None else late_gradients[index],
                 **{CACHE: cache},
                 **kwargs,
             )
         return HfMoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
-
-    def _attention_mask(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
-    ) -> Any:
-        arguments = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        has_window = self.config.sliding_window is not None
-        if not self.config.is_causal:
-            create = create_bidirectional_sliding_window_mask if has_window else create_bidirectional_mask
-            return create(**arguments)
-        create = create_sliding_window_causal_mask if has_window else create_causal_mask
-        return create(**arguments, **{CACHE: cache}, position_ids=position_ids)
-
-    def _token_mask(self, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """`[B, S]`, True for real tokens, where the routing asks: tokens compete for places in an expert."""
-        competes = self.config.routing == "expert_choice" or (
-            self.training and self.config.capacity_factor is not None
-        )
-        if not competes or attention_mask is None or attention_mask.dim() != 2:
-            return None
-        return attention_mask[:, -inputs_embeds.shape[1] :].bool()
 
 
 class HfMoeHeadModel(HfMoePreTrainedModel):
@@ -491,6 +369,8 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
     which the Trainer passes), as the task's loss does: gradient accumulation and several processes then give the
     gradient of one large batch.
     """
+
+    _output_class: Any
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
@@ -506,29 +386,12 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
         if records and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             late = [LateGradient() for _ in range(self.config.num_hidden_layers)]
         outputs = self.model(
-            output_router_logits=output_router_logits,
-            output_router_decisions=records,
-            late_gradients=late,
-            **inputs,
+            output_router_logits=output_router_logits, output_router_decisions=records, late_gradients=late, **inputs
         )
         # no decisions: no MoE layer, or blocks of somebody's own
-        return self._with_late_gradients(outputs, late) if late and outputs.router_decisions else outputs
-
-    def _with_late_gradients(
-        self, outputs: HfMoeModelOutputWithPast, late: list[LateGradient]
-    ) -> HfMoeModelOutputWithPast:
-        """The same, with gradients for decisions that reentrant gradient checkpointing computed without."""
-        moe_layers = [index for index in range(self.config.num_hidden_layers) if self.config.is_moe_layer(index)]
-        hidden_states, decisions = outputs.last_hidden_state, []
-        for index, decision in zip(moe_layers, outputs.router_decisions or (), strict=True):
-            if not decision.scores.requires_grad:
-                hidden_states, (logits, scores) = late[index].attach(hidden_states, decision[:2])
-                decision = RoutingDecision(logits, scores, decision.choice)
-            decisions.append(decision)
-        outputs.last_hidden_state = hidden_states
-        outputs.router_decisions = tuple(decisions)
-        if outputs.router_logits is not None:
-            outputs.router_logits = tuple(decision.router_logits for decision in decisions)
+        if late and outputs.router_decisions:
+            of_moe_layers = [gradient for index, gradient in enumerate(late) if self.config.is_moe_layer(index)]
+            attach_late_gradients(of_moe_layers, outputs)
         return outputs
 
     def _outputs(
@@ -537,66 +400,40 @@ class HfMoeHeadModel(HfMoePreTrainedModel):
         loss: Tensor | None,
         attention_mask: Tensor | None,
         share: Tensor | None = None,
-    ) -> dict[str, Any]:
-        """What all heads return: the loss with the balancing losses added, these by themselves, and the records."""
-        aux_loss, z_loss = self._balancing_losses(outputs, attention_mask, share)
-        if loss is not None and self.training and aux_loss is not None and z_loss is not None:
-            total = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
-            loss = loss + (total if share is None else total * share).to(loss.device)
-        return {
-            "loss": loss,
-            "aux_loss": aux_loss,
-            "z_loss": z_loss,
-            "router_logits": outputs.router_logits,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
-
-    def _balancing_losses(
-        self, outputs: HfMoeModelOutputWithPast, attention_mask: Tensor | None, share: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Load balancing and z-loss, each a mean over the layers; None where no router was recorded."""
-        decisions = outputs.router_decisions
-        if not decisions:
-            return None, None
-        device, null = decisions[0].scores.device, self.config.num_null_experts
-        masks = [_flat_mask(attention_mask, decision) for decision in decisions]
-        counts = [count_assignments(*pair) for pair in zip(decisions, masks, strict=True)]
-        if self.config.balance_scope == "global_batch" and self.training:
-            counts = self._global_batch_counts.update([layer.to(device) for layer in counts], share)
-        balance = [
-            load_balancing_loss(decision, decision.scores.shape[-1] - null, mask, layer.to(decision.scores.device))
-            for decision, mask, layer in zip(decisions, masks, counts, strict=True)
-        ]
-        z = [router_z_loss(*pair) for pair in zip(decisions, masks, strict=True)]
-        aux_loss, z_loss = (torch.stack([value.to(device) for value in values]).mean() for values in (balance, z))
-        return aux_loss, z_loss
-
-
-def _flat_mask(attention_mask: Tensor | None, decision: RoutingDecision) -> Tensor | None:
-    """`[T]`: 0 for padding. A cached prefix in the mask has no tokens here; a 4-D mask does not tell padding."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    length = decision.scores.shape[0] // attention_mask.shape[0]
-    return attention_mask[:, -length:].flatten().to(decision.scores.device)
+        **logits: Tensor,
+    ) -> Any:
+        """The output of every head: the loss with the balancing losses added, these by themselves, and the records."""
+        config, aux_loss, z_loss = self.config, None, None
+        if outputs.router_decisions:
+            counts = self._global_batch_counts if self.training and config.balance_scope == "global_batch" else None
+            aux_loss, z_loss = balancing_losses(
+                outputs.router_decisions, attention_mask, config.num_null_experts, counts, share
+            )
+            if loss is not None and self.training:
+                total = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+                loss = loss + (total if share is None else total * share).to(loss.device)
+        fields = self._output_class.__dataclass_fields__
+        records = ("router_logits", "hidden_states", "attentions", CACHE)
+        logits |= {name: getattr(outputs, name) for name in records if name in fields}
+        return self._output_class(loss=loss, aux_loss=aux_loss, z_loss=z_loss, **logits)
 
 
 class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
-    """The decoder with a language modelling head."""
+    """The decoder with a language modelling head.
+
+    Raises:
+        ValueError: If `config.is_causal` is False.
+    """
 
     _auto_class = "AutoModelForCausalLM"
+    _output_class = HfMoeCausalLMOutputWithPast
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: HfMoeConfig):
-        if not config.is_causal:
-            raise ValueError(
-                f"HfMoeForCausalLM decodes causally and needs is_causal=True, got is_causal=False with "
-                f"routing={config.routing!r}. For an encoder use HfMoeModel or a classification head; for a language "
-                f"model choose routing='top_k', 'top_p' or 'dense'."
-            )
+        config.require_causal("HfMoeForCausalLM")
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -617,9 +454,16 @@ class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> HfMoeCausalLMOutputWithPast:
-        """Logits `[B, S, V]`, and the next-token loss where `labels` `[B, S]` (-100 is left out) are given.
+        """Predict the next token of every position; what is not named here is as in `HfMoeModel.forward`.
 
-        `shift_labels` `[B, S]` are labels that are shifted already; the loss is divided by `num_items_in_batch`.
+        Args:
+            labels: `[B, S]`, int64, shifted here; -100 is left out. `shift_labels` `[B, S]` are shifted already, and
+                the loss is divided by `num_items_in_batch` where it is given.
+            logits_to_keep: The last positions to compute logits of (0: all), or their indices `[L]`.
+
+        Returns:
+            `logits` `[B, L, V]` in the model's dtype, `loss` (a float32 scalar) with labels, the cache, and where
+            routers were recorded `aux_loss`, `z_loss` (scalars) and `router_logits` (`[T, X]` of each MoE layer).
         """
         # no parameters: the Trainer takes every name with "label" in it for a label that each batch must have
         shift_labels, num_items_in_batch = (kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch"))
@@ -640,38 +484,19 @@ class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
             loss = self.loss_function(
                 logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
             )
-        share = _share_of_step(labels, num_items_in_batch, shift_labels)
-        return HfMoeCausalLMOutputWithPast(
-            logits=logits,
-            **{CACHE: getattr(outputs, CACHE)},
-            **self._outputs(outputs, loss, attention_mask, share),
-        )
+        share = share_of_step(labels, num_items_in_batch, shift_labels)
+        return self._outputs(outputs, loss, attention_mask, share, logits=logits)
 
 
-def _share_of_step(
-    labels: Tensor | None, num_items_in_batch: Tensor | int | None, shift_labels: Tensor | None
-) -> Tensor | None:
-    """The part of an optimizer step's items that these labels are, counted as the Trainer counts them."""
-    targets = shift_labels if shift_labels is not None or labels is None else labels[..., 1:]
-    if num_items_in_batch is None or targets is None:
-        return None
-    items = torch.as_tensor(num_items_in_batch, device=targets.device, dtype=torch.float32).mean()
-    return targets.ne(-100).sum() / items.clamp_min(1)
+class HfMoeClassifier(HfMoeHeadModel):
+    """The decoder under a classification head."""
 
-
-class HfMoeForSequenceClassification(HfMoeHeadModel):
-    """The decoder with a classification head on the last token that is not padding."""
-
-    _auto_class = "AutoModelForSequenceClassification"
-
-    # its loss is a mean over the batch: the Trainer divides by the accumulation steps
+    # the loss is a mean over the batch: the Trainer divides by the accumulation steps
     accepts_loss_kwargs = False
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -681,78 +506,69 @@ class HfMoeForSequenceClassification(HfMoeHeadModel):
         labels: Tensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> HfMoeSequenceClassifierOutputWithPast:
-        """Logits `[B, num_labels]`; the loss is regression or classification as `config.problem_type` says.
-
-        Raises:
-            ValueError: Several rows, and neither `attention_mask` nor `config.pad_token_id` tells what is padding.
-        """
+    ) -> HfMoeSequenceClassifierOutputWithPast | HfMoeTokenClassifierOutput:
+        """Classify; arguments and results are told by the class, all others are as in `HfMoeModel.forward`."""
         outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        last = self._last_token(outputs.last_hidden_state, input_ids, attention_mask)
-        logits = self.score(outputs.last_hidden_state[torch.arange(last.shape[0], device=last.device), last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return HfMoeSequenceClassifierOutputWithPast(
-            logits=logits,
-            **{CACHE: getattr(outputs, CACHE)},
-            **self._outputs(outputs, loss, attention_mask),
-        )
-
-    def _last_token(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """Position `[B]` of the last real token, with left or right padding."""
-        batch, length = hidden_states.shape[:2]
-        positions = torch.arange(length, device=hidden_states.device)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            is_real = attention_mask[:, -length:].bool()
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            is_real = input_ids != self.config.pad_token_id
-        elif batch == 1:
-            return positions[-1:]
-        else:
-            raise ValueError(
-                f"Cannot tell the last token of {batch} rows: pass attention_mask [B, S], or set config.pad_token_id."
-            )
-        return (positions * is_real.to(positions)).argmax(-1)
+        logits = self._classify(outputs.last_hidden_state, input_ids, attention_mask)
+        loss = None if labels is None else self._task_loss(logits, labels)
+        return self._outputs(outputs, loss, attention_mask, logits=logits)
 
 
-class HfMoeForTokenClassification(HfMoeHeadModel):
-    """The decoder with a classification head on each token."""
+class HfMoeForSequenceClassification(HfMoeClassifier):
+    """The decoder with a classification head on the last token that is not padding.
 
-    _auto_class = "AutoModelForTokenClassification"
+    `forward` takes `labels` `[B]` (int64, or floats `[B, num_labels]` for regression and several labels at a time, as
+    `config.problem_type` says) and returns `logits` `[B, num_labels]`; the loss is a mean over the rows.
 
-    accepts_loss_kwargs = False
+    Raises:
+        ValueError: From `forward`: several rows, and neither `attention_mask` nor `config.pad_token_id` tells what is
+            padding.
+    """
+
+    _auto_class = "AutoModelForSequenceClassification"
+    _output_class = HfMoeSequenceClassifierOutputWithPast
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def _classify(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        last = last_token(self.config, hidden_states, input_ids, attention_mask)
+        return self.score(hidden_states[torch.arange(last.shape[0], device=last.device), last])
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+
+
+class HfMoeForTokenClassification(HfMoeClassifier):
+    """The decoder with a classification head on each token.
+
+    `forward` takes `labels` `[B, S]`, int64, of which -100 is left out, and returns `logits` `[B, S, num_labels]`; the
+    loss is a mean over the labels.
+    """
+
+    _auto_class = "AutoModelForTokenClassification"
+    _output_class = HfMoeTokenClassifierOutput
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_router_logits: bool | None = None,
-        **kwargs: Any,
-    ) -> HfMoeTokenClassifierOutput:
-        """Logits `[B, S, num_labels]`, and the loss where `labels` `[B, S]` (-100 is left out) are given."""
-        outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        return HfMoeTokenClassifierOutput(
-            logits=logits,
-            **self._outputs(outputs, loss, attention_mask),
-        )
+    def _classify(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        return self.score(self.dropout(hidden_states))
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(logits, labels, self.config)
 
 
 class HfMoeForQuestionAnswering(HfMoeHeadModel):
     """The decoder with a head for the start and the end of an answer."""
 
     _auto_class = "AutoModelForQuestionAnswering"
+    _output_class = HfMoeQuestionAnsweringModelOutput
 
     accepts_loss_kwargs = False
 
@@ -771,17 +587,20 @@ class HfMoeForQuestionAnswering(HfMoeHeadModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> HfMoeQuestionAnsweringModelOutput:
-        """Start and end logits `[B, S]`, and the loss where both positions `[B]` are given."""
+        """Find where an answer starts and ends; what is not named here is as in `HfMoeModel.forward`.
+
+        Args:
+            start_positions: `[B]`, int64; with `end_positions` `[B]` they give the loss, a mean over the rows.
+
+        Returns:
+            `start_logits` and `end_logits`, both `[B, S]`, and what the other heads return.
+        """
         outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-        return HfMoeQuestionAnsweringModelOutput(
-            start_logits=start_logits,
-            end_logits=end_logits,
-            **self._outputs(outputs, loss, attention_mask),
-        )
+        return self._outputs(outputs, loss, attention_mask, start_logits=start_logits, end_logits=end_logits)
 
 
 # here and not in hf_moe's registration: the copy of this file on the Hub loads the same checkpoints

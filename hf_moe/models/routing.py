@@ -1,9 +1,9 @@
-"""Routing: which experts a token goes to, and with what weight. Pure functions on torch alone.
+"""Routing: which experts a token goes to, and with what weight. Pure functions on tensors.
 
 Shape suffixes: T tokens, E experts, X = E + null experts, K slots per token, N = T*K assignments, C capacity.
 
-A slot that a token does not use holds the id `E` (in `top_k_index`) and the weight 0: the id that the host's expert
-backends skip. In `choice`, before null experts and dropped assignments become unused slots, it holds the id `X`.
+A slot that a token does not use holds the id `E` (in `top_k_index`) and the weight 0: the id that the expert backends
+of transformers skip. In `choice`, before null experts and dropped assignments become unused, it holds the id `X`.
 """
 
 import math
@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .configuration_hf_moe import HfMoeConfig
+
 
 class RoutingDecision(NamedTuple):
-    """What the router chose, for the balancing losses: they take it and never choose again.
+    """The choice of a router, for the balancing losses: they take it and never choose again.
 
     Attributes:
         router_logits: `[T, X]`, float32.
@@ -28,7 +30,7 @@ class RoutingDecision(NamedTuple):
 
 
 class RouterOutput(NamedTuple):
-    """What a router returns; the first three are the host's contract.
+    """Output of a router; the first three are the contract of transformers.
 
     Attributes:
         router_logits: `[T, X]`, float32.
@@ -41,6 +43,63 @@ class RouterOutput(NamedTuple):
     top_k_weights: Tensor
     top_k_index: Tensor
     decision: RoutingDecision
+
+
+def route(
+    router_logits: Tensor, config: HfMoeConfig, bias_X: Tensor | None, training: bool, token_mask_T: Tensor | None
+) -> RouterOutput:
+    """Score, choose, weigh, and in training drop what is over the capacity, as `config` says.
+
+    Args:
+        router_logits: `[T, X]`, float32 or float64.
+        bias_X: Added to the scores for the choice alone.
+        token_mask_T: False for padding, which takes no capacity and is chosen by no expert.
+    """
+    num_experts = router_logits.shape[-1] - config.num_null_experts
+    is_softmax = config.router_scoring == "softmax"
+    scores = router_logits.softmax(-1) if is_softmax else router_logits.sigmoid()
+    # the choice itself has no gradient, the weights have
+    choice = _choose(scores.detach(), config, bias_X, token_mask_T)
+    weights, index = slot_weights(
+        scores,
+        choice,
+        num_experts,
+        # all the probabilities add up to 1 already
+        normalize=config.norm_topk_prob and not (config.routing == "dense" and is_softmax),
+        scale=config.routed_scaling_factor,
+        epsilon=0.0 if is_softmax else 1e-20,
+    )
+    if training and config.capacity_factor is not None and config.routing != "expert_choice":
+        capacity = expert_capacity(scores.shape[0], num_experts, config)
+        weights, index = drop_over_capacity(weights, index, num_experts, capacity, config.drop_policy, token_mask_T)
+    return RouterOutput(router_logits, weights, index, RoutingDecision(router_logits, scores, choice))
+
+
+def _choose(scores_TX: Tensor, config: HfMoeConfig, bias_X: Tensor | None, token_mask_T: Tensor | None) -> Tensor:
+    """Ids `[T, K]` in `[0, X]`."""
+    if config.routing == "dense":
+        return choose_all(scores_TX)
+    if config.routing == "top_p":
+        return choose_top_p(scores_TX, config.num_experts_per_tok, config.router_top_p)
+    if config.routing == "expert_choice":
+        num_tokens, num_experts = scores_TX.shape  # without null experts
+        return choose_tokens(
+            scores_TX, min(num_tokens, expert_capacity(num_tokens, num_experts, config)), token_mask_T
+        )
+    return choose_top_k(
+        scores_TX,
+        config.num_experts_per_tok,
+        bias_X,
+        config.n_group,
+        config.topk_group,
+        best_per_group=2 if config.router_scoring == "sigmoid" else 1,
+    )
+
+
+def expert_capacity(num_tokens: int, num_experts: int, config: HfMoeConfig) -> int:
+    """Assignments that an expert may take of `num_tokens` tokens, whose slots are spread over `num_experts`."""
+    factor = 1.0 if config.capacity_factor is None else config.capacity_factor
+    return math.ceil(factor * num_tokens * config.num_experts_per_tok / num_experts)
 
 
 def choose_top_k(
@@ -154,11 +213,6 @@ def drop_over_capacity(
     rank_N[priority_N[order_N]] = torch.arange(index_N.numel(), device=index_N.device) - first_N
     is_unused_TK = (rank_N >= capacity).view_as(index_TK) | (index_TK == num_experts)
     return weights_TK.masked_fill(is_unused_TK, 0.0), index_TK.masked_fill(is_unused_TK, num_experts)
-
-
-def expert_capacity(num_tokens: int, num_slots: int, num_experts: int, capacity_factor: float) -> int:
-    """Assignments an expert may take when `num_tokens` tokens have `num_slots` each."""
-    return math.ceil(capacity_factor * num_tokens * num_slots / num_experts)
 
 
 def pack_assignments(weights_TE: Tensor, index_TE: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""The code that a saved folder carries, and whether it is the code that runs here.
+"""Code that a saved folder carries, compared with the code that runs here.
 
 `save_pretrained` copies these files beside the weights, so that the folder loads where hf_moe is not installed
-(`trust_remote_code=True`). They stay as they were when hf_moe goes on. With hf_moe imported its own classes load every
+(`trust_remote_code=True`). They stay as they were when hf_moe changes. With hf_moe imported its own classes load every
 folder, whatever the folder carries.
 """
 
@@ -27,7 +27,7 @@ def other_files(folder: Path) -> list[str]:
 
 
 def code_note(folder: Path) -> str | None:
-    """What to tell of a folder that carries the code of another hf_moe, with the way out; None if it does not."""
+    """A note on a folder that carries the code of another hf_moe, with the way out; None if it does not."""
     others = other_files(folder)
     if not others:
         return None

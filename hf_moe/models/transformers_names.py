@@ -69,10 +69,12 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
-def refuse_unread(model: Any, arguments: Mapping[str, Any], read: frozenset[str]) -> None:
+def refuse_unread(model: Any, arguments: Mapping[str, Any], has_positions: bool) -> None:
     """Raise TypeError naming the keyword arguments that neither the model nor what runs below it reads."""
-    unread = sorted(set(arguments) - read - READ_BELOW_THE_MODEL)
-    if unread:
+    # `capture_outputs` takes these out of a forward's arguments
+    recorded = {f"output_{name}" for name in type(model)._can_record_outputs}
+    read = READ_BELOW_THE_MODEL | recorded | (REPEATS_POSITIONS if has_positions else frozenset())
+    if unread := sorted(set(arguments) - read):
         raise TypeError(
             f"{type(model).__name__} reads no argument {', '.join(map(repr, unread))}. "
             "Leave it out, or correct its name."

@@ -1,4 +1,4 @@
-"""Which parameters a tensor's gradient flows into, by the graph that computed it."""
+"""Parameters that a tensor's gradient flows into, by the graph that computed it."""
 
 from collections.abc import Iterator
 

@@ -27,7 +27,7 @@ class RouterFreezeCallback(SameWeightsCallback):
 
     Refuses to start if a router tensor can be trained (it requires a gradient, carries an adapter or has a trainable
     copy: `target_modules="all-linear"` does that); hashes all routers before training, at every save and at the end;
-    raises if one value changed, at a save before the Trainer goes on to train. The SHA-256 is written as
+    raises if one value changed, at a save before the Trainer continues to train. The SHA-256 is written as
     `router_hash.json` into each checkpoint and into `output_dir`, for `verify_adapter_base`. A resumed run must begin
     with the routers of its checkpoint. An auxiliary loss that is on is logged; one that TRL's trainers add although
     `freeze_router` turned it off in the model is refused in the first forward. Also a `SameWeightsCallback`.
@@ -70,11 +70,11 @@ class RouterFreezeCallback(SameWeightsCallback):
         """TRL's trainers read the coefficient when they are built, and ask for router logits where they use it."""
         self._unwatch_trl()
         if hasattr(args, "router_aux_loss_coef"):
-            self._is_trl_loss_said = False
-            self._trl_watch = model.register_forward_pre_hook(self._hear_trl, with_kwargs=True)
+            self._trl_loss_is_reported = False
+            self._trl_watch = model.register_forward_pre_hook(self._check_trl_loss, with_kwargs=True)
 
-    def _hear_trl(self, model, args, kwargs) -> None:
-        if not (model.training and kwargs.get("output_router_logits")) or self._is_trl_loss_said:
+    def _check_trl_loss(self, model, args, kwargs) -> None:
+        if not (model.training and kwargs.get("output_router_logits")) or self._trl_loss_is_reported:
             return
         what = "TRL's trainer adds the auxiliary loss of a frozen router, which trains attention and experts alone. "
         if not auxiliary_coefficients(model):
@@ -83,7 +83,7 @@ class RouterFreezeCallback(SameWeightsCallback):
                 "built (with keep_aux_loss=True if the loss is wanted)."
             )
         logger.warning("%srouter_aux_loss_coef=0.0 in its config turns it off.", what)
-        self._is_trl_loss_said = True
+        self._trl_loss_is_reported = True
 
     def _unwatch_trl(self) -> None:
         if self._trl_watch is not None:

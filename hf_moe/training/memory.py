@@ -1,4 +1,4 @@
-"""The memory of a training step, told before the first: what one row's forward keeps for backward, times the rows.
+"""Memory of a training step, estimated before the first: what one row's forward keeps for backward, times the rows.
 
 Measured and not derived from a config, so that it holds for any family, expert backend, adapter and dtype. Nothing is
 trained and nothing is changed.

@@ -1,4 +1,4 @@
-"""Callbacks that put the routing of a training into its log, and that warn or stop when a router collapses."""
+"""Log the routing of a training, and warn or stop when a router collapses."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from hf_moe.layers.watch_routing import Routing
 from hf_moe.observability.health import Finding, Health, Verdict, diagnose, enough_tokens
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.layer_sums import LayerSums, ScoreRule
-from hf_moe.training.balancing.routing_listener import RoutingListener
+from hf_moe.training.routing_listener import RoutingListener
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class RoutingWindow(RoutingListener):
         self._sums[name].add(event)
 
     def take(self) -> list[LayerStatistics]:
-        """By layer, over all processes, which must all call it; then counting begins anew."""
+        """By layer, over all processes, which must all call it; then counting starts again."""
         taken, self._sums = self._sums, {}
         mine = []
         for layer in self.layers:
@@ -53,7 +53,7 @@ class RoutingWindow(RoutingListener):
 
 
 class RoutingMetricsCallback(RoutingWindow):
-    """Adds the balance of the routing to every training log, for any MoE model of transformers.
+    """Add the balance of the routing to every training log, for any MoE model of transformers.
 
     Keys, over the layers that saw tokens: `moe/load_cv` and `moe/load_cv_max`, `moe/max_violation`,
     `moe/load_entropy` and `moe/load_entropy_min` (1 is balanced), `moe/router_entropy` (where the router's scores are
@@ -61,7 +61,7 @@ class RoutingMetricsCallback(RoutingWindow):
     `moe/router_grad_norm` (mean over the optimizer's steps). Their number does not grow with the model.
 
     The Trainer reports a log before the callbacks that were passed to it see it: `log_history` and callbacks after
-    this one get the figures; for TensorBoard and trackio as well use `MoeTrainer`, which has them without a callback,
+    this one get them; for TensorBoard and trackio as well use `MoeTrainer`, which has them without a callback,
     or `attach`.
     """
 
@@ -70,12 +70,12 @@ class RoutingMetricsCallback(RoutingWindow):
         self._grad_norms: list[torch.Tensor] = []
 
     def attach(self, trainer) -> "RoutingMetricsCallback":
-        """Put this callback in front of the trainer's others, so that those which report see its figures."""
+        """Put this callback in front of the trainer's others, so that those which report see its metrics."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
     def metrics(self) -> dict[str, float]:
-        """The figures since they were last taken, over all processes."""
+        """The metrics since they were last taken, over all processes."""
         norms, self._grad_norms = self._grad_norms, []
         found = balance_metrics(self.take())
         if norms:
@@ -101,7 +101,7 @@ class RoutingMetricsCallback(RoutingWindow):
 
 
 class CollapseCallback(RoutingWindow):
-    """Judges the routing whenever the log has seen enough tokens, and warns or stops with the layer and the cause.
+    """Judge the routing whenever the log has seen enough tokens, and warn or stop with the layer and the cause.
 
     The verdicts are those of `diagnose`, layer by layer: also of eight layers that each send all tokens to an expert
     of their own. A slow fall is seen over the last judgements.
@@ -164,7 +164,7 @@ class CollapseCallback(RoutingWindow):
 
 
 def balance_metrics(layers: Sequence[LayerStatistics]) -> dict[str, float]:
-    """Figures of a log, over the layers that saw tokens; empty if none did."""
+    """Balance of the routing for a log, over the layers that saw tokens; empty if none did."""
     seen = [layer for layer in layers if layer.counts.any()]
     if not seen:
         return {}

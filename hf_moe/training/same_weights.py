@@ -1,8 +1,9 @@
 """Several processes train one model: an evaluation before training must not part them, and the first step proves it.
 
 `evaluate()` and `predict()` before `train()` prepare the bare model; accelerate remembers that, and the Trainer
-(transformers 5.17 to 5.24) then trains it without DistributedDataParallel, each process by itself. On its own engine
-any forward before training leaves gathered weights, of which an optimizer that is made then steps copies (up to 5.23).
+(transformers 5.17 to 5.24) then trains it without DistributedDataParallel, each process by itself. Under
+`DistributedConfig` any forward before training leaves gathered weights, of which an optimizer that is made then steps
+copies (up to 5.23).
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ _PREPARED = "_is_accelerate_prepared"
 
 
 class SameWeightsError(RuntimeError):
-    """The processes of a run do not train one model; says which weight tells, and why."""
+    """The processes of a run do not train one model; names the weight, and the reason."""
 
 
 class SameWeightsCallback(TrainerCallback):
@@ -60,7 +61,7 @@ class SameWeightsCallback(TrainerCallback):
 
 
 class SameWeightsMixin(_Trainer):
-    """Put it before a Trainer class: what an evaluation before `train` left is undone, and `SameWeightsCallback`."""
+    """Base class before a Trainer: undo what an evaluation before `train` left, and add `SameWeightsCallback`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -137,15 +138,17 @@ def _bits(tensor: Tensor | None, device: torch.device) -> Tensor:
 
 def _reason(model: nn.Module, name: str, gradient: bool) -> str:
     what = "gradients" if gradient else "weights"
-    said = f"after the first optimizer step the processes have different {what} ({name!r}): they train apart. "
+    finding = f"after the first optimizer step the processes have different {what} ({name!r}): they train apart. "
     if gradient and _PREPARED in vars(model):
-        return said + (
+        return finding + (
             "evaluate() or predict() came before train(), which makes the Trainer leave out DistributedDataParallel. "
             "Take eval_on_start=True instead, or a class of hf_moe's SafeCheckpointMixin and your Trainer."
         )
     if gradient:
-        return said + "The model is not wrapped in DistributedDataParallel, or gradients are not averaged."
-    return said + "Their gradients are the same: the weights differed before, or the optimizer draws random numbers."
+        return finding + "The model is not wrapped in DistributedDataParallel, or gradients are not averaged."
+    return (
+        finding + "Their gradients are the same: the weights differed before, or the optimizer draws random numbers."
+    )
 
 
 def _refuse_copies(model: nn.Module, optimizer: Any) -> None:

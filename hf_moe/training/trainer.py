@@ -8,12 +8,26 @@ from hf_moe.training.routing_metrics import RoutingMetricsCallback
 
 
 class MoeTrainer(SafeCheckpointMixin, BalancingMixin, Trainer):
-    """`transformers.Trainer` for models with experts.
+    """`transformers.Trainer` for Mixture-of-Experts models of any family.
 
-    It balances (`MoeTrainer(model, args, ..., balancing=BalancingConfig(...))`, any family: see `BalancingMixin`),
-    writes checkpoints that a kill cannot damage and stops at a loss that is not finite (see `SafeCheckpointMixin`),
-    and puts the figures of `RoutingMetricsCallback` into every training log. That callback alone cannot reach
-    `report_to`: the Trainer stores and reports a log before the callbacks that were passed to it see it.
+    It balances the experts' load (`BalancingMixin`), writes checkpoints that a kill cannot damage and stops at a loss
+    that is not finite (`SafeCheckpointMixin`), and puts the metrics of `RoutingMetricsCallback` into every training
+    log. That callback alone cannot reach `report_to`: the Trainer stores and reports a log before the callbacks that
+    were passed to it see it.
+
+    Args:
+        balancing: A `BalancingConfig`; `None` balances nothing. Everything else is as in `transformers.Trainer`.
+
+    Attributes:
+        routing_metrics: The callback; `routing_metrics.metrics()` takes what the next log would get.
+
+    Raises:
+        BalancingError: If a term cannot work on the model; see `BalancingMixin`.
+        ValueError: For a `hub_token` in the arguments.
+
+    Raises (from `train`):
+        ValueError: If the model has no MoE layer.
+        CheckpointError, NonFiniteError, SameWeightsError, Terminated, RunRefusedError: See `SafeCheckpointMixin`.
     """
 
     def __init__(self, *args, **kwargs):

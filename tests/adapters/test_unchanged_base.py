@@ -72,7 +72,7 @@ def test_a_changed_base_is_found(change, folder, monkeypatch):
     logits = base(input_ids=IDS).logits
     with pytest.raises(AdapterError, match=r"is refused, because it changes its base: .*") as refusal:
         load_adapter(base, folder)
-    assert ("load the base anew" in str(refusal.value)) == (change in LOST)
+    assert ("load the base again" in str(refusal.value)) == (change in LOST)
     assert list(base.state_dict()) == list(before)
     if change in KEPT:
         assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())

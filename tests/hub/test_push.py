@@ -73,7 +73,7 @@ def test_one_commit_holds_all_of_it_and_nothing_else(hub, saved):
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "results.json", "plots/loss.png"),
         *("configuration_hf_moe.py", "modeling_hf_moe.py", "routing.py", "losses.py", "hub_upload.py"),
         *("checkpoint_files.py", "checkpoint_layout.py", "late_gradient.py", "shipped_code.py"),
-        "transformers_names.py",
+        *("masks.py", "outputs.py", "transformers_names.py"),
     }
     left = {"training_args.bin", "optimizer.pt", ".tmpAbC", "notes.txt", "checkpoint-5"}
     assert {each.path for each in plan.left_out} == left

@@ -148,7 +148,7 @@ def test_what_is_no_lock_is_not_written_to(kind, tmp_path):
     assert (tmp_path / "theirs").read_text() == "kept"
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_logged(tmp_path, monkeypatch, caplog):
     def no_locks(descriptor, how):
         raise OSError(errno.ENOLCK, "No locks available")
 

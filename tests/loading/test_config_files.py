@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import PreTrainedConfig
 from typer.testing import CliRunner
 
 from hf_moe import cli
@@ -110,3 +111,17 @@ def test_a_good_config_passes_and_an_unknown_family_is_no_damage(tmp_path):
     assert not isinstance(error.value, ConfigError)
     (tmp_path / "config.json").unlink()
     assert check_config(tmp_path) == {}
+
+
+def test_the_file_that_is_checked_is_the_one_that_is_loaded(monkeypatch):
+    """`local_files_only` asks no Hub for the check either, and a revision is checked, not the main branch."""
+    asked = []
+
+    def config_dict(source, **options):
+        asked.append((options.get("revision"), options.get("local_files_only")))
+        return dict(NATIVE), {}
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", config_dict)
+    assert load_config("owner/name", revision="v1", local_files_only=True).num_experts == 4
+    assert set(asked) == {("v1", True)}
+    assert len(asked) > 1

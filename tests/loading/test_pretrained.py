@@ -80,7 +80,7 @@ def refusing(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "words"),
     [
         (HTTPError("no route"), "the Hub cannot be reached"),
         (ConnectionError("no route"), "the Hub cannot be reached"),
@@ -88,11 +88,11 @@ def refusing(error):
         (RepositoryNotFoundError("none", response=Mock()), "the Hub has none that this account may see"),
     ],
 )
-def test_a_name_is_asked_for_once(error, said, monkeypatch, tmp_path):
+def test_a_name_is_asked_for_once(error, words, monkeypatch, tmp_path):
     """transformers asks six times and waits longer each time: 45 seconds without a network."""
     monkeypatch.setattr(HfApi, "model_info", refusing(error))
     monkeypatch.setattr("hf_moe.loading.config_files.AutoConfig", None)
-    with pytest.raises(ModelNotFoundError, match=f"no folder here is called 'nobody/nothing', and {said}"):
+    with pytest.raises(ModelNotFoundError, match=f"no folder here is called 'nobody/nothing', and {words}"):
         find_model("nobody/nothing")
     with pytest.raises(OSError, match="Check the spelling"):  # what transformers raises is one as well
         explain_config("nobody/nothing")

@@ -1,4 +1,4 @@
-"""Forward and backward of saved models under the host's tensor and expert parallelism; run by torchrun.
+"""Forward and backward of saved models under transformers' tensor and expert parallelism; run by torchrun.
 
 parallel_step.py FOLDER JSON     (a list of [model folder name, experts implementation, DistributedConfig arguments])
 """

@@ -1,6 +1,6 @@
 """Round trips of checkpoints bit for bit, and the refusal of everything that would load as another model.
 
-The host loads the same damaged files without complaint: `test_the_host_alone_accepts` is the control.
+transformers loads the same damaged files without complaint: `test_transformers_alone_accepts` is the control.
 """
 
 import re
@@ -242,8 +242,8 @@ SILENT = ("nan, expert", "nan, norm", "int64, all experts", "missing, norm", "mi
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_the_host_alone_accepts(name: str, tmp_path: Path) -> None:
-    """The control: the checks above are not the host's."""
+def test_transformers_alone_accepts(name: str, tmp_path: Path) -> None:
+    """The control: the checks above are not those of transformers."""
     config = {key: value for key, value in SIZES.items() if key != "first_k_dense_replace"}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config, mlp_only_layers=[0], head_dim=8))
     folder = tmp_path / "checkpoint"
@@ -296,7 +296,7 @@ def test_hub_index(content: str, sharded: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["1GB", SHARD_SIZE])
 def test_variant(layout: str, tmp_path: Path) -> None:
     model, other = build(), build(seed=1)
-    # in this order: a plain save removes the shards of every variant (the host does)
+    # in this order: a plain save removes the shards of every variant (transformers does)
     other.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, max_shard_size=layout, variant="ema")
     assert_same_tensors(HfMoeForCausalLM.from_pretrained(tmp_path, variant="ema"), model)
@@ -420,7 +420,7 @@ def test_quantised_models(before: bool, quantization: QuantizationConfigMixin, s
             HfMoeForCausalLM.from_pretrained(spoilt, **options)
 
 
-def test_loading_info_is_the_hosts(single: Path) -> None:
+def test_loading_info_is_that_of_transformers(single: Path) -> None:
     model = HfMoeForCausalLM.from_pretrained(single)
     assert isinstance(model, HfMoeForCausalLM)
     model, report = HfMoeForCausalLM.from_pretrained(single, output_loading_info=True)

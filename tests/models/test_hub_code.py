@@ -32,7 +32,7 @@ from tiny_hf_moe import make_code_old, tiny_config
 
 FILES = {"configuration_hf_moe.py", "modeling_hf_moe.py", "routing.py", "losses.py"}
 FILES |= {"checkpoint_files.py", "checkpoint_layout.py", "hub_upload.py", "late_gradient.py", "shipped_code.py"}
-FILES |= {"transformers_names.py"}
+FILES |= {"masks.py", "outputs.py", "transformers_names.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_hf_moe.HfMoeConfig",
     "AutoModel": "modeling_hf_moe.HfMoeModel",
@@ -61,6 +61,11 @@ def test_every_class_saves_the_whole_map_and_all_files(model_class: type, tmp_pa
     model_class(tiny_config()).save_pretrained(tmp_path)
     assert auto_map(tmp_path) == AUTO_MAP
     assert {path.name for path in tmp_path.glob("*.py")} == FILES
+
+
+def test_the_folder_is_what_ships_with_a_checkpoint() -> None:
+    folder = Path(modeling_hf_moe.__file__).parent
+    assert {path.name for path in folder.iterdir() if path.is_file()} == FILES | {"__init__.py"}
 
 
 def test_the_copied_files_stand_alone() -> None:
@@ -199,10 +204,10 @@ def test_with_hf_moe_its_classes_win(auto_class: Any, options: dict[str, Any], h
 NOTE = "carries code of another version of hf_moe (modeling_hf_moe.py)"
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    notes = [record.getMessage() for record in caplog.records if record.name == "hf_moe.models.checkpoint_layout"]
+def notes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in caplog.records if record.name == "hf_moe.models.checkpoint_layout"]
     caplog.clear()
-    return notes
+    return messages
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -211,19 +216,19 @@ def test_loading_says_that_the_folder_carries_other_code(
 ) -> None:
     folder = shutil.copytree(hub_folder, tmp_path / "model")
     AutoModelForCausalLM.from_pretrained(folder)
-    assert said(caplog) == []
+    assert notes(caplog) == []
     make_code_old(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
-    (note,) = said(caplog)
+    (note,) = notes(caplog)
     assert str(folder) in note
     assert NOTE in note
     assert "renew_code(folder)" in note
     hub_cache(folder, tmp_path / "cache")
     AutoModelForCausalLM.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
-    assert NOTE in said(caplog)[0]
+    assert NOTE in notes(caplog)[0]
     model.save_pretrained(folder)
     AutoModelForCausalLM.from_pretrained(folder)
-    assert said(caplog) == []
+    assert notes(caplog) == []
 
 
 def test_code_is_renewed_without_the_weights(

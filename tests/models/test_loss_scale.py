@@ -1,7 +1,7 @@
 """The balancing losses weigh the same however a batch is cut: gradient accumulation and several processes.
 
-With the host's models they do not: a balancing loss is added as it is to a cross entropy that was divided by the items
-of the whole step, so it counts once for each micro-batch and process (the control below).
+With models of transformers they do not: a balancing loss is added as it is to a cross entropy that was divided by the
+items of the whole step, so it counts once for each micro-batch and process (the control below).
 """
 
 import json

@@ -5,8 +5,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from hf_moe.models.losses import GlobalBatchCounts, count_assignments, load_balancing_loss, router_z_loss
-from hf_moe.models.modeling_hf_moe import HfMoeModelOutputWithPast
+from hf_moe.models.losses import (
+    GlobalBatchCounts,
+    balancing_losses,
+    count_assignments,
+    load_balancing_loss,
+    router_z_loss,
+)
+from hf_moe.models.outputs import HfMoeModelOutputWithPast
 from hf_moe.models.routing import RoutingDecision, choose_top_k
 from tiny_hf_moe import left_padded, random_ids, tiny_config
 
@@ -36,12 +42,12 @@ def test_balanced_is_one_and_collapsed_is_the_number_of_experts():
 
 
 def test_each_layer_collapsed_onto_its_own_expert_is_seen():
-    """The host pools the layers and reports 1.0, perfectly balanced."""
+    """transformers pools the layers and reports 1.0, perfectly balanced."""
     layers = [collapsed_onto(expert) for expert in range(EXPERTS)]
     assert load_balancing_loss_func(tuple(layers), EXPERTS, 1) == pytest.approx(1.0)
     model = AutoModelForCausalLM.from_config(tiny_config())
     outputs = HfMoeModelOutputWithPast(router_decisions=tuple(decision_for(logits) for logits in layers))
-    aux_loss, _ = model._balancing_losses(outputs, None, None)
+    aux_loss, _ = balancing_losses(outputs.router_decisions, None, model.config.num_null_experts)
     assert aux_loss == pytest.approx(EXPERTS)
 
 

@@ -2,7 +2,7 @@
 
 The exact model is the same model with each MoE block computed by `hf_moe.reference` (loops over tokens and slots)
 and the balancing losses by the reference too; attention, norms and the task's loss (computed in float32)
-are the host's on both sides.
+are those of transformers on both sides.
 """
 
 import copy

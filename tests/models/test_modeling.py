@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     StaticCache,
 )
+from transformers.utils import find_labels
 
 from hf_moe.models.modeling_hf_moe import (
     CACHE,
@@ -81,6 +82,15 @@ def test_every_head_trains_every_parameter(auto_class, name):
     if auto_class is not AutoModel:
         assert outputs.aux_loss > 0
         assert outputs.z_loss > 0
+
+
+@pytest.mark.parametrize("auto_class", HEADS, ids=lambda auto_class: auto_class.__name__)
+def test_the_trainer_finds_the_labels_and_the_loss_first(auto_class):
+    expected = sorted(head_labels(auto_class, random_ids()), reverse=True)
+    assert find_labels(HEADS[auto_class]) == expected
+    outputs = build(auto_class=auto_class)(random_ids(), **head_labels(auto_class, random_ids()), use_cache=False)
+    first = ["loss", *(["start_logits", "end_logits"] if "start_positions" in expected else ["logits"])]
+    assert list(outputs) == (first if expected else ["last_hidden_state"])
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -168,13 +178,11 @@ def test_left_padding_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoder_padding_changes_nothing(name):
+def test_encoder_padding_changes_nothing(name, monkeypatch):
     """Experts that choose tokens never take padding, on either side; their capacity counts all rows, so cap both."""
     model = build(name, AutoModel)
-    if name.startswith("expert_choice"):
-        for module in model.modules():
-            if isinstance(module, HfMoeRouter):
-                module.capacity = lambda num_tokens: 4
+    for module in ("routing", "modeling_hf_moe"):
+        monkeypatch.setattr(f"hf_moe.models.{module}.expert_capacity", lambda num_tokens, num_experts, config: 4)
     ids = random_ids()
     padded, mask = left_padded(ids, 5)
     hidden = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).last_hidden_state
@@ -306,7 +314,7 @@ def test_reentrant_checkpointing_where_the_loss_is_of_an_early_layer():
 
 
 def test_reentrant_checkpointing_of_some_layers_and_without_the_task():
-    """Layers in between run as they are; router logits have gradients outside; a second backward counts anew."""
+    """Layers in between run as they are; router logits have gradients outside; a second backward starts over."""
 
     def step(every):
         model = loud("sigmoid_groups_bias")
@@ -348,7 +356,7 @@ def test_torch_compile_full_graph_encoder():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["top_k", "sigmoid_groups_bias", "null_experts"])
 def test_dtypes(dtype, name):
-    # float64 rows are refused by the host's grouped_mm on CPU
+    # float64 rows are refused by transformers' grouped_mm on CPU
     model = build(name, experts_implementation="eager").to(dtype).train()
     ids = random_ids()
     outputs = model(ids, labels=ids, output_router_logits=True)
@@ -428,7 +436,7 @@ def test_outputs_that_are_asked_for():
 
 
 def test_generate_with_router_logits_in_the_config():
-    """The host's own loss breaks here: the mask covers the cache, the router only the new token."""
+    """The loss of transformers breaks here: the mask covers the cache, the router only the new token."""
     model = build()
     model.config.output_router_logits = True
     ids, mask = left_padded(random_ids(), 3)

@@ -255,7 +255,7 @@ def test_bfloat16_is_as_good_as_plain_torch(variant, backend):
     assert actual.route.weights_TK.dtype == torch.float32
     assert_as_good_as(actual.out, plain.out, exact.out)
     if backend == "batched_mm":
-        return  # the host's: made for decoding, it adds up the gradients of a weight in bfloat16, row by row
+        return  # of transformers: made for decoding, it adds up the gradients of a weight in bfloat16, row by row
     for name, gradient in exact.gradients.items():
         assert_as_good_as(actual.gradients[name], plain.gradients[name], gradient)
 

@@ -83,7 +83,7 @@ def test_all_linear_is_refused_at_the_start(tmp_path, family):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_an_auxiliary_loss_that_is_on_is_said(tmp_path, caplog):
+def test_an_auxiliary_loss_that_is_on_is_logged(tmp_path, caplog):
     model = hf_moe_model(router_aux_loss_coef=0.25)
     freeze_router(model, keep_aux_loss=True)
     caplog.clear()

@@ -59,7 +59,7 @@ def test_the_log_holds_the_balance_of_the_steps(tmp_path):
     assert entry["moe/router_grad_norm"] > 0
 
 
-def test_each_log_counts_anew_and_evaluation_is_left_out(tmp_path):
+def test_each_log_counts_from_the_start_and_evaluation_is_left_out(tmp_path):
     model, _ = build_tiny("olmoe")
     seen = []
 

@@ -53,7 +53,7 @@ def test_resumed_training_equals_uninterrupted_training(family, tmp_path):
 
 
 def test_the_host_trainer_loses_the_experts_on_resume(tmp_path):
-    """Why the safe Trainers load checkpoints themselves. If this fails, the host is repaired: simplify."""
+    """Why the safe Trainers load checkpoints themselves. If this fails, transformers is repaired: simplify."""
     whole = train(tmp_path, qwen_model(), Trainer)
     resumed = train(tmp_path, qwen_model(), Trainer, resume=str(tmp_path / "checkpoint-4"))
     experts = [trainer.model.model.layers[0].mlp.experts.down_proj for trainer in (whole, resumed)]
@@ -136,7 +136,7 @@ def test_the_log_has_the_balance_of_the_steps_since_the_last_log(tmp_path):
 def test_no_hook_stays_behind(tmp_path):
     model = hf_moe_model()
     train(tmp_path, model, max_steps=1)
-    # the first forward installed the host's own recorders, which stay
+    # the first forward installed transformers' own recorders, which stay
     before = [len(module._forward_hooks) for module in model.modules()]
     train(tmp_path, model, max_steps=1)
     assert [len(module._forward_hooks) for module in model.modules()] == before

@@ -1,6 +1,6 @@
-"""What the safe Trainer overrides in the host's or calls there is still what it was written against.
+"""What the safe Trainer overrides or calls in the Trainer of transformers is what it was written against.
 
-If a test here fails, the host has changed: read what it does now before the parameters are adapted.
+If a test here fails, transformers has changed: read what it does now before the parameters are adapted.
 """
 
 import inspect
@@ -9,8 +9,8 @@ import pytest
 from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_moe.training.checkpointing.broken_evaluation import BreakableEvaluationMixin
-from hf_moe.training.checkpointing.loading import CheckpointLoadingMixin
 from hf_moe.training.checkpointing.non_finite import FiniteTrainingMixin
+from hf_moe.training.checkpointing.resumption import CheckpointLoadingMixin
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 
 MIXINS = (SafeCheckpointMixin, FiniteTrainingMixin, BreakableEvaluationMixin, CheckpointLoadingMixin)
@@ -43,7 +43,7 @@ def test_the_host_has_the_method(name):
 
 
 def test_nothing_else_of_the_host_is_overridden():
-    """A name of ours that the host begins to use would replace it."""
+    """A name of ours that transformers begins to use would replace it."""
     ours = {name for mixin in MIXINS for name in vars(mixin) if not name.startswith("__")}
     assert {name for name in ours if hasattr(Trainer, name)} == OVERRIDDEN.keys()
 

@@ -81,7 +81,7 @@ class BiasUpdater:
         self._counts[layer.name] = counts if held is None else held + counts
 
     def step(self) -> None:
-        """Update every bias and begin to count anew."""
+        """Update every bias and start counting again."""
         counts = self._global_counts()
         for name, layer in self._layers.items():
             update_bias(self._biases[name], counts[name].to(self._biases[name].device), self._rate, layer.num_experts)

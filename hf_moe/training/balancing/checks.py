@@ -1,4 +1,4 @@
-"""What can be told of a balancing term before the first forward: whether it can work on this model at all."""
+"""Refuse, before the first forward, balancing terms that cannot work on a model."""
 
 import logging
 from collections.abc import Sequence
@@ -118,12 +118,12 @@ def _refuse_own_losses(model: nn.Module, config: BalancingConfig) -> None:
         raise BalancingError(
             f"the model's own forward adds this loss already ({', '.join(f'{name}={own[name]}' for name in twice)}): "
             "balancing would count twice. Set these to 0 in model.config (for TRL's trainers "
-            "router_aux_loss_coef=0.0 in their config; a model of the host may also have output_router_logits=False), "
-            "or leave the term out of BalancingConfig."
+            "router_aux_loss_coef=0.0 in their config; a model of transformers may also have "
+            "output_router_logits=False), or leave the term out of BalancingConfig."
         )
 
 
 def reaches(output: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether the gradient of `output` flows into one of `leaves`, by the graph that computed it."""
+    """True if the gradient of `output` flows into one of `leaves`, by the graph that computed it."""
     wanted = {id(leaf) for leaf in leaves}
     return id(output) in wanted or any(id(leaf) in wanted for leaf in graph_leaves(output))

@@ -1,4 +1,4 @@
-"""What to balance, and how strongly."""
+"""Terms to balance by, and their weights."""
 
 import math
 from dataclasses import dataclass
@@ -51,5 +51,5 @@ class BalancingConfig:
 
     @property
     def has_loss(self) -> bool:
-        """Whether a term enters the training loss."""
+        """True if a term enters the training loss."""
         return self.aux_loss_coef > 0 or self.z_loss_coef > 0

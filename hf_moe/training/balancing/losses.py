@@ -54,7 +54,7 @@ def joined_decision(events: Sequence[Routing], scores: RouterScores) -> tuple[Ro
 
 
 def _decision(event: Routing, scores: RouterScores) -> RoutingDecision:
-    assert event.logits is not None  # checked when it was heard
+    assert event.logits is not None  # checked when it was added
     logits = event.logits if event.logits.dtype == torch.float64 else event.logits.float()
     choice = routing_choice(event, event.logits.shape[-1])
     return RoutingDecision(logits, scores(logits), choice.to(logits.device))

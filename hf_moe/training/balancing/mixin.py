@@ -16,9 +16,9 @@ from hf_moe.training.balancing.bias_update import BiasUpdater
 from hf_moe.training.balancing.checks import BalancingError, balanced_layers
 from hf_moe.training.balancing.config import BalancingConfig
 from hf_moe.training.balancing.losses import assignment_counts, routing_choice
-from hf_moe.training.balancing.routing_listener import RoutingListener
 from hf_moe.training.balancing.step_share import count_step_tokens, count_tokens, step_share
 from hf_moe.training.balancing.terms import BalancingTerms
+from hf_moe.training.routing_listener import RoutingListener
 from hf_moe.training.same_weights import SameWeightsCallback, SameWeightsMixin
 
 
@@ -44,7 +44,7 @@ class _BalancingRun(RoutingListener):
 
     def on_routing(self, event: Routing) -> None:
         if self.terms is not None:
-            self.terms.hear(event)
+            self.terms.add(event)
         if self.bias is not None and self.bias.updates(event.layer):
             self.bias.add(event.layer, _counts(event, self.bias.num_choices(event.layer)))
 
@@ -69,7 +69,7 @@ def _counts(event: Routing, num_choices: int) -> Tensor:
 class BalancingCallback(_BalancingRun):
     """The loss-free bias update for any Trainer: after each optimizer step, from the load of all processes.
 
-    A callback cannot add to the loss, nor put figures into the log: for an auxiliary loss or a z-loss use
+    A callback cannot add to the loss, nor put metrics into the log: for an auxiliary loss or a z-loss use
     `MoeTrainer`, or `BalancingMixin` before another Trainer class. If a training fails with an exception the hooks
     stay on the model until the callback's `close` is called. Also a `SameWeightsCallback`.
 
@@ -97,7 +97,7 @@ class BalancingCallback(_BalancingRun):
 
 
 class BalancingMixin(SameWeightsMixin):
-    """Put it before a Trainer class: `balancing=BalancingConfig(...)` then balances what that Trainer trains.
+    """Balance what a Trainer trains: a base class to put before `Trainer`, or before a Trainer of TRL.
 
     Losses are added in `compute_loss`, from the decisions of every forward in it that has gradients, and in training
     alone: `eval_loss` is the task's. A micro-batch counts with its share of the step's tokens, so that one optimizer
@@ -108,9 +108,15 @@ class BalancingMixin(SameWeightsMixin):
     The training log gets `moe/aux_loss` and `moe/z_loss`, means over the optimizer steps since the last log without
     their weights, and `moe/bias_range`, the largest difference between the biases of two experts of a layer.
 
+    Args:
+        balancing: The terms; `None` leaves the Trainer as it is. Everything else goes to the Trainer.
+
     Raises:
         BalancingError: When it is built, and again before the first step, if a term cannot work on the model; in the
             first forward, if the router's output cannot be read; after the first steps, if a term sent no gradient.
+
+    Source: Fedus et al. 2021 (arXiv:2101.03961), Zoph et al. 2022 (arXiv:2202.08906), Qiu et al. 2025
+    (arXiv:2501.11873) and Wang et al. 2024 (arXiv:2408.15664): see the terms of `BalancingConfig`.
     """
 
     def __init__(self, *args: Any, balancing: BalancingConfig | None = None, **kwargs: Any):
@@ -181,7 +187,7 @@ class BalancingMixin(SameWeightsMixin):
             share = step_share(tokens, self._step_tokens)
         losses = terms.losses(share / self.get_tp_size())
         self._remember(losses, share)
-        # gradients are averaged over the processes, and the host divides some losses by the micro-batches of the step
+        # gradients are averaged over the processes; the Trainer divides some losses by the micro-batches of the step
         scale = processes * (accumulation if self._is_divided_by_accumulation(num_items) else 1)
         total = terms.weighted_sum(losses)
         return total * share.to(total) * scale
@@ -217,5 +223,5 @@ class BalancingMixin(SameWeightsMixin):
         if self.args.n_gpu > 1:
             raise BalancingError(
                 f"DataParallel over {self.args.n_gpu} GPUs copies the model for each forward, and its routing is not "
-                "heard. Start one process for each GPU (torchrun), or show it one (CUDA_VISIBLE_DEVICES)."
+                "seen. Start one process for each GPU (torchrun), or show it one (CUDA_VISIBLE_DEVICES)."
             )

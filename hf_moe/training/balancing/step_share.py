@@ -1,6 +1,6 @@
-"""The part of an optimizer step that a micro-batch is, so that losses weigh the same however the step is cut.
+"""Share of an optimizer step that a micro-batch is, so that losses weigh the same however the step is cut.
 
-The host divides the task's loss by the items (labels) of the whole step. Balancing losses are means over tokens, so
+The Trainer divides the task's loss by the items (labels) of the whole step. Balancing losses are means over tokens, so
 tokens are what is counted here: padding is left out, masked labels are not.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def count_tokens(batch: Any) -> Tensor | None:
-    """Tokens of a model's inputs, padding left out; None if they do not tell (a batch of raw prompts)."""
+    """Tokens of a model's inputs, padding left out; None if they do not show them (a batch of raw prompts)."""
     if not isinstance(batch, Mapping):
         return None
     ids = batch.get("input_ids")
@@ -26,7 +26,7 @@ def count_tokens(batch: Any) -> Tensor | None:
 
 
 def count_step_tokens(batches: Sequence[Any], device: torch.device) -> Tensor | None:
-    """Tokens of all micro-batches of this process; None if one of them does not tell."""
+    """Tokens of all micro-batches of this process; None if one of them does not show them."""
     counts = [count_tokens(batch) for batch in batches]
     if not counts or any(count is None for count in counts):
         return None

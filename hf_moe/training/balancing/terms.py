@@ -23,7 +23,7 @@ FIRST_STEPS = 4
 
 
 class BalancingTerms:
-    """Collects a micro-batch's decisions (`hear`), turns them into losses (`losses`), and checks what becomes of them.
+    """Collect a micro-batch's decisions (`add`), turn them into losses (`losses`), and prove their gradients.
 
     The graph of the decisions is held from the forward until `release`. What the logits mean is recognised in the
     first forward of each layer.
@@ -41,12 +41,12 @@ class BalancingTerms:
         self._late: dict[str, list[tuple[Tensor, LateGradient]]] = defaultdict(list)
         self._reached: set[str] = set()
         self._global_counts = GlobalBatchCounts()
-        # pairs of a term and a layer that heard tokens; those that got a gradient are taken out
+        # pairs of a term and a layer that saw tokens; those that got a gradient are taken out
         self._unproved: dict[tuple[str, str], str] = {}
         self._proved: set[tuple[str, str]] = set()
         self._steps = 0
 
-    def hear(self, event: Routing) -> None:
+    def add(self, event: Routing) -> None:
         """Keep a decision; the callback of `watch_routing`, for forwards with gradients.
 
         Raises:
@@ -80,7 +80,7 @@ class BalancingTerms:
         return loss
 
     def late_gradient(self, event: Routing) -> Callable[[Tensor], Tensor] | None:
-        """What the hidden states of a layer go through that the backward runs again; None where nothing is due.
+        """The function for the hidden states of a layer that the backward runs again; None where nothing is due.
 
         Raises:
             BalancingError: If the logits have no gradient to the router.
@@ -107,11 +107,11 @@ class BalancingTerms:
             share: The part of the optimizer step, over all processes, that this micro-batch is.
 
         Raises:
-            BalancingError: If no layer was heard.
+            BalancingError: If no decision was added.
         """
         if not self._events:
             raise BalancingError(
-                "no MoE layer was heard in a training forward: it ran without gradients, or was compiled before the "
+                "no MoE layer was seen in a training forward: it ran without gradients, or was compiled before the "
                 "training began. Compile through TrainingArguments(torch_compile=True)."
             )
         names = [name for name in self._layers if name in self._events]
@@ -129,7 +129,7 @@ class BalancingTerms:
         }
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        """What `losses` returned, with the weights of the config."""
+        """The sum of what `losses` returned, with the weights of the config."""
         weights = {"aux_loss": self._config.aux_loss_coef, "z_loss": self._config.z_loss_coef}
         return torch.stack([weights[term] * value for term, value in losses.items()]).sum()
 
@@ -206,7 +206,7 @@ class BalancingTerms:
         return sum(shape[0] for shape in shapes if shape is not None)
 
     def _prove(self, by_layer: dict[str, dict[str, Tensor]]) -> None:
-        """In the first steps, look whether each term's gradient arrives at the logits of each layer."""
+        """In the first steps, check that each term's gradient arrives at the logits of each layer."""
         if self._steps >= FIRST_STEPS:
             return
         for term, values in by_layer.items():
@@ -225,7 +225,7 @@ class BalancingTerms:
 
 
 def _checked_scores(event: Routing, config: BalancingConfig) -> RouterScores:
-    """What the layer's logits mean; raises if a term cannot be made of them."""
+    """The meaning of the layer's logits; raises if a term cannot be made of them."""
     name, logits = event.layer.name, event.logits
     if logits is None or logits.shape[-1] < event.layer.num_experts:
         raise BalancingError(

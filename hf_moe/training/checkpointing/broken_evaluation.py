@@ -1,6 +1,6 @@
-"""Evaluations between two steps can be broken off, and are made anew by the run that resumes.
+"""Evaluation that stops at SIGTERM, and is run again by the run that resumes.
 
-A scheduler that sends SIGTERM waits half a minute before it kills; an evaluation may take longer.
+A scheduler waits half a minute between SIGTERM and the kill; an evaluation may take longer.
 """
 
 import tempfile
@@ -12,11 +12,11 @@ from hf_moe.training.checkpointing.termination import TerminationRequest
 
 
 class EvaluationBrokenOff(Exception):  # noqa: N818 (no error: it never leaves the Trainer)
-    """SIGTERM came between two batches of an evaluation. The random states are those of before it."""
+    """SIGTERM came between two batches of an evaluation. Random states are restored to those before it."""
 
 
 class BreakableEvaluationMixin(Trainer):
-    """Raises EvaluationBrokenOff out of the host's `_maybe_log_save_evaluate`, so that a step can be saved at once."""
+    """Stop an evaluation at SIGTERM: EvaluationBrokenOff leaves `_maybe_log_save_evaluate`, and the step is saved."""
 
     _termination: TerminationRequest
     _may_break_off = False
@@ -41,13 +41,13 @@ class BreakableEvaluationMixin(Trainer):
         return super().prediction_step(*args, **kwargs)
 
     def evaluation_is_owed(self) -> bool:
-        """Whether the checkpoint that this run came from was saved when its evaluation was broken off."""
+        """True if the checkpoint that this run resumes from was saved before its evaluation was complete."""
         flow = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         return bool(flow.get("should_evaluate")) and self.args.eval_strategy != "no"
 
 
 class MakeUpEvaluation(TrainerCallback):
-    """Has the Trainer make an evaluation that is owed, before the first step."""
+    """Run the evaluation that the resumed checkpoint lacks, before the first step."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer

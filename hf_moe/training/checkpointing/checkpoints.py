@@ -1,7 +1,7 @@
 """Checkpoints that an interruption cannot corrupt.
 
 A checkpoint counts only once a manifest of its files' sizes and SHA-256, written last, says that it is complete: the
-host's Trainer writes file by file into the final folder and resumes from the highest number unchecked.
+Trainer of transformers writes file by file into the final folder and resumes from the highest number unchecked.
 """
 
 import errno
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 16 * 2**20  # bytes
 UNFINISHED = "_unfinished"
-"""Where a checkpoint is written before it moves into its place; the host never pushes names that begin with "_"."""
+"""Where a checkpoint is written before it moves into its place; transformers pushes no name that begins with "_"."""
 
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 SKIPPED = "_skipped-"
@@ -66,7 +66,7 @@ def seal_additions(folder: Path) -> None:
 
 
 def flaw(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted; None if it has a manifest and all its files are as the manifest says."""
+    """Reason not to trust a checkpoint; None if it has a manifest and all its files are as the manifest says."""
     try:
         manifest = _read_manifest(folder)
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What belongs to a checkpoint. Nobody writes any more: a temporary file is of a writer that was killed."""
+    """Files of a checkpoint that is no longer written to: a temporary file is of a writer that was killed."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and is_temporary(path.name):
             path.unlink()
@@ -179,7 +179,7 @@ def _step(folder: Path) -> int:
 
 
 def _warn_of_others(output_dir: Path) -> None:
-    """What transformers, or a person, would take for a checkpoint: digits of other alphabets, files."""
+    """Warn of what looks like a checkpoint and is none: digits of other alphabets, files."""
     for path in sorted(output_dir.glob("checkpoint-*")):
         if re.fullmatch(r"checkpoint-\d+", path.name) and not (_CHECKPOINT.fullmatch(path.name) and path.is_dir()):
             why = "its number is not written in the digits 0 to 9" if path.is_dir() else "it is no folder"
@@ -190,7 +190,7 @@ def newest_sealed(output_dir: str | Path) -> str | None:
     """The newest checkpoint whose files are all as its manifest says, or None.
 
     Newer ones that cannot be trusted are named in a warning, with the reason, and renamed to
-    `_skipped-checkpoint-N`: the host, which checks nothing, would resume from them.
+    `_skipped-checkpoint-N`: the Trainer, which checks nothing, would resume from them.
     """
     _warn_of_others(Path(output_dir))
     for folder in checkpoints(Path(output_dir)):
@@ -220,7 +220,7 @@ def delete_old_checkpoints(output_dir: Path, most: int | None, keep: set[Path]) 
     if most is None or most <= 0:
         return
     found = [folder for folder in checkpoints(output_dir) if not folder.is_symlink()]
-    # by time, as the host does: those of an earlier run in the folder may have higher numbers
+    # by time, as the Trainer does: those of an earlier run in the folder may have higher numbers
     oldest_first = sorted(set(found) - keep, key=lambda path: (path.stat().st_mtime_ns, _step(path)))
     for folder in oldest_first[: max(0, len(found) - max(most, len(keep)))]:
         try:
@@ -247,14 +247,14 @@ def clean_up(output_dir: str | Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free where the folder is, or will be."""
+    """Free bytes where the folder is, or will be."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def write_failure(error: Exception) -> str | None:
-    """Why a file could not be written, or None if the error is about something else.
+    """Reason for which a file could not be written, or None if the error is about something else.
 
     safetensors and torch report a full disk as errors of their own.
     """

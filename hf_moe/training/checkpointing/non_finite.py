@@ -1,6 +1,7 @@
-"""A loss or gradient that is NaN or infinite stops the run, and the error says which rows of the data it was.
+"""Stop a run at a loss or gradient that is NaN or infinite, with the rows of the data that it came from.
 
-One such step turns all weights into NaN; the host goes on, logs a loss of 0.0 (`logging_nan_inf_filter`) and saves.
+One such step turns all weights into NaN; the Trainer continues, logs a loss of 0.0 (`logging_nan_inf_filter`) and
+saves.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 
-from hf_moe.training.device_copy import HostCopy
+from hf_moe.training.checkpointing.cpu_copy import CpuCopy
 
 Rows = tuple[int, ...]
 
@@ -26,7 +27,7 @@ class NonFiniteError(FloatingPointError):
     Attributes:
         step: The optimizer step, counted from 1.
         micro_batches: Which of the step's batches had such a loss, counted from 1; empty if all losses are finite.
-        rows: Their indices in the training data set; empty if the sampler does not tell them.
+        rows: Their indices in the training data set; empty if the sampler does not give them.
         checkpoint: The last checkpoint of this run, from before, or None.
     """
 
@@ -42,8 +43,8 @@ class NonFiniteError(FloatingPointError):
 class FiniteTrainingMixin(Trainer):
     """Stops at the first step whose loss or gradient norm is not finite.
 
-    On the CPU before the optimizer uses it. On a GPU a step later, as reading a figure at once would stop the device:
-    the figures travel while the next step runs; what is saved is always checked first. With the gradient scaler of
+    On the CPU before the optimizer uses it. On a GPU a step later, as reading a value at once would stop the device:
+    the values are copied while the next step runs; what is saved is always checked first. With the gradient scaler of
     float16, which skips steps whose gradients overflow, only the loss is checked.
     """
 
@@ -59,7 +60,7 @@ class FiniteTrainingMixin(Trainer):
 
     def _run_epoch(self, **epoch: Any) -> None:
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
-            # nothing is left to do for a run that resumed: the host would do one more step
+            # nothing is left to do for a run that resumed: the Trainer would do one more step
             self.control.should_training_stop = True
             return
         resumed = epoch["resume_from_checkpoint"] is not None and epoch["epoch"] == epoch["epochs_trained"]
@@ -77,8 +78,8 @@ class FiniteTrainingMixin(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once a step, after the last backward and before the optimizer."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        figures = [*self._losses, self._checked_norm(grad_norm)]
-        copy = HostCopy(torch.stack([figure.detach().float().to(self.args.device) for figure in figures]))
+        values = [*self._losses, self._checked_norm(grad_norm)]
+        copy = CpuCopy(torch.stack([value.detach().float().to(self.args.device) for value in values]))
         first = self._micro_batch - len(self._losses)
         rows = self._row_log.rows(range(first, self._micro_batch)) if self._row_log else []
         self._unread.append(_Step(self.state.global_step + 1, copy, rows))
@@ -99,14 +100,14 @@ class FiniteTrainingMixin(Trainer):
 
 @dataclass(frozen=True)
 class _Step:
-    """What is to be checked of a step: the losses of its micro-batches, then the gradient norm."""
+    """The values to check of a step: the losses of its micro-batches, then the gradient norm."""
 
     step: int
-    figures: HostCopy
+    values: CpuCopy
     rows: list[Rows]
 
     def check(self, checkpoint: str | None) -> None:
-        *losses, norm = self.figures.tolist()
+        *losses, norm = self.values.tolist()
         bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             rows = tuple(row for number in bad if self.rows for row in self.rows[number])
@@ -130,14 +131,14 @@ def non_finite_weight(model: nn.Module) -> str | None:
 
 
 class _RowLog:
-    """Which rows of the data set each micro-batch of this process holds."""
+    """Rows of the data set by micro-batch of this process."""
 
     def __init__(self, sampler: "_Recorder", batch_size: int, processes: int, process: int):
         self.sampler, self.batch_size, self.processes, self.process = sampler, batch_size, processes, process
 
     @classmethod
     def of(cls, dataloader: DataLoader, args: Any) -> "_RowLog | None":
-        """Puts a recorder around the sampler; None if the loader is not one whose batches can be told from it."""
+        """Put a recorder around the sampler; None if the loader's batches do not follow from its sampler alone."""
         from accelerate.data_loader import BatchSamplerShard
 
         batches, processes, process = dataloader.batch_sampler, 1, 0

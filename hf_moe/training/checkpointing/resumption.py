@@ -1,8 +1,11 @@
-"""What a run that is started again gets from a checkpoint, what it does not, and where it cannot go on at all."""
+"""Resume from a checkpoint: its weights, a warning of what it lacks, and a refusal where a run cannot continue."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_moe.training.checkpointing.checkpoints import CheckpointError
@@ -14,17 +17,17 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 
 
 def is_sharded_at_loading(trainer: Any) -> bool:
-    """Whether transformers' own engine trains the model (`DistributedConfig`): its Trainer resumes nothing."""
+    """True if transformers sharded the model itself (`DistributedConfig`): its Trainer then resumes nothing."""
     return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))  # not there in transformers 5.17
 
 
 def is_resumable(trainer: Any) -> bool:
-    """Whether a run can go on from the checkpoints that this one writes."""
+    """True if a run can be resumed from the checkpoints that this one writes."""
     return not (is_sharded_at_loading(trainer) or (trainer.is_fsdp_enabled and trainer.args.save_only_model))
 
 
 def limit_to_weights(trainer: Any) -> None:
-    """On transformers' own engine, save no optimizer: of its state every process holds a part, and one would write.
+    """Save no optimizer under `DistributedConfig`: of its state every process holds a part, and one would write.
 
     Raises:
         ValueError: If the best model is to be loaded at the end, which would fail there.
@@ -39,32 +42,32 @@ def limit_to_weights(trainer: Any) -> None:
     trainer.args.save_only_model = True
 
 
-def say_what_is_lost(trainer: Any, resumed: str | None) -> None:
-    """A warning before training if checkpoints hold the weights alone, or the one that is `resumed` does."""
+def warn_of_what_is_lost(trainer: Any, resumed: str | None) -> None:
+    """Warn before training if checkpoints hold the weights alone, or the one that is `resumed` does."""
     if not trainer.is_world_process_zero():
         return
-    anew = "begins with a new optimizer, a learning rate schedule at its start and other random numbers"
+    afresh = "begins with a new optimizer, a learning rate schedule at its start and other random numbers"
     if not is_resumable(trainer):
         logger.warning(
             "Checkpoints of this run hold the weights alone, and it cannot be resumed (see save_only_model): after an "
-            "interruption load one with from_pretrained and train it in another output_dir, which " + anew + "."
+            "interruption load one with from_pretrained and train it in another output_dir, which " + afresh + "."
         )
     elif trainer.args.save_only_model:
-        logger.warning(f"save_only_model: a run that is resumed from a checkpoint of this one {anew}.")
-    engine_keeps_its_own = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        logger.warning(f"save_only_model: a run that is resumed from a checkpoint of this one {afresh}.")
+    keeps_its_own_optimizer = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if (
         resumed is not None
-        and not engine_keeps_its_own
+        and not keeps_its_own_optimizer
         and not any(Path(resumed, name).exists() for name in _OPTIMIZERS)
     ):
-        logger.warning(f"{resumed!r} holds the weights alone: this run goes on at its step, but {anew}.")
+        logger.warning(f"{resumed!r} holds the weights alone: this run continues at its step, but {afresh}.")
 
 
 def refuse_resuming(trainer: Any, folder: str | None) -> None:
     """Raise where the Trainer would fail on one process and leave the others waiting.
 
     Raises:
-        CheckpointError: If the engine of this run cannot resume from `folder`.
+        CheckpointError: If this run cannot resume from `folder`.
     """
     if folder is None:
         return
@@ -79,3 +82,34 @@ def refuse_resuming(trainer: Any, folder: str | None) -> None:
             f"cannot resume from {folder!r} under FSDP: it has no {_FSDP_WEIGHTS}, which save_only_model leaves out. "
             + way_out
         )
+
+
+class CheckpointLoadingMixin(Trainer):
+    """Load the weights of a checkpoint through `from_pretrained`, to resume or as the best at the end.
+
+    The Trainer reads the file as it is, with `strict=False`: checkpoints hold every expert by itself, memory holds
+    them fused. Native families would train on with new experts and a mere warning (transformers 5.23).
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target: Any = self.model if model is None else model
+        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        if not Path(resume_from_checkpoint, "config.json").exists():
+            raise ValueError(
+                f"checkpoint {str(resume_from_checkpoint)!r} has no config.json: it is incomplete or no model "
+                "checkpoint. Resume from an earlier one."
+            )
+        loaded = type(target).from_pretrained(resume_from_checkpoint, dtype=_widest_dtype(target))
+        target.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if isinstance(self.model, PreTrainedModel):
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _widest_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that rounds nothing: `from_pretrained` makes all weights of one type, and a router may be float32."""
+    return max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda dtype: dtype.itemsize)

@@ -1,9 +1,9 @@
 """Checkpoints of the Trainer that survive: kills, full disks, SIGTERM, and a run that has diverged.
 
 On one node a checkpoint is written to `_unfinished/`, flushed, sealed with a manifest and then renamed, so that nobody
-ever sees half of one. On several nodes the host writes into the final folder: a rename by one node is not atomic for
-the others on network and object storage (transformers tried it twice and took it back, #29370 and #36112), and there
-the manifest alone marks what is complete. What is resumed from is decided by the manifest in both cases.
+ever sees half of one. On several nodes the Trainer writes into the final folder: a rename by one node is not atomic
+for the others on network and object storage (transformers tried it twice and took it back, #29370 and #36112), and
+there the manifest alone marks what is complete. What is resumed from is decided by the manifest in both cases.
 """
 
 import os
@@ -47,9 +47,14 @@ from hf_moe.training.checkpointing.checkpoints import (
     sealed_bytes,
     write_failure,
 )
-from hf_moe.training.checkpointing.loading import CheckpointLoadingMixin
 from hf_moe.training.checkpointing.non_finite import FiniteTrainingMixin, NonFiniteError, non_finite_weight
-from hf_moe.training.checkpointing.resumption import is_resumable, limit_to_weights, refuse_resuming, say_what_is_lost
+from hf_moe.training.checkpointing.resumption import (
+    CheckpointLoadingMixin,
+    is_resumable,
+    limit_to_weights,
+    refuse_resuming,
+    warn_of_what_is_lost,
+)
 from hf_moe.training.checkpointing.termination import (
     Terminated,
     TerminationRequest,
@@ -74,19 +79,19 @@ class SafeCheckpointMixin(
       `"auto"` does the same and begins at step 0 if there is none. A path is checked as well.
     - SIGTERM: the step is finished, saved, and `Terminated` (a SystemExit with the exit code 75) is raised. A resumed
       run gives the same weights, bit for bit. Only the next line of the log differs: it covers the steps since. An
-      evaluation is broken off, and made anew when the run resumes. `torchrun` ends with 1 then; that the run can go on
-      is told by the file `RESUMABLE` in the output folder.
+      evaluation is broken off, and run again when the run resumes. `torchrun` ends with 1 then; the file `RESUMABLE`
+      in the output folder says that the run can be resumed.
     - A loss, gradient norm or weight that is not finite stops the run: see `FiniteTrainingMixin`.
     - Several processes: `evaluate()` before `train()` does no harm, and the first step is proved to be one model's
       (`SameWeightsCallback`).
 
     What cannot be resumed exactly: data that draws random numbers in the workers of the DataLoader, and
-    `save_only_model` (what is lost is said at the start) or `ignore_data_skip`. Under FSDP a run with
-    `save_only_model`, and on transformers' own engine (`DistributedConfig`) every run, cannot be resumed at all: its
+    `save_only_model` (a warning at the start names what is lost) or `ignore_data_skip`. Under FSDP a run with
+    `save_only_model`, and under `DistributedConfig` every run, cannot be resumed at all: its
     checkpoints hold the weights, SIGTERM ends it with the exit code 143, and resuming is refused.
 
     Raises:
-        ValueError: For a `hub_token`: the host pickles its arguments beside the weights.
+        ValueError: For a `hub_token`: the Trainer pickles its arguments beside the weights.
 
     Raises (from `train`):
         CheckpointError: A checkpoint cannot be written (the earlier ones are kept) or is not valid.
@@ -95,11 +100,11 @@ class SafeCheckpointMixin(
         Terminated: See above.
         RunRefusedError: Another run works in the output folder; names it.
         ValueError: `enable_jit_checkpoint` is on; several nodes with a `save_total_limit` of 1;
-            `load_best_model_at_end` on transformers' own engine.
+            `load_best_model_at_end` under `DistributedConfig`.
     """
 
     checkpoint_rename: bool | None = None
-    """Whether checkpoints are written beside and renamed; None: on one node. False for storage without renames."""
+    """True to write checkpoints beside and rename them; None: on one node. False for storage without renames."""
 
     _staging: Path | None = None
     _saved_step: int | None = None
@@ -119,7 +124,7 @@ class SafeCheckpointMixin(
         limit_to_weights(self)
         with ExitStack() as held:
             self.last_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint, held)
-            say_what_is_lost(self, self.last_checkpoint)
+            warn_of_what_is_lost(self, self.last_checkpoint)
             if self.args.should_save:
                 unmark_resumable(Path(str(self.args.output_dir)))
             self._saved_step, self._ended_step, self._push_waits = None, None, False
@@ -188,7 +193,7 @@ class SafeCheckpointMixin(
         self.accelerator.wait_for_everyone()
 
     def _name_best(self, run_dir: Path, folder: Path, staged: Path) -> None:
-        """The host looks for the best checkpoint where this one is written: name it where it is, or will be."""
+        """Name the best checkpoint where it is, or will be: the Trainer looks for it where this one is written."""
         best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if str(best) != self.state.best_model_checkpoint and (best == folder or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
@@ -211,7 +216,7 @@ class SafeCheckpointMixin(
     # ---- at the end of a step
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args: Any, **kwargs: Any) -> None:
-        comes_again = self._comes_again()
+        comes_again = self._is_called_again()
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
             stop = self._termination.agreed(self.args.device) and not comes_again
@@ -224,12 +229,12 @@ class SafeCheckpointMixin(
     def _end(self, checkpoint: Path) -> None:
         """Raises Terminated."""
         ending = Terminated(str(checkpoint), is_resumable(self))
-        said = "the weights can be loaded from there, but the run cannot be resumed"
+        next_step = "the weights can be loaded from there, but the run cannot be resumed"
         if is_resumable(self):
-            said = "the same command, with resume_from_checkpoint, goes on from here"
+            next_step = "the same command, with resume_from_checkpoint, continues from here"
             if self.args.should_save:
                 mark_resumable(Path(str(self.args.output_dir)), checkpoint)
-        logger.warning(f"SIGTERM: saved {str(checkpoint)!r}. Ending with the exit code {ending.code}; {said}.")
+        logger.warning(f"SIGTERM: saved {str(checkpoint)!r}. Ending with the exit code {ending.code}; {next_step}.")
         raise ending
 
     def _save_once(self, model: nn.Module, trial: Any, needed: bool) -> None:
@@ -245,16 +250,16 @@ class SafeCheckpointMixin(
         """Evaluate the step that was resumed from, and save it again, if SIGTERM had left no time for that."""
         if self.last_checkpoint is None or not self.evaluation_is_owed():
             return
-        logger.warning(f"The evaluation of step {self.state.global_step} was broken off: it is made now.")
+        logger.warning(f"The evaluation of step {self.state.global_step} was broken off: it is run now.")
         self._load_rng_state(self.last_checkpoint)
         self.control.should_evaluate = self.control.should_save = True
         self._maybe_log_save_evaluate(
             self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, start_time=0.0
         )
-        self._save_once(self.model_wrapped, None, needed=True)  # the host may want to save the best only
+        self._save_once(self.model_wrapped, None, needed=True)  # the Trainer may want to save the best only
 
-    def _comes_again(self) -> bool:
-        """Whether the host comes for this step once more, at the end of the epoch: what it does there must be done."""
+    def _is_called_again(self) -> bool:
+        """True if the Trainer calls for this step once more, at the end of the epoch, with work of its own to do."""
         came, self._ended_step = self._ended_step == self.state.global_step, self.state.global_step
         ends = float(self.state.epoch or 0).is_integer() or self.control.should_training_stop
         return ends and not came
@@ -324,13 +329,14 @@ def _choose(output_dir: str, wanted: str | bool | None) -> str | None:
     newest = newest_sealed(output_dir)
     if newest is None and wanted is True:
         raise ValueError(
-            f"no valid checkpoint in {output_dir!r}. Begin anew (resume_from_checkpoint 'auto' does), or name one "
-            f"that you know to be whole: one without a {MANIFEST} is taken as it is, also as {SKIPPED + '...'!r}."
+            f"no valid checkpoint in {output_dir!r}. Start from the beginning (resume_from_checkpoint 'auto' does), "
+            f"or name one that you know to be whole: one without a {MANIFEST} is taken as it is, also as "
+            f"{SKIPPED + '...'!r}."
         )
     if newest is not None:
         logger.warning(f"Resuming from {newest!r}.")
     elif there_are_some:
-        logger.warning(f"No valid checkpoint in {output_dir!r}: beginning anew.")
+        logger.warning(f"No valid checkpoint in {output_dir!r}: starting from the beginning.")
     return newest
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send before they kill: noticed between two steps, by all processes at the same one."""
+"""SIGTERM, which schedulers send before they kill: handled between two steps, by all processes after the same one."""
 
 import multiprocessing
 import os
@@ -15,21 +15,21 @@ import torch
 import torch.distributed as dist
 
 from hf_moe.io.whole_files import write_text
-from hf_moe.training.device_copy import HostCopy
+from hf_moe.training.checkpointing.cpu_copy import CpuCopy
 
 EXIT_CODE = 75
-"""Of a run that SIGTERM ended and that goes on when it is started again: EX_TEMPFAIL of sysexits.h."""
+"""Of a run that SIGTERM ended and that continues when it is started again: EX_TEMPFAIL of sysexits.h."""
 
 
 RESUMABLE = "RESUMABLE"
 """A file in the output folder of such a run, with the checkpoint's name: `torchrun` and `accelerate launch` end with 1
-whatever their processes ended with. It is gone as soon as the run goes on."""
+whatever their processes ended with. It is deleted as soon as the run continues."""
 
 
 class Terminated(SystemExit):
     """SIGTERM came; the checkpoint is saved. Ends the program with `EXIT_CODE`.
 
-    With 143, as SIGTERM itself would, where no run can go on from the checkpoint.
+    With 143, as SIGTERM itself would, where no run can be resumed from the checkpoint.
     """
 
     def __init__(self, checkpoint: str, is_resumable: bool = True):
@@ -50,7 +50,7 @@ def unmark_resumable(output_dir: Path) -> None:
 
 
 class TerminationRequest:
-    """While open, as a context manager, SIGTERM is remembered and does not end the program; nor does a second one.
+    """Context manager in which SIGTERM, once or repeated, is remembered and does not end the program.
 
     One that comes after the last step has its ordinary effect when training is over. Outside of the main thread, where
     Python allows no handlers, SIGTERM keeps its effect.
@@ -61,7 +61,7 @@ class TerminationRequest:
         self.listening = multiprocessing.RawValue("b", 0)
         """1 while open; other processes see it."""
         self._earlier: Any = None
-        self._flag: HostCopy | None = None
+        self._flag: CpuCopy | None = None
 
     def __enter__(self) -> "TerminationRequest":
         self.received, self._flag, self.listening.value = False, None, 1
@@ -78,7 +78,7 @@ class TerminationRequest:
                 signal.raise_signal(signal.SIGTERM)
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether to stop now; the same answer in every process. To be called by all, once a step.
+        """True if the run is to stop now, in every process alike. To be called by all, once a step.
 
         Several processes add up their flags and read the sum of the call before, which the device has ready: no
         process waits, and all stop one step later.
@@ -87,7 +87,7 @@ class TerminationRequest:
             return self.received
         flag = torch.full((1,), float(self.received), device=device)
         dist.all_reduce(flag)
-        earlier, self._flag = self._flag, HostCopy(flag)
+        earlier, self._flag = self._flag, CpuCopy(flag)
         return earlier is not None and earlier.tolist()[0] > 0
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -96,7 +96,7 @@ class TerminationRequest:
 
 @contextmanager
 def sigterm_held() -> Iterator[None]:
-    """SIGTERM waits until the end; in a worker that is started meanwhile, until `outlive_group_signal` is set up."""
+    """Hold SIGTERM back until the end; in a worker started meanwhile, until `outlive_group_signal` is set up."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -105,7 +105,7 @@ def sigterm_held() -> Iterator[None]:
 
 
 def outlive_group_signal(listening: Any, worker_init: Callable[[int], None] | None, worker: int) -> None:
-    """For the workers of a DataLoader: a SIGTERM to the whole group of processes must leave them to finish.
+    """Let the workers of a DataLoader survive a SIGTERM that is sent to the whole group of processes.
 
     Only while the run listens (`TerminationRequest.listening`): when it is over, and the main process ends workers
     that are left by SIGTERM, they go.

@@ -19,16 +19,16 @@ SHARE = torch.tensor(1.0)
 
 def losses_of(model, inputs, config):
     terms = BalancingTerms(config, balanced_layers(model, config))
-    with watch_routing(model, terms.hear):
+    with watch_routing(model, terms.add):
         model(**inputs)
     return terms.losses(SHARE)
 
 
 def returns_logits(model, inputs):
-    heard = []
-    with torch.no_grad(), watch_routing(model, heard.append):
+    events = []
+    with torch.no_grad(), watch_routing(model, events.append):
         model(**inputs)
-    return all(event.logits is not None and event.logits.shape[-1] >= event.layer.num_experts for event in heard)
+    return all(event.logits is not None and event.logits.shape[-1] >= event.layer.num_experts for event in events)
 
 
 def trained_routers(model, config):
@@ -129,11 +129,11 @@ def test_the_bias_of_every_family_shifts_the_choice_alone(family):
         bias = correction_bias(model, layer)[1]
         bias.zero_()
         bias.view(-1)[3] = 100.0
-    heard = []
-    with torch.no_grad(), watch_routing(model, heard.append):
+    events = []
+    with torch.no_grad(), watch_routing(model, events.append):
         model(**inputs)
-    assert {event.layer.name for event in heard} >= layers.keys()
-    for event in heard:
+    assert {event.layer.name for event in events} >= layers.keys()
+    for event in events:
         if event.layer.name in layers:
             assert (event.index == 3).any(-1).all(), event.layer.name
             assert event.weights.abs().max() < 50  # the bias is no part of them

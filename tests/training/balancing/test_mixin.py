@@ -185,11 +185,11 @@ def test_detached_logits_in_a_reentrant_layer_are_refused(tmp_path):
 
 
 def counts_by_layer(model, batch):
-    heard = []
-    with torch.no_grad(), watch_routing(model, heard.append):
+    events = []
+    with torch.no_grad(), watch_routing(model, events.append):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     is_token = batch["attention_mask"].flatten().bool()
-    return {event.layer.name: torch.bincount(event.index[is_token].flatten(), minlength=8) for event in heard}
+    return {event.layer.name: torch.bincount(event.index[is_token].flatten(), minlength=8) for event in events}
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def text_dataset():
     return Dataset.from_dict({"text": [words(12, seed) for seed in range(16)]})
 
 
-# ---- the case that the host's loss cannot see
+# ---- the case that the loss of transformers cannot see
 
 
 def collapsed_model():
@@ -493,19 +493,19 @@ def collapsed_model():
 
 def worst_violation(model):
     ids = torch.stack([row["input_ids"] for row in rows(same=False)])
-    heard = []
-    with torch.no_grad(), watch_routing(model.eval(), heard.append):
+    events = []
+    with torch.no_grad(), watch_routing(model.eval(), events.append):
         model(input_ids=ids)
-    loads = [torch.bincount(event.index.flatten(), minlength=4).double() for event in heard]
-    host = load_balancing_loss_func(tuple(event.logits for event in heard), 4, 2)
-    return [float(load.max() / load.mean() - 1) for load in loads], float(host) / 2
+    loads = [torch.bincount(event.index.flatten(), minlength=4).double() for event in events]
+    pooled = load_balancing_loss_func(tuple(event.logits for event in events), 4, 2)
+    return [float(load.max() / load.mean() - 1) for load in loads], float(pooled) / 2
 
 
 def test_layers_that_collapsed_each_onto_its_own_experts_are_repaired(tmp_path):
     model = collapsed_model()
-    violation, host = worst_violation(model)
+    violation, pooled = worst_violation(model)
     assert violation == [1.0, 1.0]  # two of four experts take all
-    assert host == pytest.approx(1.0, abs=0.02)  # the host's loss, over its balanced value: perfect
+    assert pooled == pytest.approx(1.0, abs=0.02)  # transformers' loss, over its balanced value: perfect
     trainer = MoeTrainer(
         model=model,
         args=arguments(tmp_path, 8, 1, max_steps=80, learning_rate=2e-2, optim="adamw_torch", logging_steps=80),

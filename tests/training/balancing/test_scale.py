@@ -31,9 +31,11 @@ def assert_same(actual, expected):
 def formula(family, cuts, scope="layer", aux=0.0, z=0.0, same=False):
     """The gradient of cross entropy plus the terms, by their definitions; `cuts`: rows of each micro-batch."""
     model = model_of(family).train()
-    heard = {}
+    outputs = {}
     hooks = [
-        layer.router.register_forward_hook(lambda module, args, output, name=layer.name: heard.update({name: output}))
+        layer.router.register_forward_hook(
+            lambda module, args, output, name=layer.name: outputs.update({name: output})
+        )
         for layer in moe_layers(model)
     ]
     table = {name: torch.stack([row[name] for row in rows(same)]) for name in rows()[0]}
@@ -47,7 +49,7 @@ def formula(family, cuts, scope="layer", aux=0.0, z=0.0, same=False):
         )
         mask = batch["attention_mask"].bool()
         share = mask.sum() / tokens
-        a, b = terms(family, heard, mask, scope, seen)
+        a, b = terms(family, outputs, mask, scope, seen)
         aux_mean, z_mean = aux_mean + float(a * share), z_mean + float(b * share)
         (loss / items + share * (aux * a + z * b)).backward()
     for hook in hooks:
@@ -56,9 +58,9 @@ def formula(family, cuts, scope="layer", aux=0.0, z=0.0, same=False):
     return gradient, aux_mean, z_mean
 
 
-def terms(family, heard, mask, scope, seen):
+def terms(family, outputs, mask, scope, seen):
     balance, z = [], []
-    for name, output in heard.items():
+    for name, output in outputs.items():
         logits, index = output[0].double(), output[2]
         flat = mask.flatten()
         scores = logits.softmax(-1) if SCORES[family] == "softmax" else logits.sigmoid()

@@ -1,6 +1,6 @@
 """Two processes: rank 0 alone seals, SIGTERM to one process ends both at one step, and they resume exactly.
 
-On transformers' own engine, which resumes nothing, SIGTERM saves the weights, and resuming is refused.
+Under DistributedConfig, which resumes nothing, SIGTERM saves the weights, and resuming is refused.
 
 torchrun --nproc_per_node 2 safe_checkpoint_worker.py FOLDER
 """

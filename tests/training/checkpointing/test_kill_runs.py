@@ -21,7 +21,7 @@ def test_killed_runs_resume_to_the_same_weights():
     found = json.loads(ended.stdout)
     assert len(found["runs"]) == 7
     assert all(run["identical"] for run in found["runs"])
-    # the child heard the steps that matter
+    # the child saw the steps that matter
     steps = found["steps_of_a_save"]
     assert steps.count("fsync") > 8
     for step in ("half of optimizer.pt", "half of model.safetensors", "os.rename checkpoint-4"):

@@ -166,24 +166,24 @@ def test_resuming_is_exact(workers, whole, tmp_path):
 
 
 def test_after_the_last_step_nothing_is_trained(whole):
-    """The host would take one more step."""
+    """The Trainer would take one more step."""
     folder, _, expected = whole
     again = train(folder, resume=True, save_total_limit=2)
     assert again.state.global_step == STEPS
     assert_same(state(again), expected)
 
 
-def test_auto_begins_anew_where_there_is_nothing(tmp_path, caplog):
+def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path, caplog):
     with pytest.raises(ValueError, match="no valid checkpoint in"):
         train(tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="no such folder"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-2"))
     assert train(tmp_path, resume="auto", max_steps=2).began == 0
     assert train(tmp_path, resume="auto", max_steps=4).began == 2
-    assert "beginning anew" not in caplog.text
+    assert "starting from the beginning" not in caplog.text
     (tmp_path / "checkpoint-4" / MANIFEST).unlink()
     assert train(tmp_path, resume="auto", max_steps=2).began == 0
-    assert f"No valid checkpoint in {str(tmp_path)!r}: beginning anew" in caplog.text
+    assert f"No valid checkpoint in {str(tmp_path)!r}: starting from the beginning" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, caplog):
@@ -248,22 +248,24 @@ def test_a_file_of_that_name_that_is_not_ours_stays(tmp_path):
     assert (tmp_path / "RESUMABLE").read_text() == "my notes"
 
 
-def test_what_weights_alone_lose_is_said_at_the_start(tmp_path, caplog):
+def test_what_weights_alone_lose_is_logged_at_the_start(tmp_path, caplog):
     train(tmp_path, max_steps=2, save_only_model=True)
     assert "save_only_model: a run that is resumed from a checkpoint of this one begins with a new opt" in caplog.text
     caplog.clear()
     train(tmp_path, resume=True, max_steps=3)
-    assert "checkpoint-2' holds the weights alone: this run goes on at its step, but begins with a new" in caplog.text
+    assert (
+        "checkpoint-2' holds the weights alone: this run continues at its step, but begins with a new" in caplog.text
+    )
     caplog.clear()
     train(tmp_path, resume=True, max_steps=4)
     assert "weights alone" not in caplog.text
 
 
-@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_distributed_loading_by_transformers"])
-def test_what_an_engine_cannot_resume_is_refused_by_all_processes_at_the_start(engine, tmp_path):
-    """One process of FSDP raised FileNotFoundError and the others waited for it; the own engine failed in `copy_`."""
+@pytest.mark.parametrize("trained_by", ["is_fsdp_enabled", "is_distributed_loading_by_transformers"])
+def test_what_cannot_be_resumed_is_refused_by_all_processes_at_the_start(trained_by, tmp_path):
+    """One process of FSDP raised FileNotFoundError, others waited for it; DistributedConfig failed in `copy_`."""
     trainer = train(tmp_path, max_steps=2, save_only_model=True)
-    setattr(trainer, engine, True)
+    setattr(trainer, trained_by, True)
     assert not is_resumable(trainer)
     with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2'.*\. Load the model from it with"):
         trainer.train(resume_from_checkpoint="auto")

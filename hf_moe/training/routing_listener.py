@@ -1,4 +1,4 @@
-"""Hear the routing of a training: every decision that a gradient flows through, once."""
+"""Listen to the routing of a training: every decision that a gradient flows through, once."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,10 +12,10 @@ from hf_moe.layers.watch_routing import Routing, watch_routing
 
 
 class RoutingListener(TrainerCallback):
-    """Calls `on_routing` with each decision of the training's forwards, from the begin of the training to its end.
+    """Call `on_routing` with each decision of the training's forwards, from its begin to its end.
 
     Left out is what runs without gradients or in evaluation mode: evaluation, generation, the reference model of a
-    preference loss. Under gradient checkpointing a decision is heard once, in the first forward.
+    preference loss. Under gradient checkpointing a decision counts once, in the first forward.
     """
 
     def __init__(self) -> None:
@@ -36,10 +36,10 @@ class RoutingListener(TrainerCallback):
             ValueError: If the model has no MoE layer.
         """
         self._hooks.close()
-        self.layers = self._hooks.enter_context(watch_routing(model, self._hear))
+        self.layers = self._hooks.enter_context(watch_routing(model, self._on_event))
 
     def close(self) -> None:
-        """Take the hooks off; the Trainer does not say so to its callbacks if the training fails."""
+        """Take the hooks off; the Trainer does not call its callbacks if the training fails."""
         self._hooks.close()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -48,7 +48,7 @@ class RoutingListener(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
-    def _hear(self, event: Routing) -> Callable[[Tensor], Tensor] | None:
+    def _on_event(self, event: Routing) -> Callable[[Tensor], Tensor] | None:
         if not event.layer.experts.training:
             return None
         if event.is_recomputation:

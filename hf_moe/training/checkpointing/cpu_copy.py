@@ -1,11 +1,11 @@
-"""Figures on their way from the device to the host."""
+"""Numbers on their way from the device to the CPU."""
 
 import torch
 from torch import Tensor
 
 
-class HostCopy:
-    """A copy of a tensor for the host, begun now and read later, so that a GPU need not stop for it."""
+class CpuCopy:
+    """A copy of a tensor in CPU memory, begun now and read later, so that a GPU need not stop for it."""
 
     def __init__(self, values: Tensor):
         self._done: torch.cuda.Event | None = None
