@@ -9,5 +9,5 @@
     dpo_trl.py                    expert LoRA in TRL's DPOTrainer
     evaluate.py                   a base and its fine-tuned version on the same benchmarks, compared
 
-configs/ holds what each runs with, one YAML file a recipe.
+configs/ holds the YAML files of the fine-tuning recipes, and thresholds for a comparison.
 """

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from hf_moe.data.bad_rows import RowError
@@ -19,6 +18,7 @@ from hf_moe.data.sources import Source, read_records
 from hf_moe.evaluation.bits_per_byte import BitsPerByte
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.evaluation.results import Sample
+from hf_moe.io.console import print_to_stderr
 
 Tokenizer = Callable[[], PreTrainedTokenizerBase]
 EMBEDDED = "embedded"
@@ -75,7 +75,7 @@ def read_documents(
     for number, text in data_set.apply(partial(text_of, tokenizer=cache(tokenizer))).items():
         domains.setdefault(names.get(number, source.domain), []).append(text)
     for remark in data_set.remarks():
-        Console(stderr=True, soft_wrap=True).print(f"{path}: {remark}", markup=False, highlight=False)
+        print_to_stderr(f"{path}: {remark}")
     return domains
 
 

@@ -25,6 +25,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.results import FORMAT, NAME, check_results, harness_identity, versions
 from hf_moe.evaluation.scoring import group_entry, prepare
 from hf_moe.evaluation.tasks import Tasks
+from hf_moe.io.console import print_to_stderr
 from hf_moe.io.stages import ResumableRun
 from hf_moe.io.whole_files import write_json
 from hf_moe.loading.pretrained import load_tokenizer
@@ -56,7 +57,7 @@ def evaluate(evaluation: Evaluation, output: Path, *, command: str = "") -> dict
     domains = read_domains(evaluation.domains, partial(_tokenizer, evaluation), on_bad_row=evaluation.on_bad_row)
     lm = HfMoeLM(evaluation.model, adapter=evaluation.adapter, batch_size=evaluation.batch_size, **evaluation.options)
     for warning in explain(lm.model).warnings:
-        Console(stderr=True, soft_wrap=True).print(f"warning: {warning}", markup=False, highlight=False)
+        print_to_stderr(f"warning: {warning}")
     for name, task in tasks.tasks.items():
         prepare(lm, name, task, evaluation)
     return _Run(evaluation, tasks, domains, lm).into(output, command)

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -17,6 +16,7 @@ from hf_moe.adapters.frozen_router import RouterNotFrozenError
 from hf_moe.adapters.readable import UnreadableAdapterError
 from hf_moe.data.bad_rows import DataError
 from hf_moe.finetuning.arguments import RecipeError
+from hf_moe.io.console import print_to_stderr
 from hf_moe.io.run_lock import RunRefusedError
 from hf_moe.loading.pretrained import ModelError
 
@@ -57,7 +57,7 @@ def recipe_errors() -> Iterator[None]:
         with without_needless_warnings():
             yield
     except _REFUSALS as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        print_to_stderr(f"error: {error}")
         sys.exit(2)
 
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hf_moe.data.bad_rows import DataError, RowError
@@ -18,6 +17,7 @@ from hf_moe.data.encoding import Encoder, Example, cut
 from hf_moe.data.formats import FINE_TUNING, PREFERENCES, Chat, DataSet, Instruction, Layout, Preference, Row
 from hf_moe.data.sources import Source, hold_out, read_source
 from hf_moe.finetuning.arguments import RecipeError, SourceArguments
+from hf_moe.io.console import print_to_stderr
 
 # options of SFTConfig about data that is read and tokenised here, with the values that change nothing
 NOT_OURS = {"chat_template_path": None, "dataset_kwargs": None, "dataset_text_field": "text", "eos_token": None}
@@ -109,7 +109,7 @@ def read_for_dpo(
 
 def _print_once(training: TrainingArguments, text: str) -> None:
     if training.process_index == 0:
-        Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+        print_to_stderr(text)
 
 
 def _read(

@@ -8,5 +8,6 @@ Files, then runs, then words:
     run_lock.py     a lock on a folder for one run at a time
     names.py        names and command lines for reports, without folders of this machine
     error_text.py   another library's error in one line
+    console.py      messages on the standard error, printed as they are
     old_names.py    old names of methods and arguments, with a FutureWarning
 """
