@@ -5,12 +5,14 @@ width (2I gated, I ungated).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall, LowRank, LowRankPair
 from numerics import ROUTINGS, assert_as_good_as, assert_within
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,11 +76,25 @@ class Layer:
     def num_experts(self) -> int:
         return self.up_weight.shape[0]
 
+    def call(self, low_rank: LowRankPair | None = None) -> LayerCall:
+        """What the fused operators take, sentinels allowed."""
+        experts = ExpertWeights(self.up_weight, self.up_bias, self.down_weight, self.down_bias)
+        form = ExpertForm(**self.gate.options())
+        return LayerCall(self.hidden, self.index, self.weights, experts, self.num_experts + 1, form, low_rank)
+
     def arguments(self) -> tuple:
         """Positional arguments of the `experts` ops, sentinels allowed."""
         operands = (self.hidden, self.index, self.weights, self.up_weight, self.up_bias, self.down_weight)
         gate = self.gate.options("activation", "alpha", "limit", "offset", "gated", "transposed", "interleaved")
         return (*operands, self.down_bias, self.num_experts + 1, *gate.values())
+
+
+def low_rank_of(factors: Mapping[str, Tensor | None], scales: tuple[float, float]) -> LowRankPair:
+    """The adapters of factors by name (up_a, up_b, down_a, down_b); those of a projection may be missing."""
+    pairs = [(factors.get(f"{name}_a"), factors.get(f"{name}_b")) for name in ("up", "down")]
+    return LowRankPair(
+        *(None if pair == (None, None) else LowRank(*pair, scale) for pair, scale in zip(pairs, scales, strict=True))
+    )
 
 
 def layer(routing: str = "balanced", gate: str = "silu", bias: bool | None = None) -> Layer:

@@ -1,9 +1,11 @@
-"""One call of a layer of experts, as it goes from the pipeline to a fused operator: what it reads and how it computes.
+"""One call of a layer of experts, from the pipeline to a fused operator, and its flat form: arguments of torch ops.
 
 Shape suffixes: T tokens, K slots per token, E experts, H hidden, I expert width, P pre-activation width (2I gated, I
 ungated), R rank.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,12 +42,12 @@ class ExpertForm(NamedTuple):
     """
 
     activation: str
-    alpha: float
-    limit: float
-    offset: float
-    gated: bool
-    transposed: bool
-    interleaved: bool
+    alpha: float = 1.0
+    limit: float = math.inf
+    offset: float = 0.0
+    gated: bool = True
+    transposed: bool = False
+    interleaved: bool = False
 
 
 class LowRank(NamedTuple):
@@ -96,3 +98,37 @@ class LayerCall(NamedTuple):
     num_ids: int
     form: ExpertForm
     low_rank: LowRankPair | None = None
+
+
+# The arguments of a torch op that takes a call: in the order of `flatten`, as its schema declares them.
+CALL = (
+    "Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
+    "Tensor? down_bias, int num_ids, str activation, float alpha, float limit, float offset, bool gated, "
+    "bool transposed, bool interleaved"
+)
+ADAPTED_CALL = f"{CALL}, Tensor? up_a, Tensor? up_b, float up_scale, Tensor? down_a, Tensor? down_b, float down_scale"
+_LENGTH = len(CALL.split(", "))
+_ABSENT = (None, None, 1.0)
+
+
+def flatten(call: LayerCall) -> tuple:
+    """The arguments that CALL declares, or with adapters those of ADAPTED_CALL."""
+    flat = (call.hidden_TH, call.index_TK, call.weights_TK, *call.experts, call.num_ids, *call.form)
+    if call.low_rank is None:
+        return flat
+    up, down = call.low_rank
+    return (*flat, *(up or _ABSENT), *(down or _ABSENT))
+
+
+def unflatten(flat: Sequence) -> LayerCall:
+    """The call whose `flatten` is `flat`."""
+    hidden_TH, index_TK, weights_TK = flat[:3]
+    low_rank = None
+    if len(flat) > _LENGTH:
+        low_rank = LowRankPair(_low_rank(*flat[_LENGTH : _LENGTH + 3]), _low_rank(*flat[_LENGTH + 3 :]))
+    experts, form = ExpertWeights(*flat[3:7]), ExpertForm(*flat[8:_LENGTH])
+    return LayerCall(hidden_TH, index_TK, weights_TK, experts, flat[7], form, low_rank)
+
+
+def _low_rank(a: Tensor | None, b: Tensor | None, scale: float) -> LowRank | None:
+    return None if a is None and b is None else LowRank(a, b, scale)

@@ -7,33 +7,12 @@ width (2I gated, I ungated), R rank.
 import torch
 from torch import Tensor
 
+from ..layer_call import LayerCall, flatten
 from .build import load_kernels
 from .ops import _check_experts, _check_shape, _dense, _ids
 
 
-def cpu_experts_lora(
-    hidden_TH: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    num_ids: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-    up_a: Tensor | None,
-    up_b: Tensor | None,
-    down_a: Tensor | None,
-    down_b: Tensor | None,
-    up_scale: float,
-    down_scale: float,
-) -> Tensor:
+def cpu_experts_lora(call: LayerCall) -> Tensor:
     """`cpu_experts` with weights `up + up_scale * up_b @ up_a` and `down + down_scale * down_b @ down_a`.
 
     Neither the sums nor their gradients ever exist: rows go through the factors. The base is frozen.
@@ -50,6 +29,9 @@ def cpu_experts_lora(
         ValueError: If shapes or dtypes do not fit, or the gradient of a base weight or bias would be needed.
         IndexError, RuntimeError: As `cpu_experts`.
     """
+    hidden_TH, index_TK, weights_TK, (up_weight, up_bias, down_weight, down_bias), num_ids, form, _ = call
+    activation, alpha, limit, offset, gated, transposed, interleaved = form
+    up_a, up_b, up_scale, down_a, down_b, down_scale = flatten(call)[15:]
     base = {"up_weight": up_weight, "up_bias": up_bias, "down_weight": down_weight, "down_bias": down_bias}
     given = (hidden_TH, weights_TK, up_a, up_b, down_a, down_b)
     keep = False

@@ -7,29 +7,14 @@ width (2I gated, I ungated), A and B the inner and outer width of a grouped line
 import torch
 from torch import Tensor
 
+from ..layer_call import LayerCall
 from .build import load_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
-def cpu_experts(
-    hidden_TH: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    num_ids: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-) -> Tensor:
+def cpu_experts(call: LayerCall) -> Tensor:
     """The weighted sum of every token's experts [T, H], differentiable in all floating arguments.
 
     Args:
@@ -50,6 +35,8 @@ def cpu_experts(
         ValueError: Shapes, dtypes or the activation do not fit.
         RuntimeError: The kernels cannot be built; see `why_not`.
     """
+    hidden_TH, index_TK, weights_TK, (up_weight, up_bias, down_weight, down_bias), num_ids, form, _ = call
+    activation, alpha, limit, offset, gated, transposed, interleaved = form
     tensors = (hidden_TH, weights_TK, up_weight, up_bias, down_weight, down_bias)
     keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _experts(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layer_call import LayerCall
 from .between_products import (
     launch_activation,
     launch_activation_backward,
@@ -55,23 +56,7 @@ def _require_whole_rows(**widths_of: Tensor) -> None:
             )
 
 
-def triton_hybrid_experts(
-    hidden_TH: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    num_ids: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-) -> Tensor:
+def triton_hybrid_experts(call: LayerCall) -> Tensor:
     """`triton_experts` with the products by `torch.nn.functional.grouped_mm`: same arguments, result and gradients.
 
     Worth it where that product is one kernel (SM90, SM100) and experts have many rows; elsewhere it is a loop.
@@ -81,6 +66,8 @@ def triton_hybrid_experts(
         IndexError: For an id out of range under the interpreter; on a GPU an asynchronous device assertion.
         RuntimeError: For CPU tensors, unless Triton's interpreter is on.
     """
+    hidden_TH, index_TK, weights_TK, (up_weight, up_bias, down_weight, down_bias), num_ids, form, _ = call
+    activation, alpha, limit, offset, gated, transposed, interleaved = form
     gate = Gate(activation, alpha, limit, offset, gated, transposed, interleaved)
     require_shapes(hidden_TH, index_TK, weights_TK, up_weight, down_weight, gate)
     require_one_dtype(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layer_call import LayerCall, flatten
 from .backward_activation import launch_backward_activation
 from .grouped_linear import launch_grouped_linear
 from .layer import (
@@ -47,29 +48,7 @@ class LoraWants(NamedTuple):
     down_b: bool
 
 
-def triton_experts_lora(
-    hidden_TH: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    num_ids: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-    up_a: Tensor | None,
-    up_b: Tensor | None,
-    down_a: Tensor | None,
-    down_b: Tensor | None,
-    up_scale: float,
-    down_scale: float,
-) -> Tensor:
+def triton_experts_lora(call: LayerCall) -> Tensor:
     """`triton_experts` with weights `up + up_scale * up_b @ up_a` and `down + down_scale * down_b @ down_a`.
 
     Neither the sums nor their gradients ever exist: rows go through the factors. The base is frozen.
@@ -86,6 +65,9 @@ def triton_experts_lora(
         ValueError: If shapes or dtypes do not fit, or the gradient of a base weight or bias would be needed.
         IndexError, RuntimeError: As `triton_experts`.
     """
+    hidden_TH, index_TK, weights_TK, (up_weight, up_bias, down_weight, down_bias), num_ids, form, _ = call
+    activation, alpha, limit, offset, gated, transposed, interleaved = form
+    up_a, up_b, up_scale, down_a, down_b, down_scale = flatten(call)[15:]
     gate = Gate(activation, alpha, limit, offset, gated, transposed, interleaved)
     factors = {"up_a": up_a, "up_b": up_b, "down_a": down_a, "down_b": down_b}
     base = {"up_weight": up_weight, "up_bias": up_bias, "down_weight": down_weight, "down_bias": down_bias}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layer_call import LayerCall
 from .backward_activation import launch_backward_activation
 from .decode import launch_decode
 from .dense_layer import BACKWARD, FORWARD, LayerWants, gradients_like, make_differentiable
@@ -49,23 +50,7 @@ class LinearWants(NamedTuple):
     bias: bool
 
 
-def triton_experts(
-    hidden_TH: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    num_ids: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-) -> Tensor:
+def triton_experts(call: LayerCall) -> Tensor:
     """Weighted sum of every token's experts [T, H], in the dtype of `hidden_TH`.
 
     Args:
@@ -84,6 +69,8 @@ def triton_experts(
         IndexError: For an id out of range under the interpreter; on a GPU an asynchronous device assertion.
         RuntimeError: For CPU tensors, unless Triton's interpreter is on.
     """
+    hidden_TH, index_TK, weights_TK, (up_weight, up_bias, down_weight, down_bias), num_ids, form, _ = call
+    activation, alpha, limit, offset, gated, transposed, interleaved = form
     gate = Gate(activation, alpha, limit, offset, gated, transposed, interleaved)
     require_shapes(hidden_TH, index_TK, weights_TK, up_weight, down_weight, gate)
     require_one_dtype(

@@ -33,7 +33,7 @@ def test_programs_may_run_in_any_order(monkeypatch, device):
 def run(case: Layer, cotangent: Tensor) -> dict[str, Tensor]:
     """Output and gradients of every tensor."""
     leaves = case.differentiable()
-    out = hybrid.triton_hybrid_experts(*leaves.arguments())
+    out = hybrid.triton_hybrid_experts(leaves.call())
     gradients = torch.autograd.grad(out, list(leaves.tensors().values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves.tensors(), gradients, strict=True))}
 
@@ -74,7 +74,7 @@ def test_only_the_wanted_gradient_is_computed(name, monkeypatch, device):
     products, outer = [], hybrid._outer_product
     monkeypatch.setattr(hybrid, "_outer_product", lambda *args: products.append(args) or outer(*args))
     leaf = getattr(case, name).detach().requires_grad_()
-    hybrid.triton_hybrid_experts(*replace(case, **{name: leaf}).arguments()).sum().backward()
+    hybrid.triton_hybrid_experts(replace(case, **{name: leaf}).call()).sum().backward()
     assert torch.equal(leaf.grad, wanted)
     assert len(products) == name.endswith("_weight")
 
@@ -85,7 +85,7 @@ def test_saved_are_the_arguments_the_order_and_the_pre_activation(device):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
-        hybrid.triton_hybrid_experts(*case.arguments())
+        hybrid.triton_hybrid_experts(case.call())
     arguments = {tensor.data_ptr() for tensor in case.tensors().values()}
     new = {tuple(tensor.shape): tensor.dtype for tensor in saved if tensor.data_ptr() not in arguments}
     N, E, P = case.index.numel(), case.num_experts, case.up_weight.shape[2]
@@ -123,7 +123,7 @@ def test_compiles_whole_with_the_same_results(device):
     case = kernel_cases.layer("balanced", "gpt_oss").to(torch.float32, device)
     eager, leaves = run(case, torch.ones_like(case.hidden)), case.differentiable()
     compiled = torch.compile(hybrid.triton_hybrid_experts, fullgraph=True, backend="aot_eager")
-    out = compiled(*leaves.arguments())
+    out = compiled(leaves.call())
     out.sum().backward()
     assert torch.equal(out, eager["out"])
     for name, tensor in leaves.tensors().items():
@@ -133,7 +133,7 @@ def test_compiles_whole_with_the_same_results(device):
 def test_rows_that_the_product_refuses_are_an_error_with_a_way_out(device):
     case = kernel_cases.layer("odd_sizes").to(torch.bfloat16, device)
     with pytest.raises(ValueError, match=r"multiples of 8 in torch.bfloat16, got up_weight of shape \(5, 24, 20\)"):
-        hybrid.triton_hybrid_experts(*case.arguments())
+        hybrid.triton_hybrid_experts(case.call())
 
 
 @pytest.mark.gpu

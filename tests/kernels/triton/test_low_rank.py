@@ -48,7 +48,7 @@ def results(function, layer: Layer, factors: dict, cotangent: torch.Tensor) -> d
 
 
 def ours(layer: Layer, factors: dict) -> torch.Tensor:
-    return triton_experts_lora(*layer.arguments(), *factors.values(), *SCALES)
+    return triton_experts_lora(layer.call(kernel_cases.low_rank_of(factors, SCALES)))
 
 
 def dense(layer: Layer, factors: dict, absolute: bool = False) -> torch.Tensor:

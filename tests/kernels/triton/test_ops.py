@@ -22,7 +22,7 @@ PAIRS += [("odd_sizes", gate) for gate in GATES] + [("sentinels", "gpt_oss"), ("
 def run(layer: Layer, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
     """Output and gradients of every tensor."""
     leaves = layer.differentiable()
-    out = triton_experts(*leaves.arguments())
+    out = triton_experts(leaves.call())
     gradients = torch.autograd.grad(out, list(leaves.tensors().values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves.tensors(), gradients, strict=True))}
 
@@ -100,7 +100,7 @@ def test_only_the_wanted_gradient_is_computed(name, monkeypatch, device):
     products = counted(monkeypatch, layer_steps, "launch_weight_gradient")
     sums = counted(monkeypatch, layer_steps, "launch_bias_gradient")
     leaf = getattr(layer, name).detach().requires_grad_()
-    triton_experts(*replace(layer, **{name: leaf}).arguments()).sum().backward()
+    triton_experts(replace(layer, **{name: leaf}).call()).sum().backward()
     assert torch.equal(leaf.grad, wanted)
     assert len(products) == name.endswith("_weight")
     assert len(sums) == name.endswith("_bias")
@@ -111,9 +111,9 @@ def test_inference_keeps_nothing(monkeypatch, device):
     layer = kernel_cases.layer("balanced", "silu").to(torch.float32, device)
     wanted = run(layer, torch.ones_like(layer.hidden))["out"]
     calls = counted(monkeypatch, ops, "launch_up")
-    assert torch.equal(triton_experts(*layer.arguments()), wanted)
+    assert torch.equal(triton_experts(layer.call()), wanted)
     with torch.no_grad():
-        assert torch.equal(triton_experts(*layer.differentiable().arguments()), wanted)
+        assert torch.equal(triton_experts(layer.differentiable().call()), wanted)
     assert [call["store_pre"] for call in calls] == [False, False]
 
 
@@ -122,11 +122,11 @@ def test_few_rows_without_gradients_take_the_decode_kernels(monkeypatch, device)
     calls = counted(monkeypatch, ops, "launch_decode")
     layer = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
     assert layer.index.numel() == 6 * layer.up_weight.shape[0]
-    out = triton_experts(*layer.arguments())
+    out = triton_experts(layer.call())
     assert len(calls) == 1
     torch.testing.assert_close(out, run(layer, torch.ones_like(layer.hidden))["out"])
     many = replace(layer, hidden=layer.hidden.repeat(4, 1), index=layer.index.repeat(4, 1))
-    triton_experts(*replace(many, weights=layer.weights.repeat(4, 1)).arguments())
+    triton_experts(replace(many, weights=layer.weights.repeat(4, 1)).call())
     assert len(calls) == 1
 
 
@@ -136,7 +136,7 @@ def test_saved_are_the_arguments_the_order_and_the_pre_activation(device):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
-        triton_experts(*layer.arguments())
+        triton_experts(layer.call())
     arguments = {tensor.data_ptr() for tensor in layer.tensors().values()}
     new = [tensor for tensor in saved if tensor.data_ptr() not in arguments]
     (N, E), P = (layer.index.numel(), layer.num_experts), layer.up_weight.shape[2]
@@ -185,19 +185,19 @@ def test_compiles_whole_with_the_same_results(device):
     eager = run(layer, torch.ones_like(layer.hidden))
     leaves = layer.differentiable()
     compiled = torch.compile(triton_experts, fullgraph=True, backend="aot_eager")
-    out = compiled(*leaves.arguments())
+    out = compiled(leaves.call())
     out.sum().backward()
     assert torch.equal(out, eager["out"])
     for name, tensor in leaves.tensors().items():
         assert torch.equal(tensor.grad, eager[name])
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*layer.arguments()), eager["out"])
+        torch.testing.assert_close(compiled(layer.call()), eager["out"])
 
 
 def test_gradients_through_a_checkpoint(device):
     layer = kernel_cases.layer("balanced", "silu").to(torch.float32, device)
     wanted, leaves = run(layer, torch.ones_like(layer.hidden)), layer.differentiable()
-    torch.utils.checkpoint.checkpoint(triton_experts, *leaves.arguments(), use_reentrant=False).sum().backward()
+    torch.utils.checkpoint.checkpoint(triton_experts, leaves.call(), use_reentrant=False).sum().backward()
     for name, tensor in leaves.tensors().items():
         assert torch.equal(tensor.grad, wanted[name])
 
@@ -211,7 +211,7 @@ def test_errors_name_value_rule_and_way_out(interpreter):
     with pytest.raises(ValueError, match=r"one dtype, got hidden bfloat16, up_weight float32.*Cast"):
         triton_experts(layer.hidden.bfloat16(), *arguments[1:])
     with pytest.raises(ValueError, match=r"\(4, 48, 16\) and \(4, 16, 24\) do not fit hidden size 16, gated=False"):
-        triton_experts(*replace(layer, gate=replace(layer.gate, gated=False)).arguments())
+        triton_experts(replace(layer, gate=replace(layer.gate, gated=False)).call())
     with pytest.raises(ValueError, match=r"index \[T, K\] and weights \[T, K\] are needed"):
         triton_experts(layer.hidden, layer.index[:, :1], *arguments[2:])
     for keep in (True, False):
@@ -235,7 +235,7 @@ def test_errors_name_value_rule_and_way_out(interpreter):
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     with pytest.raises(RuntimeError, match="need tensors on a GPU"):
-        triton_experts(*kernel_cases.layer("balanced", "silu").arguments())
+        triton_experts(kernel_cases.layer("balanced", "silu").call())
     with pytest.raises(RuntimeError, match="need tensors on a GPU"):
         require_gpu(torch.zeros(1))
 

@@ -66,7 +66,7 @@ def layer_of(model: Model, tokens: int, dtype: torch.dtype, seed: int = 0) -> La
 
 def results(layer: Layer, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
     leaves = layer.differentiable()
-    out = triton_experts(*leaves.arguments())
+    out = triton_experts(leaves.call())
     gradients = torch.autograd.grad(out, list(leaves.tensors().values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves.tensors(), gradients, strict=True))}
 
@@ -105,7 +105,7 @@ def test_float32_within_its_rounding_bound(model):
 def test_inference_is_as_good_as_plain_torch(model, tokens):
     """Few rows take the decode kernels, more the sorted ones."""
     layer = layer_of(MODELS[model], tokens, torch.bfloat16)
-    out = triton_experts(*layer.arguments())
+    out = triton_experts(layer.call())
     exact = kernel_cases.plain_layer(layer.to(torch.float64, "cuda"))
     assert_as_good_as(out, kernel_cases.plain_layer(layer), exact)
 
@@ -114,12 +114,12 @@ def test_nothing_waits_for_the_gpu():
     layer = layer_of(MODELS["qwen3_30b_a3b"], 512, torch.bfloat16)
     few = layer_of(MODELS["qwen3_30b_a3b"], 4, torch.bfloat16)
     results(layer, layer.hidden)  # compiles
-    triton_experts(*few.arguments())
+    triton_experts(few.call())
     torch.cuda.set_sync_debug_mode("error")
     try:
         results(layer, layer.hidden)
-        triton_experts(*layer.arguments())
-        triton_experts(*few.arguments())
+        triton_experts(layer.call())
+        triton_experts(few.call())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -128,14 +128,14 @@ def test_nothing_waits_for_the_gpu():
 def test_inference_in_a_cuda_graph_follows_new_inputs(tokens):
     model = MODELS["qwen3_30b_a3b"]
     layer, other = layer_of(model, tokens, torch.bfloat16, seed=0), layer_of(model, tokens, torch.bfloat16, seed=1)
-    triton_experts(*layer.arguments())  # compiles
+    triton_experts(layer.call())  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = triton_experts(*layer.arguments())
+        out = triton_experts(layer.call())
     for name in ("hidden", "index", "weights"):
         getattr(layer, name).copy_(getattr(other, name))
     graph.replay()
-    assert torch.equal(out, triton_experts(*layer.arguments()))
+    assert torch.equal(out, triton_experts(layer.call()))
 
 
 def test_training_in_a_cuda_graph_follows_new_inputs():
