@@ -112,9 +112,9 @@ class CaseRun:
             subject = self._subject(name)
             facts = self._check(subject)
         except who.ERRORS as error:
-            said = f"{type(error).__name__}: {error}"[:500]
+            reason = f"{type(error).__name__}: {error}"[:500]
             # what ours cannot run they say before; a graph may fail for a reason that is none in itself
-            return {"wrong" if who.is_ours(name) and self.case.mode != DECODE else "refused": said}
+            return {"wrong" if who.is_ours(name) and self.case.mode != DECODE else "refused": reason}
         if "wrong" not in facts:
             subjects[name] = subject
         return facts | (self.chosen if name == HF_MOE else {})

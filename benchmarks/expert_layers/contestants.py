@@ -1,4 +1,4 @@
-"""Who competes: the host's implementations and ours by name, peers where they are installed, and floors.
+"""Contestants: transformers' implementations and ours by name, peers where they are installed, and floors.
 
 Shape suffixes: T tokens, K slots per token, H hidden, I expert width.
 """
@@ -60,7 +60,7 @@ def absent(names: list[str]) -> dict[str, str]:
             if importlib.util.find_spec(PEERS[name]) is None:
                 reasons[name] = f"the package `{PEERS[name]}` is not installed"
         elif name != "eager" and name not in ALL_EXPERTS_FUNCTIONS:
-            reasons[name] = "not registered in the host's ExpertsInterface"
+            reasons[name] = "not registered in transformers' ExpertsInterface"
     return reasons
 
 
@@ -103,7 +103,7 @@ def chosen(experts: Any, case: Case) -> dict[str, str]:
 
 
 def forward_by_name(name: str, experts: Any) -> Forward:
-    """`experts` run by the implementation `name`: through the host's interface, or a peer's own function."""
+    """`experts` run by the implementation `name`: through transformers' interface, or a peer's own function."""
     if name in PEERS:
         return {"liger": _liger, "scattermoe": _scattermoe}[name](experts)
     config = experts.config

@@ -76,7 +76,7 @@ def _plot_layer(data: Mapping[str, Any], layer: Mapping[str, Any], cases: list[R
         fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no Software tag: the same figures give the same bytes
+    # no Software tag: the same results give the same bytes
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -1,4 +1,4 @@
-"""One JSON file of results, written after every case: an interrupted run loses nothing and goes on."""
+"""One JSON file of results, written after every case: an interrupted run loses nothing and continues."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ class Results:
         ]
         if other:
             raise ResultsError(
-                f"{path} was measured elsewhere ({'; '.join(other)}): give another --output, or --fresh to start anew."
+                f"{path} was measured elsewhere ({'; '.join(other)}): give another --output, or --fresh to start over."
             )
         self.data = {"date": date.today().isoformat()} | facts | header | {"cases": found.get("cases", {})}
 

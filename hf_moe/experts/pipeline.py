@@ -85,15 +85,8 @@ def _run(
         fused = None if _is_trained(weights) else engine.experts_lora
     if fused is None or gate is None or has_post_expert_norm(experts):
         return _run_steps(engine.grouped_linear, experts, weights, hidden_TH, index_TK, weights_TK, num_ids, low_rank)
-    form = ExpertForm(
-        gate.activation,
-        gate.alpha,
-        gate.limit,
-        gate.offset,
-        gated=experts.has_gate,
-        transposed=experts.is_transposed,
-        interleaved=not experts.is_concatenated,
-    )
+    layout = (experts.has_gate, experts.is_transposed, not experts.is_concatenated)
+    form = ExpertForm(gate.activation, gate.alpha, gate.limit, gate.offset, *layout)
     return fused(LayerCall(hidden_TH, index_TK, weights_TK, weights, num_ids, form, low_rank))
 
 

@@ -99,36 +99,59 @@ class LayerCall(NamedTuple):
     form: ExpertForm
     low_rank: LowRankPair | None = None
 
+    @property
+    def num_experts(self) -> int:
+        return self.experts.up.shape[0]
 
-# The arguments of a torch op that takes a call: in the order of `flatten`, as its schema declares them.
-CALL = (
+    @property
+    def pre_width(self) -> int:
+        """P."""
+        return self.experts.up.shape[2 if self.form.transposed else 1]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.index_TK.shape[1]
+
+
+# What a torch op that takes a call declares, in the order of `flatten`: all tensors, then all settings.
+_TENSORS = (
     "Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
-    "Tensor? down_bias, int num_ids, str activation, float alpha, float limit, float offset, bool gated, "
-    "bool transposed, bool interleaved"
+    "Tensor? down_bias"
 )
-ADAPTED_CALL = f"{CALL}, Tensor? up_a, Tensor? up_b, float up_scale, Tensor? down_a, Tensor? down_b, float down_scale"
-_LENGTH = len(CALL.split(", "))
+_SETTINGS = (
+    "int num_ids, str activation, float alpha, float limit, float offset, bool gated, bool transposed, "
+    "bool interleaved"
+)
+_FACTORS = "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b"
+CALL = f"{_TENSORS}, {_SETTINGS}"
+ADAPTED_CALL = f"{_TENSORS}, {_FACTORS}, {_SETTINGS}, float up_scale, float down_scale"
+
+_NUM_ARGUMENTS = CALL.count(",") + 1
 _ABSENT = (None, None, 1.0)
 
 
 def flatten(call: LayerCall) -> tuple:
-    """The arguments that CALL declares, or with adapters those of ADAPTED_CALL."""
-    flat = (call.hidden_TH, call.index_TK, call.weights_TK, *call.experts, call.num_ids, *call.form)
-    if call.low_rank is None:
-        return flat
-    up, down = call.low_rank
-    return (*flat, *(up or _ABSENT), *(down or _ABSENT))
+    """The arguments that CALL declares; with adapters, be it of one projection only, those of ADAPTED_CALL."""
+    hidden_TH, index_TK, weights_TK, experts, num_ids, form, low_rank = call
+    if low_rank is None:
+        return (hidden_TH, index_TK, weights_TK, *experts, num_ids, *form)
+    (up_a, up_b, up_scale), (down_a, down_b, down_scale) = low_rank.up or _ABSENT, low_rank.down or _ABSENT
+    factors = (up_a, up_b, down_a, down_b)
+    return (hidden_TH, index_TK, weights_TK, *experts, *factors, num_ids, *form, up_scale, down_scale)
 
 
 def unflatten(flat: Sequence) -> LayerCall:
     """The call whose `flatten` is `flat`."""
     hidden_TH, index_TK, weights_TK = flat[:3]
-    low_rank = None
-    if len(flat) > _LENGTH:
-        low_rank = LowRankPair(_low_rank(*flat[_LENGTH : _LENGTH + 3]), _low_rank(*flat[_LENGTH + 3 :]))
-    experts, form = ExpertWeights(*flat[3:7]), ExpertForm(*flat[8:_LENGTH])
-    return LayerCall(hidden_TH, index_TK, weights_TK, experts, flat[7], form, low_rank)
+    experts = ExpertWeights(*flat[3:7])
+    if len(flat) == _NUM_ARGUMENTS:
+        return LayerCall(hidden_TH, index_TK, weights_TK, experts, flat[7], ExpertForm(*flat[8:]))
+    up_a, up_b, down_a, down_b, num_ids = flat[7:12]
+    *form, up_scale, down_scale = flat[12:]
+    low_rank = LowRankPair(_low_rank(up_a, up_b, up_scale), _low_rank(down_a, down_b, down_scale))
+    return LayerCall(hidden_TH, index_TK, weights_TK, experts, num_ids, ExpertForm(*form), low_rank)
 
 
 def _low_rank(a: Tensor | None, b: Tensor | None, scale: float) -> LowRank | None:
-    return None if a is None and b is None else LowRank(a, b, scale)
+    return None if a is None and b is None else LowRank(a, b, scale)  # type: ignore[arg-type]

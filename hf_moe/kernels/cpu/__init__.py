@@ -19,8 +19,8 @@ Why the host's implementations are slow, and what is done instead (measured on t
   kept for backward.
 """
 
-from .build import why_not
+from .build import unavailable_reason
 from .low_rank import cpu_experts_lora
 from .ops import cpu_experts, cpu_grouped_linear
 
-__all__ = ["cpu_experts", "cpu_experts_lora", "cpu_grouped_linear", "why_not"]
+__all__ = ["cpu_experts", "cpu_experts_lora", "cpu_grouped_linear", "unavailable_reason"]

@@ -1,4 +1,4 @@
-"""Sort routed rows by expert and list the row tiles of every expert, on the device, without a host sync.
+"""Sort routed rows by expert and list the row tiles of every expert, on the device; the CPU waits for nothing.
 
 Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, S ids (E, or E + 1 with the sentinel) and
 one bucket for ids out of range, B blocks of slots, M row tiles.
@@ -45,7 +45,7 @@ def require_gpu(tensor: Tensor) -> None:
     """Raise RuntimeError for a CPU tensor unless Triton interprets its kernels."""
     if tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise RuntimeError(
-            "Triton kernels need tensors on a GPU, got device cpu. Use the CPU engine (hf_moe.kernels.cpu), or set "
+            "Triton kernels need tensors on a GPU, got device cpu. Use the CPU kernels (hf_moe.kernels.cpu), or set "
             "TRITON_INTERPRET=1 before triton is imported to interpret the kernels slowly for tests."
         )
 

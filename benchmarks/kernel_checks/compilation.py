@@ -103,7 +103,7 @@ def dot_rows(ttir: str) -> int:
 
 def broken_rules(found: Resources, name: str, chip: Chip, num_warps: int) -> list[str]:
     """What a kernel does that it may not, with the way out."""
-    table = f"Choose another tile in hf_moe/kernels/tiles/{name}.json."
+    table = f"Choose another tile in hf_moe/kernels/triton/tiles/{name}.json."
     broken = []
     if found.spilled or found.stack:
         broken.append(f"must keep its values in registers, spills {found.spilled}, stack {found.stack} bytes. {table}")
