@@ -1,4 +1,4 @@
-"""Do the Triton kernels fit the GPUs that nobody has at hand? Registers, spills, shared memory, instructions.
+"""Check that the Triton kernels fit GPUs that nobody has at hand: registers, spills, shared memory, instructions.
 
     python benchmarks/ahead_of_time.py                          the shipped tiles, each with its heaviest features
     python benchmarks/ahead_of_time.py --all                    every tile with every feature, and more chips

@@ -1,4 +1,4 @@
-"""How fast and how lean is each experts implementation?
+"""Time and memory of each experts implementation.
 
     python benchmarks/experts.py                               the CPU plan, about 20 minutes on 2 cores
     python benchmarks/experts.py --device cuda                 the GPU plan

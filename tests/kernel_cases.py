@@ -60,7 +60,7 @@ class Layer:
         return self.up_weight.shape[0]
 
     def call(self, low_rank: LowRankPair | None = None) -> LayerCall:
-        """What the fused operators take, sentinels allowed."""
+        """The layer as fused operators take it, sentinels allowed."""
         experts = ExpertWeights(self.up_weight, self.up_bias, self.down_weight, self.down_bias)
         num_ids = self.num_experts + 1
         return LayerCall(self.hidden, self.index, self.weights, experts, num_ids, self.form, low_rank)
@@ -199,7 +199,7 @@ def layer_results(layer: Layer, cotangent_TH: Tensor) -> dict[str, Tensor]:
 
 
 def layer_sizes(layer: Layer, cotangent_TH: Tensor) -> dict[str, Tensor]:
-    """What float32 rounding errors of `layer_results` are relative to."""
+    """Sizes that float32 rounding errors of `layer_results` are relative to."""
     leaves = absolute_layer(layer)
     return _with_gradients(plain_layer(leaves, absolute=True), leaves, cotangent_TH.double().abs())
 

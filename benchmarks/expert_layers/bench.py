@@ -32,7 +32,7 @@ class Subject:
 
 
 class Bench:
-    """What the cases of one layer share: weights by dtype, and inputs and exact result of the last size."""
+    """The shared parts of one layer's cases: weights by dtype, and inputs and exact result of the last size."""
 
     def __init__(self, layer: Layer, device: str, clock: Clock):
         self.layer, self.device, self.clock = layer, device, clock
@@ -140,7 +140,7 @@ class CaseRun:
         return subject.forward(self.inputs.hidden_TH, self.inputs.index_TK, self.inputs.weights_TK)
 
     def _step(self, subject: Subject) -> Tensor:
-        """What is timed."""
+        """The step that is timed."""
         if not self.trains:
             with torch.no_grad():
                 return self._forward(subject)

@@ -65,7 +65,7 @@ def absent(names: list[str]) -> dict[str, str]:
 
 
 def skip_reason(name: str, case: Case, experts_hit: int) -> str | None:
-    """Why `name` is not even tried: memory or time out of proportion, by the rules of `SKIPPED`."""
+    """Reason why `name` is not even tried: memory or time out of proportion, by the rules of `SKIPPED`."""
     expert_bytes = case.layer.expert_values * case.torch_dtype.itemsize
     trains_experts = case.mode == TRAIN
     if name == "batched_mm":
@@ -89,13 +89,13 @@ def is_ours(name: str) -> bool:
 
 
 def refusal(name: str, experts: Any, case: Case) -> str | None:
-    """What the implementation itself says against running `experts`."""
+    """The implementation's own reason against running `experts`, or None."""
     backend = BACKENDS.get(name)
     return backend.refuses(experts, case.torch_dtype, experts.down_proj.device) if backend else None
 
 
 def chosen(experts: Any, case: Case) -> dict[str, str]:
-    """What `hf_moe` runs, and why."""
+    """The backend that `hf_moe` runs, and the reason."""
     rows_per_expert = case.tokens * case.layer.top_k / case.layer.num_experts
     many = rows_per_expert >= engines.MANY_ROWS_PER_EXPERT
     choice = engines.choose(experts, case.torch_dtype, experts.down_proj.device, many)

@@ -83,7 +83,7 @@ class LoraLayer:
 
 
 def lora_op_absent() -> str | None:
-    """Why `LORA_OP` cannot be called here, or None."""
+    """Reason why `LORA_OP` cannot be called here, or None."""
     try:
         ops = importlib.import_module("hf_moe.kernels.triton.ops")
     except ImportError as error:

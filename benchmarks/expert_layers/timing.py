@@ -60,7 +60,7 @@ class CudaClock:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`run` is timed; `prepare` puts everything in the state of before, untimed."""
+    """`run` is timed; `prepare` restores the state before a run, untimed."""
 
     run: Callable[[], object]
     prepare: Callable[[], None] = lambda: None

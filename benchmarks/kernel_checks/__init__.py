@@ -1,1 +1,1 @@
-"""What `benchmarks/ahead_of_time.py` is made of: recorded launches, the chips' rules, compilation."""
+"""Parts of `benchmarks/ahead_of_time.py`: recorded launches, the chips' rules, compilation."""

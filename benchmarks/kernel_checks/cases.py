@@ -1,4 +1,4 @@
-"""How every kernel is launched: the combinations of features of each kernel of the tile tables, and of the others.
+"""Launches of every kernel: the combinations of features of each kernel of the tile tables, and of the others.
 
 Shapes are those of a tile table's entry, so that the launcher asks for that entry's tile. A new kernel needs a case
 here: the check fails with the names of those that no case launches.

@@ -94,7 +94,7 @@ def recording(target: GPUTarget, device_name: str) -> Iterator[tuple[list[Launch
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
-    """Whether a function is decorated with triton.jit, with or without arguments."""
+    """True if a function is decorated with triton.jit, with or without arguments."""
     return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
 
 

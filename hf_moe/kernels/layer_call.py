@@ -29,7 +29,7 @@ class ExpertWeights(NamedTuple):
 
 
 class ExpertForm(NamedTuple):
-    """How an expert computes between its two products, and how its matrices lie.
+    """The form of an expert: its activation between the two products, and the layout of its matrices.
 
     Gated: `(clamp(up, -limit, limit) + offset) * f(min(gate, limit))`, with `alpha` the slope of silu's sigmoid.
     Ungated: `f(pre)`.
@@ -51,7 +51,7 @@ class ExpertForm(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to the weight of every expert, `scale * b @ a`, without that product.
+    """An adapter's addition to the weight of every expert, `scale * b @ a`, as its factors.
 
     Attributes:
         a: `[E, R, in]`: in is H for the up projection, I for the down projection; any strides.

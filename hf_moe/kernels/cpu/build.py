@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels once per machine, loads them, and says why it cannot.
+"""Compile the C++ kernels once per machine, load them, or say why that cannot be.
 
 What is there is used as it is (cache.py), also where nothing can be written and no compiler is; only then one is
 needed. `python -m hf_moe.kernels.cpu` builds beforehand, for a container image.
@@ -27,7 +27,7 @@ _QUOTED_LINES, _QUOTED_WIDTH = 2, 200  # of a compiler's errors
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot run here, as a sentence that ends with a way out; None if nothing speaks against it.
+    """Return why the kernels cannot run here, a sentence that ends with a way out; None if nothing speaks against it.
 
     Reads the environment once per process.
     """

@@ -1,4 +1,4 @@
-"""What the operators refuse: arguments whose shapes, dtypes or activation the compiled kernels do not take.
+"""Refusals of the operators: arguments whose shapes, dtypes or activation the compiled kernels do not take.
 
 Shape suffixes: T tokens, K slots per token, E experts, H hidden, I expert width, P pre-activation width, R rank, A and
 B the inner and outer width of a grouped linear.

@@ -16,7 +16,7 @@ from .ops import cpu_op, rows_like
 
 
 class Kept(NamedTuple):
-    """Rows sorted by expert, which backward needs beside the arguments; no low-rank ones without an adapter there."""
+    """Rows sorted by expert that backward needs beside the arguments; low-rank ones are empty without an adapter."""
 
     pre_NP: Tensor
     up_low_NR: Tensor
@@ -49,7 +49,7 @@ def _kept_like(call: LayerCall, keep: bool) -> Kept:
 
 
 def _backward(grad_TH: Tensor, call: LayerCall, kept: Kept, wants: AdapterWants) -> list[Tensor]:
-    gradients = torch.ops.hf_moe_cpu.experts_lora_backward.default(grad_TH, *kept, *flatten(call), wants)
+    gradients = torch.ops.hf_moe_cpu.experts_lora_backward.default(grad_TH, *kept, *flatten(call), list(wants))
     return [gradient for gradient, wanted in zip(gradients, wants, strict=True) if wanted]
 
 

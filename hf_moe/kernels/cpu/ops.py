@@ -58,7 +58,7 @@ def rows_like(call: LayerCall, width: int | None) -> Tensor:
 
 
 def _backward(grad_TH: Tensor, call: LayerCall, kept: Kept, wants: Wants) -> list[Tensor]:
-    gradients = torch.ops.hf_moe_cpu.experts_backward.default(grad_TH, *kept, *flatten(call), wants)
+    gradients = torch.ops.hf_moe_cpu.experts_backward.default(grad_TH, *kept, *flatten(call), list(wants))
     return [gradient for gradient, wanted in zip(gradients, wants, strict=True) if wanted]
 
 

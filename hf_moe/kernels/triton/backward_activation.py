@@ -30,7 +30,7 @@ SUM_STEP = 64  # hidden columns of one step through the bias's part of the routi
 
 @triton.jit
 def tile_places(first_row, first_col, row_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a tile lies in a row-major tensor: its first row's place in int64, and places relative to it.
+    """Places of a tile in a row-major tensor: its first row's place in int64, and places relative to it.
 
     Those fit int32, as a tile spans few rows, and take half the registers.
     """
@@ -109,12 +109,20 @@ def store_zeros(
 
 @triton.jit
 def activation_gradient(
-    grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_ACT: tl.constexpr,
+    grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM: tl.constexpr, STORE_ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Recompute a tile's activation, store the tile's gradients, and return the tile's part of the rows' products."""
+    """Recompute a tile's activation, store the tile's gradients, and return the tile's part of the rows' products.
+
+    tensors: pre, and where its gradient and the weighted activation go. FORM: the constants of the activation.
+    """
+    KIND: tl.constexpr = FORM[0]
+    ALPHA: tl.constexpr = FORM[1]
+    LIMIT: tl.constexpr = FORM[2]
+    OFFSET: tl.constexpr = FORM[3]
+    GATED: tl.constexpr = FORM[4]
+    INTERLEAVED: tl.constexpr = FORM[5]
+    pre, grad_pre, weighted_act = tensors
     gate, up = load_pre(pre, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
     if GATED:
         act, d_gate, d_up = glu_backward(gate, up, grad_act, KIND, ALPHA, LIMIT, OFFSET)
@@ -139,28 +147,23 @@ def column_halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def activation_gradients(
-    grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_ACT: tl.constexpr,
+    grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM: tl.constexpr, STORE_ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """`activation_gradient` in parts of at most NARROW columns: a wide tile's values would spill."""
     if BLOCK_N <= NARROW:
         return activation_gradient(
-            grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, BLOCK_N
+        )
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = column_halves(grad_act, BLOCK_M, BLOCK_N)
         total = activation_gradients(
-            left, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, HALF, NARROW,
-        )  # fmt: skip
+            left, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, HALF, NARROW
+        )
         return total + activation_gradients(
-            right, pre, grad_pre, weighted_act, weight, first_row, first_col + HALF, row_ok, width,
-            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, HALF, NARROW,
-        )  # fmt: skip
+            right, tensors, weight, first_row, first_col + HALF, row_ok, width, FORM, STORE_ACT, BLOCK_M, HALF, NARROW
+        )
 
 
 @triton.jit
@@ -207,14 +210,14 @@ def backward_activation_kernel(
         w = tl.load(weight_at + k * stride_h, mask=w_ok, other=0.0)
         acc = tl.dot(g, w, acc, input_precision="ieee")
     if HAS_LOW:
+        low_at = low_weight + expert.to(tl.int64) * stride_low_e
         acc = add_low_rank(
-            acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_low_e, stride_low_b, stride_low_r,
-            BLOCK_R,
+            acc, low_NR, low_at, rows, row_ok, cols, col_ok, R, stride_low_b, stride_low_r, BLOCK_R
         )  # fmt: skip
     weight = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
     products = activation_gradients(
-        acc, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-        KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N, NARROW,
+        acc, (pre, grad_pre, weighted_act), weight, first_row, first_col, row_ok, width,
+        (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED), STORE_ACT, BLOCK_M, BLOCK_N, NARROW,
     )  # fmt: skip
     if STORE_PARTIAL:
         tl.store(partial + rows.to(tl.int64) * column_tiles + column_tile, products, mask=row_ok)
@@ -277,7 +280,7 @@ def launch_grad_weights(
 
 
 class ActivationGradients(NamedTuple):
-    """What backward needs of the step from the output's gradient to that of the pre-activation.
+    """Results of the step from the output's gradient to that of the pre-activation.
 
     Attributes:
         pre_NP: Gradient of the pre-activation in expert order, in its dtype; zeros for sentinel rows.

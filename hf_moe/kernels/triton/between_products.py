@@ -151,8 +151,8 @@ def activation_backward_kernel(
     slots = tl.load(order_N + rows, mask=row_ok, other=0)
     weight = tl.load(weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)
     products = activation_gradient(
-        grad_act, pre_NP, grad_pre_NP, weighted_act_NI, weight, first_row, first_col, row_ok, width,
-        KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
+        grad_act, (pre_NP, grad_pre_NP, weighted_act_NI), weight, first_row, first_col, row_ok, width,
+        (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED), STORE_ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     C = tl.num_programs(1)
     tl.store(partial_NC + rows.to(tl.int64) * C + tl.program_id(1), products, mask=row_ok)
@@ -231,7 +231,7 @@ def launch_activation_backward(
     grad_act_NI: Tensor, pre_NP: Tensor, grad_out_TH: Tensor, order: RowOrder, weights_TK: Tensor, form: ExpertForm,
     *, down_bias: Tensor | None = None, need_act: bool = True, need_grad_weights: bool = True,
 ) -> ActivationGradients:  # fmt: skip
-    """What `launch_backward_activation` returns, from the product of output gradients and down projection.
+    """Results of `launch_backward_activation`, from the product of output gradients and down projection.
 
     Args:
         grad_act_NI: grad_out_row @ down_weight in expert order, not yet times the routing weight.

@@ -35,7 +35,7 @@ class LowRankTerm(NamedTuple):
 
 
 def term_arguments(term: LowRankTerm | None, unused: Tensor) -> dict[str, Any]:
-    """What kernels that call `add_low_rank` take; `unused` stands for the operands of a term that is absent."""
+    """Arguments of kernels that call `add_low_rank`; `unused` stands for the operands of a term that is absent."""
     rows_NR, weight = (unused, unused) if term is None else (term.rows_NR.contiguous(), term.weight)
     (stride_e, stride_b, stride_r), rank = weight.stride(), 0 if term is None else weight.shape[2]
     return {
@@ -74,19 +74,31 @@ def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.cons
 
 @triton.jit
 def add_low_rank(
-    acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_e, stride_b, stride_r,
-    BLOCK_R: tl.constexpr,
+    acc, low_NR, low_weight, rows, row_ok, cols, col_ok, R, stride_b, stride_r, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """acc + low @ low_weight[expert]^T."""
+    """acc + low @ low_weight^T, with the weight of the rows' expert."""
     for rank in tl.range(0, R, BLOCK_R, num_stages=1):  # one step as a rule: nothing to prefetch
         ranks = rank + tl.arange(0, BLOCK_R)
         rank_ok = ranks < R
         low_at = low_NR + rows.to(tl.int64)[:, None] * R + ranks[None, :]
-        weight_at = low_weight + expert.to(tl.int64) * stride_e + cols.to(tl.int64)[None, :] * stride_b
+        weight_at = low_weight + cols.to(tl.int64)[None, :] * stride_b
         weight_at += ranks.to(tl.int64)[:, None] * stride_r
         low = tl.load(low_at, mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
         weight = tl.load(weight_at, mask=rank_ok[:, None] & col_ok[None, :], other=0.0)
         acc = tl.dot(low, weight, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def add_terms(
+    acc, low, bias_B, rows, row_ok, cols, col_ok,
+    HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + low-rank term + bias of the rows' expert; low: (low_NR, low_weight, R, stride_b, stride_r)."""
+    if HAS_LOW:
+        acc = add_low_rank(acc, low[0], low[1], rows, row_ok, cols, col_ok, low[2], low[3], low[4], BLOCK_R)
+    if HAS_BIAS:
+        acc += tl.load(bias_B + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -133,14 +145,9 @@ def grouped_linear_kernel(
         weight_at += BLOCK_K * stride_weight_a
 
     acc *= scale
-    if HAS_LOW:
-        acc = add_low_rank(
-            acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_low_e, stride_low_b, stride_low_r,
-            BLOCK_R,
-        )  # fmt: skip
-    if HAS_BIAS:
-        bias_at = bias_EB + expert.to(tl.int64) * B + cols
-        acc += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
+    bias_at = bias_EB + expert.to(tl.int64) * B
+    acc = add_terms(acc, low, bias_at, rows, row_ok, cols, col_ok, HAS_LOW, HAS_BIAS, BLOCK_R)
     if HAS_ROW_WEIGHTS:
         acc *= tl.load(row_weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)[:, None]
     tl.store(out_at, acc.to(out_NB.dtype.element_ty), mask=out_ok)

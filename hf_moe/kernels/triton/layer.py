@@ -1,4 +1,4 @@
-"""What the differentiable ops share: how they are defined, checks, and the steps made of several launches.
+"""Shared parts of the differentiable ops: their definition, checks, and steps made of several launches.
 
 Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H hidden, I expert width, P pre-activation
 width (2I gated, I ungated), A and B the input and output width of a weight, R rank.
@@ -19,7 +19,7 @@ from .weight_gradient import launch_bias_gradient, launch_weight_gradient
 
 
 class Kept(NamedTuple):
-    """What a layer keeps for backward beside its arguments: the pre-activation and the order of the rows."""
+    """The tensors that backward needs beside the arguments: the pre-activation and the order of the rows."""
 
     pre_NP: Tensor
     order_N: Tensor

@@ -21,7 +21,7 @@ from .up import launch_up
 
 
 class Kept(NamedTuple):
-    """What a layer with adapters keeps for backward beside its arguments; no `up_low_NR` without an adapter there."""
+    """The tensors that backward needs beside the arguments; `up_low_NR` is empty without an adapter there."""
 
     pre_NP: Tensor
     up_low_NR: Tensor

@@ -131,7 +131,7 @@ def _require_ids(index_N: Tensor, num_ids: int, all_in_range: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def ids_in_range_kernel(index_N, all_in_range, num_rows, num_ids, BLOCK: tl.constexpr):
-    """Whether every id is in [0, num_ids), for few rows. Grid (1,)."""
+    """Store 1 if every id is in [0, num_ids), for few rows, else 0. Grid (1,)."""
     slots = tl.arange(0, BLOCK)
     ids = tl.load(index_N + slots, mask=slots < num_rows, other=0)
     wrong = tl.sum(((ids < 0) | (ids >= num_ids)).to(tl.int32), axis=0)

@@ -16,7 +16,7 @@ from .activation import activate, form_constants, glu
 from .grouped_linear import (
     ROW_TILES_PER_GROUP,
     LowRankTerm,
-    add_low_rank,
+    add_terms,
     rows_of_tile,
     term_arguments,
     tile_of_program,
@@ -24,22 +24,6 @@ from .grouped_linear import (
 from .routing import RowOrder, require_gpu, tile_map
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
-
-
-@triton.jit
-def _addends(
-    acc, bias_EP, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, P, R, stride_e, stride_p, stride_r,
-    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc with bias and low-rank addend of the columns `cols` of P."""
-    if HAS_LOW:
-        acc = add_low_rank(
-            acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_e, stride_p, stride_r, BLOCK_R
-        )  # fmt: skip
-    if HAS_BIAS:
-        bias_at = bias_EP + expert.to(tl.int64) * P + cols
-        acc += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-    return acc
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
@@ -98,17 +82,13 @@ def up_kernel(
         hidden_at += BLOCK_K
         weight_at += BLOCK_K * stride_weight_h
 
-    first = _addends(
-        first, bias_EP, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, P, R, stride_low_e, stride_low_b,
-        stride_low_r, HAS_BIAS, HAS_LOW, BLOCK_R,
-    )  # fmt: skip
+    low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
+    bias_at = bias_EP + expert.to(tl.int64) * P
+    first = add_terms(first, low, bias_at, rows, row_ok, cols, col_ok, HAS_LOW, HAS_BIAS, BLOCK_R)
     if STORE_PRE:
         tl.store(pre_at, first.to(pre_NP.dtype.element_ty), mask=pre_ok)
     if TWO:
-        second = _addends(
-            second, bias_EP, low_NR, low_weight, rows, row_ok, cols + width, col_ok, expert, P, R, stride_low_e,
-            stride_low_b, stride_low_r, HAS_BIAS, HAS_LOW, BLOCK_R,
-        )  # fmt: skip
+        second = add_terms(second, low, bias_at, rows, row_ok, cols + width, col_ok, HAS_LOW, HAS_BIAS, BLOCK_R)
         if STORE_PRE:
             tl.store(pre_at + width, second.to(pre_NP.dtype.element_ty), mask=pre_ok)
         act = glu(first, second, KIND, ALPHA, LIMIT, OFFSET)

@@ -27,7 +27,7 @@ def expert_rows(expert_end, expert):
 
 @triton.jit
 def source_rows(order, rows, row_ok, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Where rows in expert order lie in a tensor by token (GATHER) or by row, int64."""
+    """Places of rows in expert order in a tensor by token (GATHER) or by row, int64."""
     if GATHER:
         return (tl.load(order + rows, mask=row_ok, other=0) // TOP_K).to(tl.int64)
     else:
@@ -108,15 +108,11 @@ def launch_weight_gradient(
     left: Tensor, right: Tensor, order: RowOrder, *, top_k: int, gather_left: bool = False,
     gather_right: bool = False, out_dtype: torch.dtype, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Per expert, `scale` times the sum over its rows of `left_row^T right_row`, accumulated in float32.
+    """Sum `scale * left_row^T right_row` [E, A, B] over each expert's rows in float32; zeros for experts without rows.
 
     Args:
         left: [N, A] in expert order, or [T, A] with `gather_left`: row r reads `left[order.order_N[r] // top_k]`.
         right: [N, B] or [T, B], likewise. The dtype of `left`.
-        out_dtype: dtype of the result.
-
-    Returns:
-        [E, A, B], zeros for experts without rows.
     """
     if left.dtype != right.dtype:
         raise ValueError(f"left and right must have one dtype, got {left.dtype} and {right.dtype}; cast one.")

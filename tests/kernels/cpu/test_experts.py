@@ -22,7 +22,7 @@ INFINITE = math.inf
 
 @dataclass(frozen=True)
 class Layer:
-    """What distinguishes the native families; the defaults are most models'."""
+    """Settings that distinguish the native families; the defaults are most models'."""
 
     activation: str = "silu"
     alpha: float = 1.0
