@@ -71,13 +71,16 @@ class LayerOp:
     def _define(self, name: str, define: Callable[[str, Callable, str], CustomOpDef], call: str) -> None:
         outputs = ", ".join(["Tensor"] * (1 + len(self._Kept._fields)))
         kept = ", ".join(f"Tensor {field}" for field in self._Kept._fields)
-        self._forward_op = define(name, self._run_forward, f"({call}, bool keep) -> ({outputs})")
-        self._backward_op = define(
+        forward = define(name, self._run_forward, f"({call}, bool keep) -> ({outputs})")
+        backward = define(
             f"{name}_backward", self._run_backward, f"(Tensor grad_out, {kept}, {call}, bool[] wants) -> Tensor[]"
         )
-        self._forward_op.register_fake(self._fake_forward)
-        self._backward_op.register_fake(self._fake_backward)
-        self._forward_op.register_autograd(self._differentiate, setup_context=self._keep)
+        forward.register_fake(self._fake_forward)
+        backward.register_fake(self._fake_backward)
+        forward.register_autograd(self._differentiate, setup_context=self._keep)
+        namespace, op = name.split("::")
+        ops = getattr(torch.ops, namespace)  # called as they are: torch's wrapper costs time
+        self._forward_op, self._backward_op = getattr(ops, op).default, getattr(ops, f"{op}_backward").default
 
     def __call__(self, call: LayerCall) -> Tensor:
         """Run the forward op, keeping what backward needs where a gradient will be wanted.
@@ -109,17 +112,17 @@ class LayerOp:
         return gradients_like(unflatten(arguments[len(self._Kept._fields) : -1]), arguments[-1])
 
     def _keep(self, ctx: Any, inputs: tuple, output: tuple) -> None:
-        if not inputs[-1]:
-            raise RuntimeError(
-                "This op keeps nothing for backward with keep=False: call it with keep=True, or in no_grad."
-            )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:], *inputs[: self._num_tensors])
-        ctx.settings = inputs[self._num_tensors : -1]
+        *ctx.settings, ctx.kept = inputs[self._num_tensors :]
 
     def _differentiate(self, ctx: Any, grad_out_TH: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad_out_TH is not None:
+            if not ctx.kept:  # an exported program may run this way; nothing can differentiate it
+                raise RuntimeError(
+                    "This op keeps nothing for backward with keep=False: call it with keep=True, or in no_grad."
+                )
             wants = [ctx.needs_input_grad[place] for place in self._places]
             found = iter(self._backward_op(grad_out_TH, *ctx.saved_tensors, *ctx.settings, wants))
             for place, wanted in zip(self._places, wants, strict=True):
