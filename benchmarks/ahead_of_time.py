@@ -1,4 +1,4 @@
-"""Do the Triton kernels fit the GPUs that nobody has at hand? Registers, spills, shared memory, instructions.
+"""Check that the Triton kernels fit GPUs that nobody has at hand: registers, spills, shared memory, instructions.
 
     python benchmarks/ahead_of_time.py                          the shipped tiles, each with its heaviest features
     python benchmarks/ahead_of_time.py --all                    every tile with every feature, and more chips
@@ -32,9 +32,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it.")
 
 import torch
-from kernel_gate.cases import OTHERS, TILED, Case, Shape
-from kernel_gate.compilation import CHIPS, Resources, broken_rules, compile_launch
-from kernel_gate.launches import Launch, entry_kernels, recording
+from kernel_checks.cases import OTHERS, TILED, Case, Shape
+from kernel_checks.compilation import CHIPS, Resources, broken_rules, compile_launch
+from kernel_checks.launches import Launch, entry_kernels, recording
 from rich.progress import track
 
 from hf_moe.kernels.triton import tiles
@@ -113,7 +113,7 @@ def compile_all(jobs: list[Job], workers: int) -> dict[Job, Resources | str]:
 def never_launched(jobs: list[Job]) -> list[str]:
     reached = {(job.launch.module, job.launch.kernel) for job in jobs}
     return [
-        f"{module}.{name}: no case launches it. Add one to benchmarks/kernel_gate/cases.py."
+        f"{module}.{name}: no case launches it. Add one to benchmarks/kernel_checks/cases.py."
         for module, name in sorted(entry_kernels() - reached)
     ]
 

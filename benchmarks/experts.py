@@ -1,13 +1,13 @@
-"""How fast and how lean is each experts implementation?
+"""Time and memory of each experts implementation.
 
     python benchmarks/experts.py                               the CPU plan, about 20 minutes on 2 cores
     python benchmarks/experts.py --device cuda                 the GPU plan
     python benchmarks/experts.py --experts 64 --tokens 1 16    a part of it
     python benchmarks/experts.py --readme                      plots, targets and the README's section from the results
 
-Implementations run side by side on the same tensors, through the host's own interface: the experts module of a real
+Implementations run side by side on the same tensors, through transformers' own interface: the experts module of a real
 family, with `config._experts_implementation` set to each name. Each is compared with float64 first; one that is wrong
-is not timed, and the command fails. Results are written after every case: the same command goes on after an
+is not timed, and the command fails. Results are written after every case: the same command continues after an
 interruption, and measures again what was measured with other code.
 """
 

@@ -4,52 +4,37 @@ Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H h
 width (2I gated, I ungated).
 """
 
-import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall, LowRank, LowRankPair
 from numerics import ROUTINGS, assert_as_good_as, assert_within
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("hidden", "weights", "up_weight", "up_bias", "down_weight", "down_bias")
 
 
-@dataclass(frozen=True)
-class Gate:
-    """How the pre-activation becomes the activation, and how the weights lie in memory."""
-
-    activation: str = "silu"
-    alpha: float = 1.0
-    limit: float = math.inf
-    offset: float = 0.0
-    gated: bool = True
-    transposed: bool = False
-    interleaved: bool = False
-
-    def options(self, *names: str) -> dict:
-        return {name: getattr(self, name) for name in names or [field.name for field in fields(self)]}
-
-
 # every activation, layout and bias, pairwise
-GATES = {
-    "silu": Gate(),
-    "gpt_oss": Gate("silu", 1.702, 0.9, 1.0, transposed=True, interleaved=True),
-    "gelu_transposed": Gate("gelu", transposed=True),
-    "gelu_tanh_interleaved": Gate("gelu_tanh", interleaved=True),
-    "relu_limit": Gate("relu", limit=0.7, interleaved=True),
-    "relu2_ungated": Gate("relu2", gated=False),
-    "silu_ungated_transposed": Gate("silu", gated=False, transposed=True),
-    "gelu_ungated": Gate("gelu", gated=False),
+FORMS = {
+    "silu": ExpertForm("silu"),
+    "gpt_oss": ExpertForm("silu", 1.702, 0.9, 1.0, transposed=True, interleaved=True),
+    "gelu_transposed": ExpertForm("gelu", transposed=True),
+    "gelu_tanh_interleaved": ExpertForm("gelu_tanh", interleaved=True),
+    "relu_limit": ExpertForm("relu", limit=0.7, interleaved=True),
+    "relu2_ungated": ExpertForm("relu2", gated=False),
+    "silu_ungated_transposed": ExpertForm("silu", gated=False, transposed=True),
+    "gelu_ungated": ExpertForm("gelu", gated=False),
 }
 BIASED = ("gpt_oss", "gelu_transposed", "relu2_ungated", "silu_ungated_transposed")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Arguments of `experts`: weights in the layout that `gate` names."""
+    """A layer and its input: weights in the layout that `form` names."""
 
     hidden: Tensor
     index: Tensor
@@ -58,7 +43,7 @@ class Layer:
     up_bias: Tensor | None
     down_weight: Tensor
     down_bias: Tensor | None
-    gate: Gate
+    form: ExpertForm
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Layer":
         cast = {name: value.to(device, dtype) for name, value in self.tensors().items()}
@@ -74,19 +59,27 @@ class Layer:
     def num_experts(self) -> int:
         return self.up_weight.shape[0]
 
-    def arguments(self) -> tuple:
-        """Positional arguments of the `experts` ops, sentinels allowed."""
-        operands = (self.hidden, self.index, self.weights, self.up_weight, self.up_bias, self.down_weight)
-        gate = self.gate.options("activation", "alpha", "limit", "offset", "gated", "transposed", "interleaved")
-        return (*operands, self.down_bias, self.num_experts + 1, *gate.values())
+    def call(self, low_rank: LowRankPair | None = None) -> LayerCall:
+        """The layer as fused operators take it, sentinels allowed."""
+        experts = ExpertWeights(self.up_weight, self.up_bias, self.down_weight, self.down_bias)
+        num_ids = self.num_experts + 1
+        return LayerCall(self.hidden, self.index, self.weights, experts, num_ids, self.form, low_rank)
 
 
-def layer(routing: str = "balanced", gate: str = "silu", bias: bool | None = None) -> Layer:
-    """The layer of a named routing (tests/numerics.py) with the weights as the named gate lays them out.
+def low_rank_of(factors: Mapping[str, Tensor | None], scales: tuple[float, float]) -> LowRankPair:
+    """The adapters of factors by name (up_a, up_b, down_a, down_b); those of a projection may be missing."""
+    pairs = [(factors.get(f"{name}_a"), factors.get(f"{name}_b")) for name in ("up", "down")]
+    return LowRankPair(
+        *(None if pair == (None, None) else LowRank(*pair, scale) for pair, scale in zip(pairs, scales, strict=True))
+    )
+
+
+def layer(routing: str = "balanced", form: str = "silu", bias: bool | None = None) -> Layer:
+    """The layer of a named routing (tests/numerics.py) with the weights as the named form lays them out.
 
     Values are exact in bfloat16 and float16.
     """
-    case, spec = ROUTINGS[routing](), GATES[gate]
+    case, spec = ROUTINGS[routing](), FORMS[form]
     up, down = case.gate_up, case.down
     if not spec.gated:
         up = up[:, : up.shape[1] // 2]
@@ -94,7 +87,7 @@ def layer(routing: str = "balanced", gate: str = "silu", bias: bool | None = Non
     generator = torch.Generator().manual_seed(1)
 
     def random_bias(width: int) -> Tensor | None:
-        if not (gate in BIASED if bias is None else bias):
+        if not (form in BIASED if bias is None else bias):
             return None
         return torch.randn(len(up), width, generator=generator).bfloat16().float()
 
@@ -103,23 +96,23 @@ def layer(routing: str = "balanced", gate: str = "silu", bias: bool | None = Non
     return Layer(case.hidden, case.index, case.weights, up, up_bias, down, down_bias, spec)
 
 
-def activate(pre_NP: Tensor, gate: Gate, absolute: bool = False) -> Tensor:
+def activate(pre_NP: Tensor, form: ExpertForm, absolute: bool = False) -> Tensor:
     function = _absolute_activation if absolute else _activation
-    if not gate.gated:
-        return function(pre_NP, gate)
-    if gate.interleaved:
+    if not form.gated:
+        return function(pre_NP, form)
+    if form.interleaved:
         gate_NI, up_NI = pre_NP[:, ::2], pre_NP[:, 1::2]
     else:
         gate_NI, up_NI = pre_NP.chunk(2, dim=1)
     if not absolute:  # an absolute value that a clamp cuts off would no longer bound
-        gate_NI, up_NI = gate_NI.clamp(max=gate.limit), up_NI.clamp(-gate.limit, gate.limit)
-    return (up_NI + gate.offset) * function(gate_NI, gate)
+        gate_NI, up_NI = gate_NI.clamp(max=form.limit), up_NI.clamp(-form.limit, form.limit)
+    return (up_NI + form.offset) * function(gate_NI, form)
 
 
-def _activation(x: Tensor, gate: Gate) -> Tensor:
-    match gate.activation:
+def _activation(x: Tensor, form: ExpertForm) -> Tensor:
+    match form.activation:
         case "silu":
-            return x * torch.sigmoid(gate.alpha * x)
+            return x * torch.sigmoid(form.alpha * x)
         case "gelu":
             return F.gelu(x)
         case "gelu_tanh":
@@ -130,20 +123,20 @@ def _activation(x: Tensor, gate: Gate) -> Tensor:
             return F.relu(x).square()
 
 
-def _absolute_activation(x: Tensor, gate: Gate) -> Tensor:
+def _absolute_activation(x: Tensor, form: ExpertForm) -> Tensor:
     """Not below any activation, nor its slope below theirs, at a non-negative x."""
-    return x.square() if gate.activation == "relu2" else 1.13 * x
+    return x.square() if form.activation == "relu2" else 1.13 * x
 
 
 def plain_pre(layer: Layer, expert: int, rows_NH: Tensor) -> Tensor:
     weight = layer.up_weight[expert]
-    pre_NP = rows_NH @ (weight if layer.gate.transposed else weight.T)
+    pre_NP = rows_NH @ (weight if layer.form.transposed else weight.T)
     return pre_NP if layer.up_bias is None else pre_NP + layer.up_bias[expert]
 
 
 def plain_down(layer: Layer, expert: int, act_NI: Tensor) -> Tensor:
     weight = layer.down_weight[expert]
-    y_NH = act_NI @ (weight if layer.gate.transposed else weight.T)
+    y_NH = act_NI @ (weight if layer.form.transposed else weight.T)
     return y_NH if layer.down_bias is None else y_NH + layer.down_bias[expert]
 
 
@@ -152,7 +145,7 @@ def plain_layer(layer: Layer, absolute: bool = False) -> Tensor:
     out_TH = torch.zeros_like(layer.hidden)
     for expert in range(layer.num_experts):
         token_N, slot_N = torch.where(layer.index == expert)
-        act_NI = activate(plain_pre(layer, expert, layer.hidden[token_N]), layer.gate, absolute)
+        act_NI = activate(plain_pre(layer, expert, layer.hidden[token_N]), layer.form, absolute)
         out_NH = plain_down(layer, expert, act_NI) * layer.weights[token_N, slot_N, None]
         out_TH = out_TH.index_add(0, token_N, out_NH.to(out_TH.dtype))
     return out_TH
@@ -161,8 +154,8 @@ def plain_layer(layer: Layer, absolute: bool = False) -> Tensor:
 def absolute_layer(layer: Layer) -> Layer:
     """Every value made positive, in float64: what rounding errors are relative to."""
     absolute = {name: value.detach().double().abs() for name, value in layer.tensors().items()}
-    gate = replace(layer.gate, offset=abs(layer.gate.offset))
-    return replace(layer, **absolute, gate=gate).differentiable()
+    form = layer.form._replace(offset=abs(layer.form.offset))
+    return replace(layer, **absolute, form=form).differentiable()
 
 
 def rounding(layer: Layer) -> float:
@@ -171,13 +164,13 @@ def rounding(layer: Layer) -> float:
     The longest chain of additions, and once more the pre-activation's error through an activation's curvature.
     """
     (tokens, hidden_size), slots = layer.hidden.shape, layer.index.shape[1]
-    width = layer.down_weight.shape[1 if layer.gate.transposed else 2]
+    width = layer.down_weight.shape[1 if layer.form.transposed else 2]
     largest = 0.0
     for expert in range(layer.num_experts):
         pre = plain_pre(absolute_layer(layer), expert, layer.hidden.double().abs().nan_to_num(0.0))
         largest = max(largest, pre.max().item() if tokens else 0.0)
     chain = 2 * hidden_size + 2 * width + tokens * slots + 40
-    return chain * torch.finfo(torch.float32).eps / 2 * (1 + 2 * max(layer.gate.alpha, 1.0) * largest)
+    return chain * torch.finfo(torch.float32).eps / 2 * (1 + 2 * max(layer.form.alpha, 1.0) * largest)
 
 
 def assert_right(
@@ -206,7 +199,7 @@ def layer_results(layer: Layer, cotangent_TH: Tensor) -> dict[str, Tensor]:
 
 
 def layer_sizes(layer: Layer, cotangent_TH: Tensor) -> dict[str, Tensor]:
-    """What float32 rounding errors of `layer_results` are relative to."""
+    """Sizes that float32 rounding errors of `layer_results` are relative to."""
     leaves = absolute_layer(layer)
     return _with_gradients(plain_layer(leaves, absolute=True), leaves, cotangent_TH.double().abs())
 

@@ -157,7 +157,7 @@ def test_what_is_not_registered_is_said_to_be_absent(monkeypatch):
     monkeypatch.delitem(ExpertsInterface._global_mapping, "hf_moe_grouped")
     names, missing = command.present("cuda", None)
     assert "hf_moe_grouped" not in names
-    assert missing["hf_moe_grouped"] == "not registered in the host's ExpertsInterface"
+    assert missing["hf_moe_grouped"] == "not registered in transformers' ExpertsInterface"
     assert "not installed" in missing["scattermoe"]
     assert {"eager", "batched_mm", "grouped_mm"} <= set(names)
 

@@ -1,1 +1,1 @@
-"""What `benchmarks/experts.py` is made of: cases, contestants, correctness, timing, results, report."""
+"""Parts of `benchmarks/experts.py`: cases, contestants, correctness, timing, results, report."""

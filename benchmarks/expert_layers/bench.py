@@ -32,7 +32,7 @@ class Subject:
 
 
 class Bench:
-    """What the cases of one layer share: weights by dtype, and inputs and exact result of the last size."""
+    """The shared parts of one layer's cases: weights by dtype, and inputs and exact result of the last size."""
 
     def __init__(self, layer: Layer, device: str, clock: Clock):
         self.layer, self.device, self.clock = layer, device, clock
@@ -112,9 +112,9 @@ class CaseRun:
             subject = self._subject(name)
             facts = self._check(subject)
         except who.ERRORS as error:
-            said = f"{type(error).__name__}: {error}"[:500]
+            reason = f"{type(error).__name__}: {error}"[:500]
             # what ours cannot run they say before; a graph may fail for a reason that is none in itself
-            return {"wrong" if who.is_ours(name) and self.case.mode != DECODE else "refused": said}
+            return {"wrong" if who.is_ours(name) and self.case.mode != DECODE else "refused": reason}
         if "wrong" not in facts:
             subjects[name] = subject
         return facts | (self.chosen if name == HF_MOE else {})
@@ -140,7 +140,7 @@ class CaseRun:
         return subject.forward(self.inputs.hidden_TH, self.inputs.index_TK, self.inputs.weights_TK)
 
     def _step(self, subject: Subject) -> Tensor:
-        """What is timed."""
+        """The step that is timed."""
         if not self.trains:
             with torch.no_grad():
                 return self._forward(subject)

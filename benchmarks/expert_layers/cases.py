@@ -1,4 +1,4 @@
-"""What is measured: layers of real families, token counts, routings, dtypes and modes.
+"""Cases to measure: layers of real families, token counts, routings, dtypes and modes.
 
 Shape suffixes: T tokens, K slots per token, E experts, H hidden, I expert width, R LoRA rank.
 """
@@ -69,7 +69,7 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """What a layer gets, and the gradient of what it gives; values are exact in bfloat16."""
+    """Inputs of a layer and the gradient of its output; values are exact in bfloat16."""
 
     hidden_TH: Tensor
     index_TK: Tensor

@@ -34,7 +34,7 @@ def parser(description: str | None) -> ArgumentParser:
     found.add_argument("--tokens", type=int, nargs="+", help="only so many tokens")
     found.add_argument("--dtypes", nargs="+", help="only these dtypes")
     found.add_argument("--modes", nargs="+", choices=MODES, help="only these modes")
-    found.add_argument("--implementations", nargs="+", help="only these, besides the host's own")
+    found.add_argument("--implementations", nargs="+", help="only these, besides transformers' own")
     found.add_argument("--seconds", type=float, help="budget of a case's rounds, doubled for many tokens")
     found.add_argument("--threads", type=int, help="default: every core that the process may use")
     found.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")

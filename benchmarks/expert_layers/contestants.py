@@ -1,4 +1,4 @@
-"""Who competes: the host's implementations and ours by name, peers where they are installed, and floors.
+"""Contestants: transformers' implementations and ours by name, peers where they are installed, and floors.
 
 Shape suffixes: T tokens, K slots per token, H hidden, I expert width.
 """
@@ -60,12 +60,12 @@ def absent(names: list[str]) -> dict[str, str]:
             if importlib.util.find_spec(PEERS[name]) is None:
                 reasons[name] = f"the package `{PEERS[name]}` is not installed"
         elif name != "eager" and name not in ALL_EXPERTS_FUNCTIONS:
-            reasons[name] = "not registered in the host's ExpertsInterface"
+            reasons[name] = "not registered in transformers' ExpertsInterface"
     return reasons
 
 
 def skip_reason(name: str, case: Case, experts_hit: int) -> str | None:
-    """Why `name` is not even tried: memory or time out of proportion, by the rules of `SKIPPED`."""
+    """Reason why `name` is not even tried: memory or time out of proportion, by the rules of `SKIPPED`."""
     expert_bytes = case.layer.expert_values * case.torch_dtype.itemsize
     trains_experts = case.mode == TRAIN
     if name == "batched_mm":
@@ -89,13 +89,13 @@ def is_ours(name: str) -> bool:
 
 
 def refusal(name: str, experts: Any, case: Case) -> str | None:
-    """What the implementation itself says against running `experts`."""
+    """The implementation's own reason against running `experts`, or None."""
     backend = BACKENDS.get(name)
     return backend.refuses(experts, case.torch_dtype, experts.down_proj.device) if backend else None
 
 
 def chosen(experts: Any, case: Case) -> dict[str, str]:
-    """What `hf_moe` runs, and why."""
+    """The backend that `hf_moe` runs, and the reason."""
     rows_per_expert = case.tokens * case.layer.top_k / case.layer.num_experts
     many = rows_per_expert >= engines.MANY_ROWS_PER_EXPERT
     choice = engines.choose(experts, case.torch_dtype, experts.down_proj.device, many)
@@ -103,7 +103,7 @@ def chosen(experts: Any, case: Case) -> dict[str, str]:
 
 
 def forward_by_name(name: str, experts: Any) -> Forward:
-    """`experts` run by the implementation `name`: through the host's interface, or a peer's own function."""
+    """`experts` run by the implementation `name`: through transformers' interface, or a peer's own function."""
     if name in PEERS:
         return {"liger": _liger, "scattermoe": _scattermoe}[name](experts)
     config = experts.config

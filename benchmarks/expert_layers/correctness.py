@@ -106,7 +106,7 @@ class Judge:
         return cls(exact, allowed)
 
     def objection(self, found: Mapping[str, Tensor | None]) -> str | None:
-        """Why a result is wrong, or None. It may hold fewer tensors than the exact one, not others."""
+        """Reason why a result is wrong, or None. It may hold fewer tensors than the exact one, not others."""
         for name, value in found.items():
             exact = self.exact.tensors[name]
             if value is None:

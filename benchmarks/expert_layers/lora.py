@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall, LowRank, LowRankPair
+
 from .contestants import Forward
 
 LORA_OP = "hf_moe_lora"
@@ -22,14 +24,14 @@ class LoraLayer:
     """An experts module inside of a PEFT model, with random factors in both projections."""
 
     def __init__(self, experts: Any):
-        host: Any = nn.Module()
-        host.experts = experts
+        around: Any = nn.Module()
+        around.experts = experts
         config = LoraConfig(
             r=RANK, lora_alpha=RANK * SCALE, target_modules=[], target_parameters=[f"experts.{at}" for at in STACKS]
         )
         self.experts = experts
         # adapters in the dtype of the experts, as in bfloat16 training
-        self.model: Any = get_peft_model(host, config, autocast_adapter_dtype=False)
+        self.model: Any = get_peft_model(around, config, autocast_adapter_dtype=False)
         self._wrappers = {STACKS[m.parameter_name]: m for m in self.model.modules() if hasattr(m, "parameter_name")}
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -69,35 +71,19 @@ class LoraLayer:
         values = self.factors(lambda parameter: parameter.detach())
         own = nn.ParameterDict({name: nn.Parameter(value.contiguous()) for name, value in values.items()})
         up_weight, down_weight = self.experts.gate_up_proj.detach(), self.experts.down_proj.detach()
+        weights, form = ExpertWeights(up_weight, None, down_weight, None), ExpertForm("silu")
+        up, down = LowRank(own["up_a"], own["up_b"], SCALE), LowRank(own["down_a"], own["down_b"], SCALE)
 
         def forward(hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-            return op(
-                hidden_TH,
-                index_TK,
-                weights_TK,
-                up_weight,
-                None,
-                down_weight,
-                None,
-                num_ids=len(up_weight),
-                activation="silu",
-                alpha=1.0,
-                limit=float("inf"),
-                offset=0.0,
-                gated=True,
-                transposed=False,
-                interleaved=False,
-                up_scale=SCALE,
-                down_scale=SCALE,
-                **own,
-            )
+            num_ids, low_rank = len(up_weight), LowRankPair(up, down)
+            return op(LayerCall(hidden_TH, index_TK, weights_TK, weights, num_ids, form, low_rank))
 
         module = nn.ModuleList([own, self.experts])
         return forward, module, lambda: {name: own[name].grad for name in values}
 
 
 def lora_op_absent() -> str | None:
-    """Why `LORA_OP` cannot be called here, or None."""
+    """Reason why `LORA_OP` cannot be called here, or None."""
     try:
         ops = importlib.import_module("hf_moe.kernels.triton.ops")
     except ImportError as error:

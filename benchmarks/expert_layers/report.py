@@ -1,4 +1,4 @@
-"""What the results say: a plot for each layer, and the README's section. Needs matplotlib for the plots."""
+"""Show the results: a plot for each layer, and the README's section. Needs matplotlib for the plots."""
 
 import statistics
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ def _plot_layer(data: Mapping[str, Any], layer: Mapping[str, Any], cases: list[R
         fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no Software tag: the same figures give the same bytes
+    # no Software tag: the same results give the same bytes
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -199,7 +199,7 @@ def _machine(data: Mapping[str, Any]) -> str:
 
 
 def section_of(readme: str) -> str:
-    """What stands between the markers.
+    """Text between the markers.
 
     Raises:
         ValueError: If the markers are not there, once each and in order.

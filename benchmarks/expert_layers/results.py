@@ -1,4 +1,4 @@
-"""One JSON file of results, written after every case: an interrupted run loses nothing and goes on."""
+"""One JSON file of results, written after every case: an interrupted run loses nothing and continues."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ SOURCES = {"cpu": ("hf_moe/experts", "hf_moe/kernels/cpu"), "cuda": ("hf_moe/exp
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
-    """What times of two runs must have in common to stand in one file."""
+    """Facts that times of two runs must have in common to stand in one file."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -87,12 +87,12 @@ class Results:
         ]
         if other:
             raise ResultsError(
-                f"{path} was measured elsewhere ({'; '.join(other)}): give another --output, or --fresh to start anew."
+                f"{path} was measured elsewhere ({'; '.join(other)}): give another --output, or --fresh to start over."
             )
         self.data = {"date": date.today().isoformat()} | facts | header | {"cases": found.get("cases", {})}
 
     def has(self, key: str, names: list[str]) -> bool:
-        """Whether `key` was measured for all `names` with the code that is there now."""
+        """True if `key` was measured for all `names` with the code that is there now."""
         case = self.data["cases"].get(key)
         return case is not None and case["source"] == self.source and set(names) <= set(case["results"])
 

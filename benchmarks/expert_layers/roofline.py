@@ -25,7 +25,7 @@ MODELS = {  # H, I, E, K
 
 @dataclass(frozen=True)
 class Device:
-    """What large products and large copies reach."""
+    """Rates that large products and large copies reach."""
 
     tflops: float = 800.0
     tbs: float = 3.0

@@ -1,4 +1,4 @@
-"""What was promised, and whether the results keep it."""
+"""Targets that were promised, and verdicts on the results."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -40,7 +40,7 @@ class CpuClock:
 class CudaClock:
     """Time on the device between two events, with the L2 cache overwritten before.
 
-    Writing the cache takes longer than launching a layer, so launches that the host queues meanwhile are not counted.
+    Writing the cache takes longer than launching a layer, so launches that the CPU queues meanwhile are not counted.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class CudaClock:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`run` is timed; `prepare` puts everything in the state of before, untimed."""
+    """`run` is timed; `prepare` restores the state before a run, untimed."""
 
     run: Callable[[], object]
     prepare: Callable[[], None] = lambda: None

@@ -44,7 +44,7 @@ def cpu_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) ->
         return f"hf_moe_cpu runs on the CPU, the experts are on {device.type}: use 'hf_moe'."
     if "hf_moe_cpu" in _BROKEN:
         return _BROKEN["hf_moe_cpu"]
-    reason = importlib.import_module("hf_moe.kernels.cpu.build").why_not()
+    reason = importlib.import_module("hf_moe.kernels.cpu.build").unavailable_reason()
     return None if reason is None else f"hf_moe_cpu cannot be built: {reason}"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_moe.experts.contract import gate_of, has_post_expert_norm, num_expert_ids
 from hf_moe.experts.dispatch import CombineRows, GatherRows, sort_by_expert
-from hf_moe.kernels.layer_call import ExpertWeights, LowRank, LowRankPair
+from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall, LowRank, LowRankPair
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,9 @@ class Engine:
     Attributes:
         grouped_linear: `(rows_NA, weight, bias, expert_end_E, transposed) -> rows_NB`, differentiable; rows in expert
             order, zeros for rows after the last expert's.
-        experts: `(hidden_TH, index_TK, weights_TK, up, up_bias, down, down_bias, num_ids, activation, alpha, limit,
-            offset, gated, transposed, interleaved) -> out_TH`, differentiable; see `Gate` for the scalars.
-        experts_lora: The arguments of `experts`, then `(up_a, up_b, down_a, down_b, up_scale, down_scale)` as in
-            `LowRank`, None for a projection without adapter. Differentiable but for the weights and biases: where
-            these are trained too, the steps run.
+        experts: `(LayerCall) -> out_TH`, differentiable in every floating tensor.
+        experts_lora: The same for calls with adapters, differentiable but for the weights and biases: where these are
+            trained too, the steps run.
     """
 
     grouped_linear: Callable[..., Tensor]
@@ -87,31 +85,13 @@ def _run(
         fused = None if _is_trained(weights) else engine.experts_lora
     if fused is None or gate is None or has_post_expert_norm(experts):
         return _run_steps(engine.grouped_linear, experts, weights, hidden_TH, index_TK, weights_TK, num_ids, low_rank)
-    return fused(
-        hidden_TH,
-        index_TK,
-        weights_TK,
-        *weights,
-        num_ids,
-        gate.activation,
-        gate.alpha,
-        gate.limit,
-        gate.offset,
-        experts.has_gate,
-        experts.is_transposed,
-        not experts.is_concatenated,
-        *(() if low_rank is None else _flat(low_rank)),
-    )
+    layout = (experts.has_gate, experts.is_transposed, not experts.is_concatenated)
+    form = ExpertForm(gate.activation, gate.alpha, gate.limit, gate.offset, *layout)
+    return fused(LayerCall(hidden_TH, index_TK, weights_TK, weights, num_ids, form, low_rank))
 
 
 def _is_trained(weights: ExpertWeights) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in weights)
-
-
-def _flat(low_rank: LowRankPair) -> tuple[Tensor | float | None, ...]:
-    """The arguments that `experts_lora` takes after those of `experts`."""
-    (up_a, up_b, up_scale), (down_a, down_b, down_scale) = (factors or (None, None, 1.0) for factors in low_rank)
-    return up_a, up_b, down_a, down_b, up_scale, down_scale
 
 
 def _run_steps(

@@ -1,9 +1,11 @@
-"""One call of a layer of experts, as it goes from the pipeline to a fused operator: what it reads and how it computes.
+"""One call of a layer of experts, from the pipeline to a fused operator, and its flat form: arguments of torch ops.
 
 Shape suffixes: T tokens, K slots per token, E experts, H hidden, I expert width, P pre-activation width (2I gated, I
 ungated), R rank.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ class ExpertWeights(NamedTuple):
 
 
 class ExpertForm(NamedTuple):
-    """How an expert computes between its two products, and how its matrices lie.
+    """The form of an expert: its activation between the two products, and the layout of its matrices.
 
     Gated: `(clamp(up, -limit, limit) + offset) * f(min(gate, limit))`, with `alpha` the slope of silu's sigmoid.
     Ungated: `f(pre)`.
@@ -40,16 +42,16 @@ class ExpertForm(NamedTuple):
     """
 
     activation: str
-    alpha: float
-    limit: float
-    offset: float
-    gated: bool
-    transposed: bool
-    interleaved: bool
+    alpha: float = 1.0
+    limit: float = math.inf
+    offset: float = 0.0
+    gated: bool = True
+    transposed: bool = False
+    interleaved: bool = False
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to the weight of every expert, `scale * b @ a`, without that product.
+    """An adapter's addition to the weight of every expert, `scale * b @ a`, as its factors.
 
     Attributes:
         a: `[E, R, in]`: in is H for the up projection, I for the down projection; any strides.
@@ -96,3 +98,60 @@ class LayerCall(NamedTuple):
     num_ids: int
     form: ExpertForm
     low_rank: LowRankPair | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts.up.shape[0]
+
+    @property
+    def pre_width(self) -> int:
+        """P."""
+        return self.experts.up.shape[2 if self.form.transposed else 1]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.index_TK.shape[1]
+
+
+# What a torch op that takes a call declares, in the order of `flatten`: all tensors, then all settings.
+_TENSORS = (
+    "Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
+    "Tensor? down_bias"
+)
+_SETTINGS = (
+    "int num_ids, str activation, float alpha, float limit, float offset, bool gated, bool transposed, "
+    "bool interleaved"
+)
+_FACTORS = "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b"
+CALL = f"{_TENSORS}, {_SETTINGS}"
+ADAPTED_CALL = f"{_TENSORS}, {_FACTORS}, {_SETTINGS}, float up_scale, float down_scale"
+
+_NUM_ARGUMENTS = CALL.count(",") + 1
+_ABSENT = (None, None, 1.0)
+
+
+def flatten(call: LayerCall) -> tuple:
+    """The arguments that CALL declares; with adapters, be it of one projection only, those of ADAPTED_CALL."""
+    hidden_TH, index_TK, weights_TK, experts, num_ids, form, low_rank = call
+    if low_rank is None:
+        return (hidden_TH, index_TK, weights_TK, *experts, num_ids, *form)
+    (up_a, up_b, up_scale), (down_a, down_b, down_scale) = low_rank.up or _ABSENT, low_rank.down or _ABSENT
+    factors = (up_a, up_b, down_a, down_b)
+    return (hidden_TH, index_TK, weights_TK, *experts, *factors, num_ids, *form, up_scale, down_scale)
+
+
+def unflatten(flat: Sequence) -> LayerCall:
+    """The call whose `flatten` is `flat`."""
+    hidden_TH, index_TK, weights_TK = flat[:3]
+    experts = ExpertWeights(*flat[3:7])
+    if len(flat) == _NUM_ARGUMENTS:
+        return LayerCall(hidden_TH, index_TK, weights_TK, experts, flat[7], ExpertForm(*flat[8:]))
+    up_a, up_b, down_a, down_b, num_ids = flat[7:12]
+    *form, up_scale, down_scale = flat[12:]
+    low_rank = LowRankPair(_low_rank(up_a, up_b, up_scale), _low_rank(down_a, down_b, down_scale))
+    return LayerCall(hidden_TH, index_TK, weights_TK, experts, num_ids, ExpertForm(*form), low_rank)
+
+
+def _low_rank(a: Tensor | None, b: Tensor | None, scale: float) -> LowRank | None:
+    return None if a is None and b is None else LowRank(a, b, scale)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from hf_moe.experts import engines
-from hf_moe.kernels.cpu import why_not
+from hf_moe.kernels.cpu import unavailable_reason
 from tiny_lora import accelerated, adapted, build
 
 NAMES = ("hf_moe", "hf_moe_cpu", "hf_moe_grouped")
@@ -17,7 +17,7 @@ def experts_on():
     """Experts of a tiny Mixtral, with or without an accelerated adapter, on one of our implementations."""
 
     def make(name, lora=False):
-        if name == "hf_moe_cpu" and (reason := why_not()):
+        if name == "hf_moe_cpu" and (reason := unavailable_reason()):
             pytest.skip(reason)
         model = build("mixtral", torch.float32)[0]
         model = accelerated(adapted(model), name).get_base_model() if lora else model

@@ -63,7 +63,7 @@ def test_choice_without_triton_or_in_float64(experts, gpu, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_choice_on_the_cpu(experts, dtype, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("hf_moe.kernels.cpu.build"), "why_not", lambda: None)
+    monkeypatch.setattr(importlib.import_module("hf_moe.kernels.cpu.build"), "unavailable_reason", lambda: None)
     assert choose(experts, dtype, CPU).name == "hf_moe_cpu"
 
 
@@ -103,7 +103,7 @@ def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(no_engine_ye
     def fail():
         raise RuntimeError("building failed: cc1plus: out of memory")
 
-    monkeypatch.setattr(build, "why_not", lambda: None)
+    monkeypatch.setattr(build, "unavailable_reason", lambda: None)
     monkeypatch.setattr(build, "load_kernels", fail)
     model, inputs = build_tiny("mixtral")
     model.set_experts_implementation("hf_moe")
@@ -123,7 +123,7 @@ def test_kernels_asked_for_by_name_that_cannot_be_built_are_an_error(experts, no
     def fail():
         raise RuntimeError("no folder can be written: name one with HF_MOE_CPU_CACHE")
 
-    monkeypatch.setattr(build, "why_not", lambda: None)
+    monkeypatch.setattr(build, "unavailable_reason", lambda: None)
     monkeypatch.setattr(build, "load_kernels", fail)
     call = (torch.randn(3, 32), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     experts.config._experts_implementation = "hf_moe"

@@ -1,6 +1,16 @@
 """Experts on the CPU: a compiled kernel that is built on first use, as differentiable operators.
 
-Why the host's implementations are slow, and what is done instead (measured on two cores; layer H=1024, I=512, E=64):
+    ops.py       the layer with dense weights, and one linear map per expert
+    low_rank.py  the layer under low-rank adapters
+    checks.py    what the operators refuse
+    build.py     compile the C++ once per machine and load it, or say why it cannot be
+    cache.py     where compiled libraries lie, and which of them this machine may load
+    __main__.py  build beforehand: `python -m hf_moe.kernels.cpu`
+
+The C++: library.cpp (registers the operators), experts.h and lora.h (the layer), grouped_linear.h, and below them
+routing.h, phases.h, low_rank.h, columns.h, stream.h, panels.h, multiply.h, activation.h, vectors.h.
+
+Why transformers' implementations are slow, and what is done instead (measured on two cores; H=1024, I=512, E=64):
 
 - Every expert's product is a call of its own that splits few rows over all threads. Here a thread has an expert (or
   columns of all experts) for itself, and several experts are under way at once.
@@ -19,8 +29,8 @@ Why the host's implementations are slow, and what is done instead (measured on t
   kept for backward.
 """
 
-from .build import why_not
+from .build import unavailable_reason
 from .low_rank import cpu_experts_lora
 from .ops import cpu_experts, cpu_grouped_linear
 
-__all__ = ["cpu_experts", "cpu_experts_lora", "cpu_grouped_linear", "why_not"]
+__all__ = ["cpu_experts", "cpu_experts_lora", "cpu_grouped_linear", "unavailable_reason"]

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels once per machine, loads them, and says why it cannot.
+"""Compile the C++ kernels once per machine, load them, or say why that cannot be.
 
 What is there is used as it is (cache.py), also where nothing can be written and no compiler is; only then one is
 needed. `python -m hf_moe.kernels.cpu` builds beforehand, for a container image.
@@ -22,19 +22,19 @@ from .cache import FLAGS, NATIVE, SOURCE, add_library, find_libraries, targets
 logger = logging.getLogger(__name__)
 
 SWITCH = "HF_MOE_CPU_KERNELS"
-_SHOWN_LINES, _SHOWN_WIDTH = 2, 200  # of a compiler's errors
+_QUOTED_LINES, _QUOTED_WIDTH = 2, 200  # of a compiler's errors
 
 
 @functools.cache
-def why_not() -> str | None:
-    """Why the kernels cannot run here, as a sentence that ends with a way out; None if nothing speaks against it.
+def unavailable_reason() -> str | None:
+    """Return why the kernels cannot run here, a sentence that ends with a way out; None if nothing speaks against it.
 
     Reads the environment once per process.
     """
     if os.environ.get(SWITCH, "1") == "0":
         return f"{SWITCH}=0 turns the CPU kernels off: unset it to have them."
     if sys.platform != "linux":
-        return f"the CPU kernels are built on Linux only, not on {sys.platform}: use the host's 'grouped_mm'."
+        return f"the CPU kernels are built on Linux only, not on {sys.platform}: use transformers' 'grouped_mm'."
     try:
         targets()
     except OSError as error:
@@ -65,17 +65,17 @@ def load_kernels() -> None:
     """Make `torch.ops.hf_moe_cpu` available, building it if this machine has not yet.
 
     Raises:
-        RuntimeError: If the kernels cannot be built (`why_not`), the compiler failed (with its first errors), or what
-            it made cannot be loaded.
+        RuntimeError: If the kernels cannot be built (`unavailable_reason`), the compiler failed (with its first
+            errors), or what it made cannot be loaded.
     """
-    if reason := why_not():
+    if reason := unavailable_reason():
         raise RuntimeError(f"hf_moe's CPU kernels cannot be built: {reason}")
     useless = set()
     for library, digest in find_libraries():
         try:
             torch.ops.load_library(str(library))
         except OSError as error:  # made for another C library, or a folder that may not hold code
-            logger.warning("hf_moe's CPU kernels are built anew, because they cannot be loaded: %s", error)
+            logger.warning("hf_moe's CPU kernels are built again, because they cannot be loaded: %s", error)
             useless.add(digest)
         else:
             return
@@ -132,9 +132,9 @@ def _run(command: list[str | Path]) -> None:
 def _first_errors(output: str) -> str:
     """The compiler's first errors, without the code that it shows below them, or its last words."""
     lines = [line for line in output.splitlines() if line.strip()]
-    shown = [line for line in lines if "error:" in line][:_SHOWN_LINES] or lines[-_SHOWN_LINES:]
-    return "; ".join(_short(line) for line in shown) or "it said nothing"
+    errors = [line for line in lines if "error:" in line][:_QUOTED_LINES] or lines[-_QUOTED_LINES:]
+    return "; ".join(_short(line) for line in errors) or "no message"
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN_WIDTH else f"{text[:_SHOWN_WIDTH]}..."
+    return text if len(text) <= _QUOTED_WIDTH else f"{text[:_QUOTED_WIDTH]}..."

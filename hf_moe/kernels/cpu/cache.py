@@ -1,4 +1,4 @@
-"""Where compiled libraries lie, and which of them this machine may load.
+"""Find and place compiled libraries, those alone that this machine may load.
 
 A library's name holds a hash of all that it was made of: sources, flags, torch's version and the instruction set, so
 that machines that share a folder do not share instructions. Its last bytes are a digest of all others: a file that
@@ -87,7 +87,7 @@ def _own_root() -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether nobody else can have put a library there."""
+    """True if nobody else can have put a library there."""
     try:
         found = folder.lstat()
     except OSError:

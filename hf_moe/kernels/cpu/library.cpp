@@ -1,9 +1,12 @@
-// The operators that ops.py calls. Arguments have been checked there, except for the ids, which only this code reads.
+// The operators that ops.py and low_rank.py call. Arguments have been checked there, except for the ids, which only this
+// code reads.
 #include "experts.h"
 #include "grouped_linear.h"
 #include "lora.h"
 
 #include <torch/library.h>
+
+#include <string>
 
 namespace hf_moe {
 namespace {
@@ -27,13 +30,23 @@ auto with_dtype(at::ScalarType dtype, F f) {
   }
 }
 
+// With ids of 64 bits, and contiguous what the kernels do not read by strides.
+ExpertsArguments readable(ExpertsArguments given) {
+  given.hidden_TH = given.hidden_TH.contiguous();
+  given.index_TK = given.index_TK.to(at::kLong).contiguous();
+  if (given.up_bias) given.up_bias = given.up_bias->contiguous();
+  if (given.down_bias) given.down_bias = given.down_bias->contiguous();
+  return given;
+}
+
 std::tuple<Tensor, Tensor> experts_forward(
     const Tensor& hidden, const Tensor& index, const Tensor& weights, const Tensor& up_weight,
     const std::optional<Tensor>& up_bias, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
     int64_t num_ids, c10::string_view activation, double alpha, double limit, double offset, bool gated,
     bool transposed, bool interleaved, bool keep_pre) {
-  const ExpertsArguments given{hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids,
-                               kind_of(activation), alpha, limit, offset, gated, transposed, interleaved};
+  const ExpertsArguments given = readable(
+      {hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids, kind_of(activation), alpha, limit,
+       offset, gated, transposed, interleaved});
   return with_dtype(hidden.scalar_type(), [&](auto t) { return Experts<decltype(t)>(given).forward(keep_pre); });
 }
 
@@ -42,21 +55,24 @@ std::vector<Tensor> experts_backward(
     const Tensor& up_weight, const std::optional<Tensor>& up_bias, const Tensor& down_weight,
     const std::optional<Tensor>& down_bias, int64_t num_ids, c10::string_view activation, double alpha, double limit,
     double offset, bool gated, bool transposed, bool interleaved, std::array<bool, 6> need) {
-  const ExpertsArguments given{hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids,
-                               kind_of(activation), alpha, limit, offset, gated, transposed, interleaved};
+  const ExpertsArguments given = readable(
+      {hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids, kind_of(activation), alpha, limit,
+       offset, gated, transposed, interleaved});
   const NeededGradients needed{need[0], need[1], need[2], need[3], need[4], need[5]};
-  return with_dtype(hidden.scalar_type(), [&](auto t) { return Experts<decltype(t)>(given).backward(grad, pre, needed); });
+  return with_dtype(hidden.scalar_type(), [&](auto t) {
+    return Experts<decltype(t)>(given).backward(grad.contiguous(), pre.contiguous(), needed);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> experts_lora_forward(
     const Tensor& hidden, const Tensor& index, const Tensor& weights, const Tensor& up_weight,
     const std::optional<Tensor>& up_bias, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
-    int64_t num_ids, c10::string_view activation, double alpha, double limit, double offset, bool gated,
-    bool transposed, bool interleaved, const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b,
-    const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b, double up_scale, double down_scale,
-    bool keep) {
-  const ExpertsArguments given{hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids,
-                               kind_of(activation), alpha, limit, offset, gated, transposed, interleaved};
+    const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b, const std::optional<Tensor>& down_a,
+    const std::optional<Tensor>& down_b, int64_t num_ids, c10::string_view activation, double alpha, double limit,
+    double offset, bool gated, bool transposed, bool interleaved, double up_scale, double down_scale, bool keep) {
+  const ExpertsArguments given = readable(
+      {hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids, kind_of(activation), alpha, limit,
+       offset, gated, transposed, interleaved});
   const Factors up{up_a, up_b, up_scale}, down{down_a, down_b, down_scale};
   return with_dtype(
       hidden.scalar_type(), [&](auto t) { return LoraExperts<decltype(t)>(given, up, down).forward(keep); });
@@ -65,16 +81,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_lora_forward(
 std::vector<Tensor> experts_lora_backward(
     const Tensor& grad, const Tensor& pre, const Tensor& up_low, const Tensor& down_low, const Tensor& hidden,
     const Tensor& index, const Tensor& weights, const Tensor& up_weight, const std::optional<Tensor>& up_bias,
-    const Tensor& down_weight, const std::optional<Tensor>& down_bias, int64_t num_ids, c10::string_view activation,
-    double alpha, double limit, double offset, bool gated, bool transposed, bool interleaved,
-    const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b, const std::optional<Tensor>& down_a,
-    const std::optional<Tensor>& down_b, double up_scale, double down_scale, std::array<bool, 6> need) {
-  const ExpertsArguments given{hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids,
-                               kind_of(activation), alpha, limit, offset, gated, transposed, interleaved};
+    const Tensor& down_weight, const std::optional<Tensor>& down_bias, const std::optional<Tensor>& up_a,
+    const std::optional<Tensor>& up_b, const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b,
+    int64_t num_ids, c10::string_view activation, double alpha, double limit, double offset, bool gated,
+    bool transposed, bool interleaved, double up_scale, double down_scale, std::array<bool, 6> need) {
+  const ExpertsArguments given = readable(
+      {hidden, index, weights, up_weight, up_bias, down_weight, down_bias, num_ids, kind_of(activation), alpha, limit,
+       offset, gated, transposed, interleaved});
   const Factors up{up_a, up_b, up_scale}, down{down_a, down_b, down_scale};
   const NeededLoraGradients needed{need[0], need[1], need[2], need[3], need[4], need[5]};
   return with_dtype(hidden.scalar_type(), [&](auto t) {
-    return LoraExperts<decltype(t)>(given, up, down).backward(grad, pre, up_low, down_low, needed);
+    return LoraExperts<decltype(t)>(given, up, down)
+        .backward(grad.contiguous(), pre.contiguous(), up_low.contiguous(), down_low.contiguous(), needed);
   });
 }
 
@@ -95,26 +113,24 @@ std::vector<Tensor> grouped_linear_backward_of(
 
 }  // namespace
 
+// The schemas state a call as kernels/layer_call.py does: all tensors, then all settings.
 TORCH_LIBRARY_FRAGMENT(hf_moe_cpu, m) {
-  m.def(
-      "experts_forward(Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, Tensor? up_bias, "
-      "Tensor down_weight, Tensor? down_bias, int num_ids, str activation, float alpha, float limit, float offset, "
-      "bool gated, bool transposed, bool interleaved, bool keep_pre) -> (Tensor, Tensor)");
-  m.def(
-      "experts_backward(Tensor grad, Tensor pre, Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, "
-      "Tensor? up_bias, Tensor down_weight, Tensor? down_bias, int num_ids, str activation, float alpha, float limit, "
-      "float offset, bool gated, bool transposed, bool interleaved, bool[6] need) -> Tensor[]");
-  m.def(
-      "experts_lora_forward(Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, Tensor? up_bias, "
-      "Tensor down_weight, Tensor? down_bias, int num_ids, str activation, float alpha, float limit, float offset, "
-      "bool gated, bool transposed, bool interleaved, Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b, "
-      "float up_scale, float down_scale, bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "experts_lora_backward(Tensor grad, Tensor pre, Tensor up_low, Tensor down_low, Tensor hidden, Tensor index, "
-      "Tensor weights, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, int num_ids, "
-      "str activation, float alpha, float limit, float offset, bool gated, bool transposed, bool interleaved, "
-      "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b, float up_scale, float down_scale, bool[6] need) "
-      "-> Tensor[]");
+  const std::string tensors =
+      "Tensor hidden, Tensor index, Tensor weights, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
+      "Tensor? down_bias, ";
+  const std::string factors = "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b, ";
+  const std::string settings =
+      "int num_ids, str activation, float alpha, float limit, float offset, bool gated, bool transposed, "
+      "bool interleaved, ";
+  const std::string call = tensors + settings;
+  const std::string adapted = tensors + factors + settings + "float up_scale, float down_scale, ";
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
+  define("experts_forward(" + call + "bool keep) -> (Tensor, Tensor)");
+  define("experts_backward(Tensor grad, Tensor pre, " + call + "bool[6] need) -> Tensor[]");
+  define("experts_lora_forward(" + adapted + "bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  define(
+      "experts_lora_backward(Tensor grad, Tensor pre, Tensor up_low, Tensor down_low, " + adapted +
+      "bool[6] need) -> Tensor[]");
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor? bias, Tensor expert_end, bool transposed) -> Tensor");
   m.def(
       "grouped_linear_backward(Tensor grad, Tensor rows, Tensor weight, Tensor expert_end, bool transposed, "

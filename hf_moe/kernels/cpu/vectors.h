@@ -88,7 +88,7 @@ INLINE float widen(float x) { return x; }
 INLINE double widen(double x) { return x; }
 INLINE float widen(half x) { return static_cast<float>(x); }
 
-// A vector of values of another dtype. Said in whole vectors, because compilers build one lane by lane otherwise.
+// A vector of values of another dtype. Written in whole vectors, because compilers build one lane by lane otherwise.
 template <class A, class T>
 INLINE Vec<A> load_wide(const T* p) {
   if constexpr (std::is_same_v<A, T>) {

@@ -8,12 +8,15 @@ float32, and built from tl.exp and tl.erf only, which every target and the inter
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..layer_call import ExpertForm
 
 ACTIVATIONS: dict[str, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 
@@ -39,6 +42,18 @@ def activation_kind(name: str) -> int:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}.")
     return ACTIVATIONS[name]
+
+
+def form_constants(form: ExpertForm) -> dict[str, Any]:
+    """The constants of kernels that compute an activation; errors as in `activation_kind`."""
+    return {
+        "KIND": activation_kind(form.activation),
+        "ALPHA": form.alpha,
+        "LIMIT": form.limit,
+        "OFFSET": form.offset,
+        "GATED": form.gated,
+        "INTERLEAVED": form.interleaved,
+    }
 
 
 @triton.jit

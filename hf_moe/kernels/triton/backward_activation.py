@@ -9,13 +9,16 @@ Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H h
 width (2I gated, I ungated), R LoRA rank, C column tiles, M row tiles.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate_backward, activation_kind, glu_backward
-from .grouped_linear import LARGEST_RANK_BLOCK, ROW_TILES_PER_GROUP, add_low_rank, tile_of_program
+from ..layer_call import ExpertForm
+from .activation import activate_backward, form_constants, glu_backward
+from .grouped_linear import ROW_TILES_PER_GROUP, LowRankTerm, add_low_rank, term_arguments, tile_of_program
 from .routing import RowOrder, TileMap, tile_map
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
@@ -27,7 +30,7 @@ SUM_STEP = 64  # hidden columns of one step through the bias's part of the routi
 
 @triton.jit
 def tile_places(first_row, first_col, row_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a tile lies in a row-major tensor: its first row's place in int64, and places relative to it.
+    """Places of a tile in a row-major tensor: its first row's place in int64, and places relative to it.
 
     Those fit int32, as a tile spans few rows, and take half the registers.
     """
@@ -92,13 +95,34 @@ def store_act(act_NI, act, first_row, first_col, row_ok, width, BLOCK_M: tl.cons
 
 
 @triton.jit
-def activation_gradient(
-    grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+def store_zeros(
+    pre, act, first_row, first_col, row_ok, width,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Recompute a tile's activation, store the tile's gradients, and return the tile's part of the rows' products."""
+    """A tile of rows that no expert computes."""
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    store_pre(pre, zeros, zeros, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
+    if STORE_ACT:
+        store_act(act, zeros, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def activation_gradient(
+    grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM: tl.constexpr, STORE_ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Recompute a tile's activation, store the tile's gradients, and return the tile's part of the rows' products.
+
+    tensors: pre, and where its gradient and the weighted activation go. FORM: the constants of the activation.
+    """
+    KIND: tl.constexpr = FORM[0]
+    ALPHA: tl.constexpr = FORM[1]
+    LIMIT: tl.constexpr = FORM[2]
+    OFFSET: tl.constexpr = FORM[3]
+    GATED: tl.constexpr = FORM[4]
+    INTERLEAVED: tl.constexpr = FORM[5]
+    pre, grad_pre, weighted_act = tensors
     gate, up = load_pre(pre, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
     if GATED:
         act, d_gate, d_up = glu_backward(gate, up, grad_act, KIND, ALPHA, LIMIT, OFFSET)
@@ -123,37 +147,30 @@ def column_halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def activation_gradients(
-    grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-    KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_ACT: tl.constexpr,
+    grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM: tl.constexpr, STORE_ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """`activation_gradient` in parts of at most NARROW columns: a wide tile's values would spill."""
     if BLOCK_N <= NARROW:
         return activation_gradient(
-            grad_act, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, BLOCK_N
+        )
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = column_halves(grad_act, BLOCK_M, BLOCK_N)
         total = activation_gradients(
-            left, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, HALF, NARROW,
-        )  # fmt: skip
+            left, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, HALF, NARROW
+        )
         return total + activation_gradients(
-            right, pre, grad_pre, weighted_act, weight, first_row, first_col + HALF, row_ok, width,
-            KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, HALF, NARROW,
-        )  # fmt: skip
+            right, tensors, weight, first_row, first_col + HALF, row_ok, width, FORM, STORE_ACT, BLOCK_M, HALF, NARROW
+        )
 
 
 @triton.jit
 def backward_activation_kernel(
-    grad_out, down_weight, pre, weights, low, low_weight,
-    grad_pre, weighted_act, partial,
-    order, expert_end, tile_expert, tile_row,
-    num_rows, num_tiles, H, width, R,
-    stride_out, stride_e, stride_h, stride_i, stride_low_e, stride_low_i, stride_low_r,
+    grad_out, down_weight, pre, weights, grad_pre, weighted_act, partial, order, expert_end, tile_expert, tile_row,
+    num_rows, num_tiles, H, width, stride_out, stride_e, stride_h, stride_i,
+    low_NR, low_weight, R, stride_low_e, stride_low_b, stride_low_r,
     TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_LOW: tl.constexpr,
     STORE_ACT: tl.constexpr, STORE_PARTIAL: tl.constexpr, EVEN_K: tl.constexpr,
@@ -169,12 +186,11 @@ def backward_activation_kernel(
     first_col = column_tile * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_M)
     expert = tl.load(tile_expert + tile)
-    if expert < 0:  # rows that no expert computes
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        row_ok = rows < num_rows
-        store_pre(grad_pre, zeros, zeros, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
-        if STORE_ACT:
-            store_act(weighted_act, zeros, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+    if expert < 0:
+        store_zeros(
+            grad_pre, weighted_act, first_row, first_col, rows < num_rows, width,
+            GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         return
     cols = first_col + tl.arange(0, BLOCK_N)
     col_ok = cols < width
@@ -194,14 +210,14 @@ def backward_activation_kernel(
         w = tl.load(weight_at + k * stride_h, mask=w_ok, other=0.0)
         acc = tl.dot(g, w, acc, input_precision="ieee")
     if HAS_LOW:
+        low_at = low_weight + expert.to(tl.int64) * stride_low_e
         acc = add_low_rank(
-            acc, low, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_low_e, stride_low_i, stride_low_r,
-            BLOCK_R,
+            acc, low_NR, low_at, rows, row_ok, cols, col_ok, R, stride_low_b, stride_low_r, BLOCK_R
         )  # fmt: skip
     weight = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
     products = activation_gradients(
-        acc, pre, grad_pre, weighted_act, weight, first_row, first_col, row_ok, width,
-        KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N, NARROW,
+        acc, (pre, grad_pre, weighted_act), weight, first_row, first_col, row_ok, width,
+        (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED), STORE_ACT, BLOCK_M, BLOCK_N, NARROW,
     )  # fmt: skip
     if STORE_PARTIAL:
         tl.store(partial + rows.to(tl.int64) * column_tiles + column_tile, products, mask=row_ok)
@@ -240,15 +256,9 @@ def grad_weights_kernel(
 
 
 def launch_grad_weights(
-    partial_NC: Tensor,
-    grad_out_TH: Tensor,
-    order: RowOrder,
-    tiles: TileMap,
-    block_m: int,
-    *,
-    top_k: int,
+    partial_NC: Tensor, grad_out_TH: Tensor, order: RowOrder, tiles: TileMap, block_m: int, *, top_k: int,
     down_bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Gradient of the routing weights, float32 [T, K], from partial sums of rows in expert order.
 
     Args:
@@ -269,57 +279,48 @@ def launch_grad_weights(
     return grad_weights_TK
 
 
+class ActivationGradients(NamedTuple):
+    """Results of the step from the output's gradient to that of the pre-activation.
+
+    Attributes:
+        pre_NP: Gradient of the pre-activation in expert order, in its dtype; zeros for sentinel rows.
+        weighted_act_NI: Routing weight times activation, likewise: a factor of the down projection's gradient.
+        weights_TK: Gradient of the routing weights, float32, zeros for sentinels.
+    """
+
+    pre_NP: Tensor
+    weighted_act_NI: Tensor | None
+    weights_TK: Tensor | None
+
+
 def launch_backward_activation(
     grad_out_TH: Tensor,
     down_weight: Tensor,
     pre_NP: Tensor,
     order: RowOrder,
     weights_TK: Tensor,
+    form: ExpertForm,
     *,
-    top_k: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
     down_bias: Tensor | None = None,
-    low: Tensor | None = None,
-    low_weight: Tensor | None = None,
+    term: LowRankTerm | None = None,
     need_act: bool = True,
     need_grad_weights: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradient of the pre-activation, and what the gradients of the down projection and of the routing weights need.
+) -> ActivationGradients:
+    """Gradient of the pre-activation, and if needed what the down projection's and the routing weights' are made of.
 
     Args:
         grad_out_TH: In the dtype of the weights.
-        down_weight: [E, H, I], or [E, I, H] if `transposed`; any strides.
+        down_weight: [E, H, I], or [E, I, H] if transposed; any strides.
         pre_NP: Saved by the forward pass, in expert order, contiguous.
         weights_TK: Routing weights of any float dtype.
         down_bias: [E, H], part of the routing weights' gradient only.
-        low: [N, R] in expert order, added as `low @ low_weight[e]` to `grad_out @ down_weight` (LoRA's part).
-        low_weight: [E, R, I], any strides, in the dtype of `low`; both or neither.
-
-    Returns:
-        grad_pre_NP: In expert order, in the dtype of `pre_NP`; zeros for sentinel rows.
-        weighted_act_NI: Routing weight times activation, likewise; None without `need_act`.
-        grad_weights_TK: float32, zeros for sentinels; None without `need_grad_weights`.
+        term: Added to `grad_out @ down_weight`, an adapter's part; its weight is [E, I, R].
     """
-    (num_rows, P), H = pre_NP.shape, grad_out_TH.shape[1]
-    width = P // 2 if gated else P
-    grad_pre_NP = torch.empty_like(pre_NP)
+    (num_rows, P), H, top_k = pre_NP.shape, grad_out_TH.shape[1], weights_TK.shape[1]
+    width = P // 2 if form.gated else P
+    weight_EHI = down_weight.transpose(1, 2) if form.transposed else down_weight
+    grad_out_TH, grad_pre_NP = unit_stride_rows(grad_out_TH), torch.empty_like(pre_NP)
     weighted_act_NI = pre_NP.new_empty(num_rows, width) if need_act else None
-    if not num_rows:
-        empty_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.float32)
-        return grad_pre_NP, weighted_act_NI, empty_TK if need_grad_weights else None
-    grad_out_TH = unit_stride_rows(grad_out_TH)
-    stride_h, stride_i = down_weight.stride()[1:] if not transposed else down_weight.stride()[:0:-1]
-    has_low = low is not None
-    if low is None or low_weight is None:
-        low, low_weight = pre_NP, down_weight  # not read
-    low_strides = (low_weight.stride(0), low_weight.stride(2), low_weight.stride(1))
-    R = low_weight.shape[1]
 
     def run(tile: Tile) -> Tensor | None:
         block_n = block_of(width, tile.block_n)
@@ -327,16 +328,13 @@ def launch_backward_activation(
         tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
         partial_NC = torch.empty(num_rows, column_tiles, dtype=torch.float32, device=pre_NP.device)
         backward_activation_kernel[(tiles.row_M.numel() * column_tiles,)](
-            grad_out_TH, down_weight, pre_NP, weights_TK.contiguous(), low.contiguous(), low_weight,
+            grad_out_TH, down_weight, pre_NP, weights_TK.contiguous(),
             grad_pre_NP, grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *order, *tiles,
-            num_rows, tiles.row_M.numel(), H, width, R,
-            grad_out_TH.stride(0), down_weight.stride(0), stride_h, stride_i, *low_strides,
-            TOP_K=top_k, KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset,
-            GATED=gated, INTERLEAVED=interleaved, HAS_LOW=has_low,
+            num_rows, tiles.row_M.numel(), H, width, grad_out_TH.stride(0), *weight_EHI.stride(),
+            **term_arguments(term, down_weight), TOP_K=top_k, **form_constants(form),
             STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights, EVEN_K=H % tile.block_k == 0,
-            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k, BLOCK_R=block_of(R, LARGEST_RANK_BLOCK),
-            NARROW=EPILOGUE_COLUMNS, GROUP=ROW_TILES_PER_GROUP,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+            NARROW=EPILOGUE_COLUMNS, GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if not need_grad_weights:
             return None
@@ -344,6 +342,9 @@ def launch_backward_activation(
             partial_NC, grad_out_TH, order, tiles, tile.block_m, top_k=top_k, down_bias=down_bias
         )
 
+    if not num_rows:
+        nothing_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.float32) if need_grad_weights else None
+        return ActivationGradients(grad_pre_NP, weighted_act_NI, nothing_TK)
     rows_per_expert = num_rows // down_weight.shape[0]
     tile = tile_for("backward_activation", rows_per_expert, width, H, pre_NP.dtype, pre_NP.device, launch=run)
-    return grad_pre_NP, weighted_act_NI, run(tile)
+    return ActivationGradients(grad_pre_NP, weighted_act_NI, run(tile))

@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, activation_kind, glu
-from .backward_activation import activation_gradient, launch_grad_weights, load_pre, store_act, store_pre
-from .layer import Gate
+from ..layer_call import ExpertForm
+from .activation import activate, form_constants, glu
+from .backward_activation import (
+    ActivationGradients,
+    activation_gradient,
+    launch_grad_weights,
+    load_pre,
+    store_act,
+    store_pre,
+    store_zeros,
+)
+from .grouped_linear import rows_of_tile
 from .routing import RowOrder, tile_map
 from .weight_gradient import block_of, unit_stride_rows
 
@@ -97,19 +106,14 @@ def activation_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """act of a tile of rows, the bias added to pre in place; zeros in both past the last expert's end. Grid (M, C)."""
+    expert, _rows, row_ok = rows_of_tile(tl.program_id(0), expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
     first_row = tl.load(row_M + tl.program_id(0))
-    if first_row < 0:
-        return
     first_col = tl.program_id(1) * BLOCK_N
-    rows = first_row + tl.arange(0, BLOCK_M)
-    expert = tl.load(expert_M + tl.program_id(0))
     if expert < 0:
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        row_ok = rows < num_rows
-        store_pre(pre_NP, zeros, zeros, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
-        store_act(act_NI, zeros, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+        store_zeros(
+            pre_NP, act_NI, first_row, first_col, row_ok, width, GATED, INTERLEAVED, True, BLOCK_M, BLOCK_N
+        )  # fmt: skip
         return
-    row_ok = rows < tl.load(expert_end_E + expert)
     gate, up = load_pre(pre_NP, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
     if HAS_BIAS:
         gate_bias, up_bias = load_bias(bias_EP, expert, first_col, width, GATED, INTERLEAVED, BLOCK_N)
@@ -132,28 +136,23 @@ def activation_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Epilogue of `backward_activation_kernel` for a product in memory. Grid (M, C)."""
+    expert, rows, row_ok = rows_of_tile(tl.program_id(0), expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
     first_row = tl.load(row_M + tl.program_id(0))
-    if first_row < 0:
-        return
     first_col = tl.program_id(1) * BLOCK_N
-    rows = first_row + tl.arange(0, BLOCK_M)
-    expert = tl.load(expert_M + tl.program_id(0))
     if expert < 0:
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        row_ok = rows < num_rows
-        store_pre(grad_pre_NP, zeros, zeros, first_row, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
-        if STORE_ACT:
-            store_act(weighted_act_NI, zeros, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
+        store_zeros(
+            grad_pre_NP, weighted_act_NI, first_row, first_col, row_ok, width,
+            GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         return
-    row_ok = rows < tl.load(expert_end_E + expert)
     cols = first_col + tl.arange(0, BLOCK_N)
     at = grad_act_NI + rows.to(tl.int64)[:, None] * width + cols[None, :]
     grad_act = tl.load(at, mask=row_ok[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
     slots = tl.load(order_N + rows, mask=row_ok, other=0)
     weight = tl.load(weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)
     products = activation_gradient(
-        grad_act, pre_NP, grad_pre_NP, weighted_act_NI, weight, first_row, first_col, row_ok, width,
-        KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
+        grad_act, (pre_NP, grad_pre_NP, weighted_act_NI), weight, first_row, first_col, row_ok, width,
+        (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED), STORE_ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     C = tl.num_programs(1)
     tl.store(partial_NC + rows.to(tl.int64) * C + tl.program_id(1), products, mask=row_ok)
@@ -183,14 +182,9 @@ def launch_row_of_slot(order: RowOrder) -> Tensor:
 
 
 def launch_combine_rows(
-    rows_NH: Tensor,
-    row_N: Tensor,
-    top_k: int,
-    *,
-    weights_TK: Tensor | None = None,
-    index_TK: Tensor | None = None,
+    rows_NH: Tensor, row_N: Tensor, top_k: int, *, weights_TK: Tensor | None = None, index_TK: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Sum every token's rows, which are in expert order, in float32 and in the order of the slots.
 
     Args:
@@ -215,49 +209,29 @@ def launch_combine_rows(
     return out_TH
 
 
-def _constants(gate: Gate) -> dict:
-    return {
-        "KIND": activation_kind(gate.activation),
-        "ALPHA": gate.alpha,
-        "LIMIT": gate.limit,
-        "OFFSET": gate.offset,
-        "GATED": gate.gated,
-        "INTERLEAVED": gate.interleaved,
-        "BLOCK_M": BLOCK_ROWS,
-    }
-
-
-def launch_activation(pre_NP: Tensor, order: RowOrder, gate: Gate, bias: Tensor | None = None) -> Tensor:
+def launch_activation(pre_NP: Tensor, order: RowOrder, form: ExpertForm, bias: Tensor | None = None) -> Tensor:
     """Activation [N, I] of a product in expert order, whose bias [E, P] is added in place.
 
     Rows past the last expert's end become zero in both.
     """
     num_rows, P = pre_NP.shape
-    width = P // 2 if gate.gated else P
+    width = P // 2 if form.gated else P
     act_NI = pre_NP.new_empty(num_rows, width)
     block_n = block_of(width, BLOCK_COLUMNS)
     tiles = tile_map(order.expert_end_E, num_rows, BLOCK_ROWS)
     if num_rows:
         activation_kernel[(tiles.row_M.numel(), triton.cdiv(width, block_n))](
             pre_NP, pre_NP if bias is None else bias.contiguous(), act_NI, order.expert_end_E, *tiles,
-            num_rows, width, HAS_BIAS=bias is not None, BLOCK_N=block_n, **_constants(gate),
+            num_rows, width, **form_constants(form), HAS_BIAS=bias is not None, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n,
         )  # fmt: skip
     return act_NI
 
 
 def launch_activation_backward(
-    grad_act_NI: Tensor,
-    pre_NP: Tensor,
-    grad_out_TH: Tensor,
-    order: RowOrder,
-    weights_TK: Tensor,
-    gate: Gate,
-    *,
-    down_bias: Tensor | None = None,
-    need_act: bool = True,
-    need_grad_weights: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What `launch_backward_activation` returns, from the product of output gradients and down projection.
+    grad_act_NI: Tensor, pre_NP: Tensor, grad_out_TH: Tensor, order: RowOrder, weights_TK: Tensor, form: ExpertForm,
+    *, down_bias: Tensor | None = None, need_act: bool = True, need_grad_weights: bool = True,
+) -> ActivationGradients:  # fmt: skip
+    """Results of `launch_backward_activation`, from the product of output gradients and down projection.
 
     Args:
         grad_act_NI: grad_out_row @ down_weight in expert order, not yet times the routing weight.
@@ -267,18 +241,17 @@ def launch_activation_backward(
     grad_pre_NP = torch.empty_like(pre_NP)
     weighted_act_NI = torch.empty_like(grad_act_NI) if need_act else None
     block_n = block_of(width, BLOCK_COLUMNS)
-    column_tiles = triton.cdiv(width, block_n)
-    tiles = tile_map(order.expert_end_E, num_rows, BLOCK_ROWS)
+    tiles, column_tiles = tile_map(order.expert_end_E, num_rows, BLOCK_ROWS), triton.cdiv(width, block_n)
     partial_NC = grad_act_NI.new_empty(num_rows, column_tiles, dtype=torch.float32)
     activation_backward_kernel[(tiles.row_M.numel(), column_tiles)](
         grad_act_NI, pre_NP, weights_TK.contiguous(), grad_pre_NP,
         grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *order, *tiles,
-        num_rows, width, STORE_ACT=need_act, BLOCK_N=block_n, **_constants(gate),
+        num_rows, width, **form_constants(form), STORE_ACT=need_act, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n,
     )  # fmt: skip
-    if not need_grad_weights:
-        return grad_pre_NP, weighted_act_NI, None
-    top_k = weights_TK.shape[1]
-    grad_weights_TK = launch_grad_weights(
-        partial_NC, grad_out_TH, order, tiles, BLOCK_ROWS, top_k=top_k, down_bias=down_bias
-    )
-    return grad_pre_NP, weighted_act_NI, grad_weights_TK
+    grad_weights_TK = None
+    if need_grad_weights:
+        top_k = weights_TK.shape[1]
+        grad_weights_TK = launch_grad_weights(
+            partial_NC, grad_out_TH, order, tiles, BLOCK_ROWS, top_k=top_k, down_bias=down_bias
+        )
+    return ActivationGradients(grad_pre_NP, weighted_act_NI, grad_weights_TK)

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, activation_kind, glu
+from ..layer_call import ExpertForm, LayerCall
+from .activation import activate, form_constants, glu
 from .routing import require_gpu
 from .tiles import Tile, tile_for
 from .weight_gradient import unit_stride_rows
@@ -133,37 +134,11 @@ def output_block(tile: Tile, transposed: bool, slots: int = 1) -> tuple[int, int
     return outputs, max(1, tile.block_n * tile.block_k // (slots * outputs))
 
 
-def launch_decode(
-    hidden_TH: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    *,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-) -> Tensor:
-    """Weighted sum of every token's experts [T, H] in the dtype of `hidden_TH`, for few tokens.
-
-    Args:
-        index_TK: Checked ids; E is the sentinel, whose slots compute nothing.
-        weights_TK: Routing weights of any float dtype.
-        up_weight: [E, P, H], or [E, H, P] if `transposed`; any strides.
-        down_weight: [E, H, I], or [E, I, H] if `transposed`; any strides.
-    """
-    require_gpu(hidden_TH)
-    act_NI = _launch_up(
-        hidden_TH, index_TK, up_weight, up_bias, gated=gated, transposed=transposed, INTERLEAVED=interleaved,
-        KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset,
-    )  # fmt: skip
-    return _launch_down(act_NI, index_TK, weights_TK, down_weight, down_bias, hidden_TH.dtype, transposed)
+def launch_decode(call: LayerCall) -> Tensor:
+    """Weighted sum of every token's experts [T, H], in the dtype of the hidden states. For few tokens, ids checked."""
+    require_gpu(call.hidden_TH)
+    act_NI = _launch_up(call.hidden_TH, call.index_TK, call.experts.up, call.experts.up_bias, call.form)
+    return _launch_down(act_NI, call)
 
 
 def _strides(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
@@ -172,55 +147,45 @@ def _strides(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
     return (expert, second, first) if transposed else (expert, first, second)
 
 
-def _launch_up(
-    hidden_TH: Tensor, index_TK: Tensor, up_weight: Tensor, up_bias: Tensor | None, *, gated, transposed, **gate
-) -> Tensor:
+def _launch_up(hidden_TH: Tensor, index_TK: Tensor, weight: Tensor, bias: Tensor | None, form: ExpertForm) -> Tensor:
     """Activations [N, I] by slot, float32; rows of sentinels are not written."""
-    (T, H), (E, *_), K = hidden_TH.shape, up_weight.shape, index_TK.shape[1]
-    P = up_weight.shape[2 if transposed else 1]
-    width = P // 2 if gated else P
+    (T, H), (E, *_), K = hidden_TH.shape, weight.shape, index_TK.shape[1]
+    P = weight.shape[2 if form.transposed else 1]
+    width = P // 2 if form.gated else P
     act_NI = torch.empty(T * K, width, dtype=torch.float32, device=hidden_TH.device)
     hidden_TH, index_TK = unit_stride_rows(hidden_TH), index_TK.contiguous()
 
     def run(tile: Tile) -> None:
-        columns, block_k = output_block(tile, transposed)
-        block_n = max(1, columns // 2) if gated else columns
+        columns, block_k = output_block(tile, form.transposed)
+        block_n = max(1, columns // 2) if form.gated else columns
         decode_up_kernel[(T * K * triton.cdiv(width, block_n),)](
-            hidden_TH, index_TK, up_weight, hidden_TH if up_bias is None else up_bias.contiguous(), act_NI,
-            T * K, E, H, width, hidden_TH.stride(0), *_strides(up_weight, transposed),
-            TOP_K=K, GATED=gated, HAS_BIAS=up_bias is not None, **gate,
+            hidden_TH, index_TK, weight, hidden_TH if bias is None else bias.contiguous(), act_NI,
+            T * K, E, H, width, hidden_TH.stride(0), *_strides(weight, form.transposed),
+            TOP_K=K, HAS_BIAS=bias is not None, **form_constants(form),
             BLOCK_N=block_n, BLOCK_K=block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
 
     if act_NI.numel():
-        run(tile_for("decode_up", T * K // E, P, H, up_weight.dtype, up_weight.device, launch=run))
+        run(tile_for("decode_up", T * K // E, P, H, weight.dtype, weight.device, launch=run))
     return act_NI
 
 
-def _launch_down(
-    act_NI: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    dtype: torch.dtype,
-    transposed: bool,
-) -> Tensor:
-    (T, K), width, E = index_TK.shape, act_NI.shape[1], down_weight.shape[0]
-    H = down_weight.shape[2 if transposed else 1]
-    slots = triton.next_power_of_2(K)
-    out_TH = torch.empty(T, H, dtype=dtype, device=act_NI.device)
-    index_TK, weights_TK = index_TK.contiguous(), weights_TK.contiguous()
+def _launch_down(act_NI: Tensor, call: LayerCall) -> Tensor:
+    (T, K), width, transposed = call.index_TK.shape, act_NI.shape[1], call.form.transposed
+    weight, bias = call.experts.down, call.experts.down_bias
+    E, H, slots = weight.shape[0], weight.shape[2 if transposed else 1], triton.next_power_of_2(K)
+    out_TH = torch.empty(T, H, dtype=call.hidden_TH.dtype, device=act_NI.device)
+    index_TK, weights_TK = call.index_TK.contiguous(), call.weights_TK.contiguous()
 
     def run(tile: Tile) -> None:
         block_n, block_k = output_block(tile, transposed, slots)
         decode_down_kernel[(T * triton.cdiv(H, block_n),)](
-            act_NI, index_TK, weights_TK, down_weight, act_NI if down_bias is None else down_bias.contiguous(), out_TH,
-            T, E, H, width, *_strides(down_weight, transposed),
-            TOP_K=K, SLOTS=slots, HAS_BIAS=down_bias is not None,
+            act_NI, index_TK, weights_TK, weight, act_NI if bias is None else bias.contiguous(), out_TH,
+            T, E, H, width, *_strides(weight, transposed),
+            TOP_K=K, SLOTS=slots, HAS_BIAS=bias is not None,
             BLOCK_N=block_n, BLOCK_K=block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
 
     if out_TH.numel():
-        run(tile_for("decode_down", T * K // E, H, width, down_weight.dtype, down_weight.device, launch=run))
+        run(tile_for("decode_down", T * K // E, H, width, weight.dtype, weight.device, launch=run))
     return out_TH

@@ -6,6 +6,8 @@ Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, A i
 low-rank addend, M row tiles.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +20,34 @@ from .weight_gradient import block_of, unit_stride_rows
 ROW_TILES_PER_GROUP = 8
 # columns of the low-rank factors that one dot takes
 LARGEST_RANK_BLOCK = 64
+
+
+class LowRankTerm(NamedTuple):
+    """`rows_NR @ weight[e]^T`, which is added to the product of the rows of every expert e.
+
+    Attributes:
+        rows_NR: In expert order, already scaled.
+        weight: [E, B, R], any strides.
+    """
+
+    rows_NR: Tensor
+    weight: Tensor
+
+
+def term_arguments(term: LowRankTerm | None, unused: Tensor) -> dict[str, Any]:
+    """Arguments of kernels that call `add_low_rank`; `unused` stands for the operands of a term that is absent."""
+    rows_NR, weight = (unused, unused) if term is None else (term.rows_NR.contiguous(), term.weight)
+    (stride_e, stride_b, stride_r), rank = weight.stride(), 0 if term is None else weight.shape[2]
+    return {
+        "low_NR": rows_NR,
+        "low_weight": weight,
+        "R": rank,
+        "stride_low_e": stride_e,
+        "stride_low_b": stride_b,
+        "stride_low_r": stride_r,
+        "HAS_LOW": term is not None,
+        "BLOCK_R": block_of(rank, LARGEST_RANK_BLOCK),
+    }
 
 
 @triton.jit
@@ -44,15 +74,14 @@ def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.cons
 
 @triton.jit
 def add_low_rank(
-    acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_e, stride_b, stride_r,
-    BLOCK_R: tl.constexpr,
+    acc, low_NR, low_weight, rows, row_ok, cols, col_ok, R, stride_b, stride_r, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """acc + low @ low_weight[expert]^T."""
+    """acc + low @ low_weight^T, with the weight of the rows' expert."""
     for rank in tl.range(0, R, BLOCK_R, num_stages=1):  # one step as a rule: nothing to prefetch
         ranks = rank + tl.arange(0, BLOCK_R)
         rank_ok = ranks < R
         low_at = low_NR + rows.to(tl.int64)[:, None] * R + ranks[None, :]
-        weight_at = low_weight + expert.to(tl.int64) * stride_e + cols.to(tl.int64)[None, :] * stride_b
+        weight_at = low_weight + cols.to(tl.int64)[None, :] * stride_b
         weight_at += ranks.to(tl.int64)[:, None] * stride_r
         low = tl.load(low_at, mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
         weight = tl.load(weight_at, mask=rank_ok[:, None] & col_ok[None, :], other=0.0)
@@ -60,11 +89,24 @@ def add_low_rank(
     return acc
 
 
+@triton.jit
+def add_terms(
+    acc, low, bias_B, rows, row_ok, cols, col_ok,
+    HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + low-rank term + bias of the rows' expert; low: (low_NR, low_weight, R, stride_b, stride_r)."""
+    if HAS_LOW:
+        acc = add_low_rank(acc, low[0], low[1], rows, row_ok, cols, col_ok, low[2], low[3], low[4], BLOCK_R)
+    if HAS_BIAS:
+        acc += tl.load(bias_B + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def grouped_linear_kernel(
-    rows_in, weight, bias_EB, row_weights_N, low_NR, low_weight, out_NB, order_N, expert_end_E, expert_M, row_M,
-    num_rows, num_tiles, A, B, R,
-    stride_rows, stride_weight_e, stride_weight_b, stride_weight_a, stride_low_e, stride_low_b, stride_low_r, scale,
+    rows_in, weight, bias_EB, row_weights_N, out_NB, order_N, expert_end_E, expert_M, row_M,
+    num_rows, num_tiles, A, B, scale, stride_rows, stride_weight_e, stride_weight_b, stride_weight_a,
+    low_NR, low_weight, R, stride_low_e, stride_low_b, stride_low_r,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW_WEIGHTS: tl.constexpr, HAS_LOW: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
@@ -103,14 +145,9 @@ def grouped_linear_kernel(
         weight_at += BLOCK_K * stride_weight_a
 
     acc *= scale
-    if HAS_LOW:
-        acc = add_low_rank(
-            acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_low_e, stride_low_b, stride_low_r,
-            BLOCK_R,
-        )  # fmt: skip
-    if HAS_BIAS:
-        bias_at = bias_EB + expert.to(tl.int64) * B + cols
-        acc += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
+    bias_at = bias_EB + expert.to(tl.int64) * B
+    acc = add_terms(acc, low, bias_at, rows, row_ok, cols, col_ok, HAS_LOW, HAS_BIAS, BLOCK_R)
     if HAS_ROW_WEIGHTS:
         acc *= tl.load(row_weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)[:, None]
     tl.store(out_at, acc.to(out_NB.dtype.element_ty), mask=out_ok)
@@ -127,11 +164,10 @@ def launch_grouped_linear(
     gather: bool = False,
     scatter: bool = False,
     row_weights_N: Tensor | None = None,
-    low: Tensor | None = None,
-    low_weight: Tensor | None = None,
+    term: LowRankTerm | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """`row_weight * (scale * row @ weight[e]^T + low @ low_weight[e]^T + bias[e])` for every row of every expert e.
+    """`row_weight * (scale * row @ weight[e]^T + term + bias[e])` for every row of every expert e.
 
     Args:
         rows: [N, A] in expert order, or [T, A] with `gather`: row r reads `rows[order.order_N[r] // top_k]`.
@@ -140,41 +176,30 @@ def launch_grouped_linear(
         bias: [E, B].
         scatter: Whether row r is written to place `order.order_N[r]` instead of r.
         row_weights_N: A factor per slot, such as the routing weights.
-        low: [N, R] in expert order, already scaled.
-        low_weight: [E, B, R], any strides.
 
     Returns:
         [N, B] in the dtype of `rows`, accumulated in float32 and rounded once; zeros for the rows of no expert.
     """
     require_gpu(rows)
-    rows = unit_stride_rows(rows)
-    num_rows = order.order_N.numel() if gather else rows.shape[0]
-    dims = (0, 2, 1) if transposed else (0, 1, 2)
-    weight_EBA = weight.permute(dims)
+    rows, num_rows = unit_stride_rows(rows), order.order_N.numel() if gather else rows.shape[0]
+    weight_EBA = weight.transpose(1, 2) if transposed else weight
     num_experts, B, A = weight_EBA.shape
     out_NB = rows.new_empty(num_rows, B)
-    if not out_NB.numel():
-        return out_NB
-    low, low_weight = (weight, weight_EBA) if low is None or low_weight is None else (low.contiguous(), low_weight)
-    has_low = low is not weight
-    rank = low.shape[1] if has_low else 0
 
     def run(tile: Tile) -> None:
         block_n, block_k = block_of(B, tile.block_n), block_of(A, tile.block_k)
         tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
         num_tiles = tiles.expert_M.numel()
         grouped_linear_kernel[(num_tiles * triton.cdiv(B, block_n),)](
-            rows, weight,
-            # an absent operand's pointer is never read
-            weight if bias is None else bias.contiguous(),
-            weight if row_weights_N is None else row_weights_N.contiguous(), low, low_weight, out_NB, order.order_N,
-            order.expert_end_E, tiles.expert_M, tiles.row_M, num_rows, num_tiles, A, B, rank, rows.stride(0),
-            *weight_EBA.stride(), *low_weight.stride(), scale, TOP_K=top_k, GATHER=gather, SCATTER=scatter,
-            HAS_BIAS=bias is not None, HAS_ROW_WEIGHTS=row_weights_N is not None, HAS_LOW=has_low,
-            EVEN_K=A % block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            BLOCK_R=block_of(rank, LARGEST_RANK_BLOCK), GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            rows, weight, weight if bias is None else bias.contiguous(),  # an absent operand's pointer is never read
+            weight if row_weights_N is None else row_weights_N.contiguous(), out_NB, *order, *tiles,
+            num_rows, num_tiles, A, B, scale, rows.stride(0), *weight_EBA.stride(), **term_arguments(term, weight),
+            TOP_K=top_k, GATHER=gather, SCATTER=scatter, HAS_BIAS=bias is not None,
+            HAS_ROW_WEIGHTS=row_weights_N is not None, EVEN_K=A % block_k == 0,
+            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=ROW_TILES_PER_GROUP,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    run(tile_for("grouped_linear", num_rows // num_experts, B, A, rows.dtype, rows.device, launch=run))
+    if out_NB.numel():
+        run(tile_for("grouped_linear", num_rows // num_experts, B, A, rows.dtype, rows.device, launch=run))
     return out_NB

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layer_call import LayerCall
+from ..layer_op import LayerOp, Wants, gradients_like
 from .between_products import (
     launch_activation,
     launch_activation_backward,
@@ -19,16 +21,7 @@ from .between_products import (
     launch_gather_rows,
     launch_row_of_slot,
 )
-from .dense_layer import BACKWARD, FORWARD, LayerWants, gradients_like, make_differentiable
-from .layer import (
-    Gate,
-    bias_gradient,
-    differentiates,
-    gpu_op,
-    nothing_kept,
-    require_one_dtype,
-    require_shapes,
-)
+from .layer import Kept, bias_gradient, gpu_op, kept_like, require_layer
 from .routing import RowOrder, sort_rows
 
 PRODUCT_BYTES = 16  # torch's grouped product takes rows of whole 16 bytes
@@ -55,24 +48,8 @@ def _require_whole_rows(**widths_of: Tensor) -> None:
             )
 
 
-def triton_hybrid_experts(
-    hidden_TH: Tensor,
-    index_TK: Tensor,
-    weights_TK: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    num_ids: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    offset: float,
-    gated: bool,
-    transposed: bool,
-    interleaved: bool,
-) -> Tensor:
-    """`triton_experts` with the products by `torch.nn.functional.grouped_mm`: same arguments, result and gradients.
+def triton_hybrid_experts(call: LayerCall) -> Tensor:
+    """Compute `triton_experts` with the products by `torch.nn.functional.grouped_mm`: same result and gradients.
 
     Worth it where that product is one kernel (SM90, SM100) and experts have many rows; elsewhere it is a loop.
 
@@ -81,71 +58,53 @@ def triton_hybrid_experts(
         IndexError: For an id out of range under the interpreter; on a GPU an asynchronous device assertion.
         RuntimeError: For CPU tensors, unless Triton's interpreter is on.
     """
-    gate = Gate(activation, alpha, limit, offset, gated, transposed, interleaved)
-    require_shapes(hidden_TH, index_TK, weights_TK, up_weight, down_weight, gate)
-    require_one_dtype(
-        hidden=hidden_TH, up_weight=up_weight, up_bias=up_bias, down_weight=down_weight, down_bias=down_bias
-    )
-    _require_whole_rows(up_weight=up_weight, down_weight=down_weight)
-    tensors = (hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias)
-    return torch.ops.hf_moe.triton_hybrid_experts(*tensors, num_ids, differentiates(*tensors), *gate)[0]
+    require_layer(call)
+    _require_whole_rows(up_weight=call.experts.up, down_weight=call.experts.down)
+    return _experts(call)
 
 
-@gpu_op("hf_moe::triton_hybrid_experts", FORWARD)
-def _experts(hidden_TH, index_TK, weights_TK, up_weight, up_bias, down_weight, down_bias, num_ids, keep, *gate):
-    """(out_TH, pre_NP, order_N, expert_end_E); all but the output are empty unless kept for backward."""
-    gate, top_k = Gate(*gate), index_TK.shape[1]
-    order = sort_rows(index_TK, up_weight.shape[0], num_ids)
-    if index_TK.numel():
-        rows_NH = launch_gather_rows(hidden_TH, order, top_k)
-        pre_NP = _product(rows_NH, up_weight, order, gate.transposed)
-        act_NI = launch_activation(pre_NP, order, gate, up_bias)
-        rows_NH = _product(act_NI, down_weight, order, gate.transposed)
-        options = {"weights_TK": weights_TK, "index_TK": index_TK, "bias": down_bias}
-        out_TH = launch_combine_rows(rows_NH, launch_row_of_slot(order), top_k, **options)
-    else:
-        out_TH, pre_NP = torch.zeros_like(hidden_TH), hidden_TH.new_empty(0, _pre_width(up_weight, gate))
-    if not keep:
-        pre_NP, order = nothing_kept(hidden_TH)
-    return out_TH, pre_NP, *order
+def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
+    hidden_TH, index_TK, weights_TK, experts, num_ids, form, _ = call
+    order = sort_rows(index_TK, call.num_experts, num_ids)
+    if not index_TK.numel():
+        return torch.zeros_like(hidden_TH), kept_like(call, keep)
+    rows_NH = launch_gather_rows(hidden_TH, order, call.top_k)
+    pre_NP = _product(rows_NH, experts.up, order, form.transposed)
+    act_NI = launch_activation(pre_NP, order, form, experts.up_bias)
+    rows_NH = _product(act_NI, experts.down, order, form.transposed)
+    options = {"weights_TK": weights_TK, "index_TK": index_TK, "bias": experts.down_bias}
+    out_TH = launch_combine_rows(rows_NH, launch_row_of_slot(order), call.top_k, **options)
+    return out_TH, Kept(pre_NP, *order) if keep else kept_like(call, keep)
 
 
-def _pre_width(up_weight: Tensor, gate: Gate) -> int:
-    return up_weight.shape[2 if gate.transposed else 1]
-
-
-@gpu_op("hf_moe::triton_hybrid_experts_backward", BACKWARD)
-def _experts_backward(
-    grad_out_TH, hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, order_N, expert_end_E, wants, *gate
-):
-    """The wanted gradients, in the order of `LayerWants`."""
-    gate, wants, order = Gate(*gate), LayerWants(*wants), RowOrder(order_N, expert_end_E)
-    top_k = weights_TK.shape[1]
-    if not pre_NP.shape[0]:
-        empty = gradients_like(hidden_TH, weights_TK, up_weight, down_weight, down_bias, pre_NP, wants)
-        return [gradient.zero_() for gradient in empty]
+def _backward(grad_out_TH: Tensor, call: LayerCall, kept: Kept, wants: Wants) -> list[Tensor]:
+    if not kept.pre_NP.shape[0]:
+        return [gradient.zero_() for gradient in gradients_like(call, wants)]
+    order, top_k, transposed = kept.order, call.top_k, call.form.transposed
     grad_rows_NH = launch_gather_rows(grad_out_TH, order, top_k)
-    grad_act_NI = _product(grad_rows_NH, down_weight, order, not gate.transposed)
     grad_pre_NP, weighted_act_NI, grad_weights_TK = launch_activation_backward(
-        grad_act_NI, pre_NP, grad_out_TH, order, weights_TK, gate, down_bias=down_bias,
-        need_act=wants.down_weight, need_grad_weights=wants.weights,
+        _product(grad_rows_NH, call.experts.down, order, not transposed), kept.pre_NP, grad_out_TH, order,
+        call.weights_TK, call.form, down_bias=call.experts.down_bias, need_act=wants.down_weight,
+        need_grad_weights=wants.weights,
     )  # fmt: skip
     gradients = []
     if wants.hidden:
-        rows_NH = _product(grad_pre_NP, up_weight, order, not gate.transposed)
+        rows_NH = _product(grad_pre_NP, call.experts.up, order, not transposed)
         gradients.append(launch_combine_rows(rows_NH, launch_row_of_slot(order), top_k))
     if grad_weights_TK is not None:
-        gradients.append(grad_weights_TK.to(weights_TK.dtype))
+        gradients.append(grad_weights_TK.to(call.weights_TK.dtype))
     if wants.up_weight:
-        rows_NH = launch_gather_rows(hidden_TH, order, top_k)
-        gradients.append(_outer_product(grad_pre_NP, rows_NH, order, gate.transposed))
+        rows_NH = launch_gather_rows(call.hidden_TH, order, top_k)
+        gradients.append(_outer_product(grad_pre_NP, rows_NH, order, transposed))
     if wants.up_bias:
         gradients.append(bias_gradient(grad_pre_NP, order, top_k))
     if weighted_act_NI is not None:
-        gradients.append(_outer_product(grad_rows_NH, weighted_act_NI, order, gate.transposed))
+        gradients.append(_outer_product(grad_rows_NH, weighted_act_NI, order, transposed))
     if wants.down_bias:
-        gradients.append(bias_gradient(grad_out_TH, order, top_k, weights_TK))
+        gradients.append(bias_gradient(grad_out_TH, order, top_k, call.weights_TK))
     return gradients
 
 
-make_differentiable(_experts, _experts_backward)
+_experts = LayerOp(
+    "hf_moe::triton_hybrid_experts", gpu_op, Kept, forward=_forward, backward=_backward, kept_like=kept_like
+)

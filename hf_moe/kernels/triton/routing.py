@@ -1,4 +1,4 @@
-"""Sort routed rows by expert and list the row tiles of every expert, on the device, without a host sync.
+"""Sort routed rows by expert and list the row tiles of every expert, on the device; the CPU waits for nothing.
 
 Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, S ids (E, or E + 1 with the sentinel) and
 one bucket for ids out of range, B blocks of slots, M row tiles.
@@ -45,7 +45,7 @@ def require_gpu(tensor: Tensor) -> None:
     """Raise RuntimeError for a CPU tensor unless Triton interprets its kernels."""
     if tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise RuntimeError(
-            "Triton kernels need tensors on a GPU, got device cpu. Use the CPU engine (hf_moe.kernels.cpu), or set "
+            "Triton kernels need tensors on a GPU, got device cpu. Use the CPU kernels (hf_moe.kernels.cpu), or set "
             "TRITON_INTERPRET=1 before triton is imported to interpret the kernels slowly for tests."
         )
 
@@ -131,7 +131,7 @@ def _require_ids(index_N: Tensor, num_ids: int, all_in_range: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def ids_in_range_kernel(index_N, all_in_range, num_rows, num_ids, BLOCK: tl.constexpr):
-    """Whether every id is in [0, num_ids), for few rows. Grid (1,)."""
+    """Store 1 if every id is in [0, num_ids), for few rows, else 0. Grid (1,)."""
     slots = tl.arange(0, BLOCK)
     ids = tl.load(index_N + slots, mask=slots < num_rows, other=0)
     wrong = tl.sum(((ids < 0) | (ids >= num_ids)).to(tl.int32), axis=0)

@@ -29,7 +29,7 @@ TABLES = {torch.bfloat16: "16-bit", torch.float16: "16-bit", torch.float32: "32-
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: `block_m` x `block_n` results in steps of `block_k`, by `num_warps` warps.
+    """The work of one program: `block_m` x `block_n` results in steps of `block_k`, by `num_warps` warps.
 
     Rows are M, output columns N and the reduced dimension K; of a weight gradient M and N are its two dimensions and K
     the rows. `num_stages` loads are in flight at once.
@@ -60,15 +60,9 @@ INTERPRETED = Tile(16, 32, 32, num_warps=4, num_stages=1)
 
 
 def tile_for(
-    kernel: str,
-    rows_per_expert: int,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
+    kernel: str, rows_per_expert: int, n: int, k: int, dtype: torch.dtype, device: torch.device, *,
     launch: Callable[[Tile], object] | None = None,
-) -> Tile:
+) -> Tile:  # fmt: skip
     """The tile of `kernel` for one shape.
 
     Args:

@@ -7,18 +7,18 @@ Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H h
 width (2I gated, I ungated), R rank of the low-rank addend, M row tiles.
 """
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, activation_kind, glu
+from ..layer_call import ExpertForm
+from .activation import activate, form_constants, glu
 from .grouped_linear import (
-    LARGEST_RANK_BLOCK,
     ROW_TILES_PER_GROUP,
-    add_low_rank,
+    LowRankTerm,
+    add_terms,
     rows_of_tile,
+    term_arguments,
     tile_of_program,
 )
 from .routing import RowOrder, require_gpu, tile_map
@@ -26,27 +26,11 @@ from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
 
 
-@triton.jit
-def _addends(
-    acc, bias_EP, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, P, R, stride_e, stride_p, stride_r,
-    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc with bias and low-rank addend of the columns `cols` of P."""
-    if HAS_LOW:
-        acc = add_low_rank(
-            acc, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, R, stride_e, stride_p, stride_r, BLOCK_R
-        )  # fmt: skip
-    if HAS_BIAS:
-        bias_at = bias_EP + expert.to(tl.int64) * P + cols
-        acc += tl.load(bias_at, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-    return acc
-
-
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def up_kernel(
-    hidden_TH, weight, bias_EP, low_NR, low_weight, act_NI, pre_NP, order_N, expert_end_E, expert_M, row_M,
-    num_rows, num_tiles, H, width, R,
-    stride_hidden, stride_weight_e, stride_weight_p, stride_weight_h, stride_low_e, stride_low_p, stride_low_r,
+    hidden_TH, weight, bias_EP, act_NI, pre_NP, order_N, expert_end_E, expert_M, row_M,
+    num_rows, num_tiles, H, width, stride_hidden, stride_weight_e, stride_weight_p, stride_weight_h,
+    low_NR, low_weight, R, stride_low_e, stride_low_b, stride_low_r,
     TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_PRE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, EVEN_K: tl.constexpr,
@@ -98,17 +82,13 @@ def up_kernel(
         hidden_at += BLOCK_K
         weight_at += BLOCK_K * stride_weight_h
 
-    first = _addends(
-        first, bias_EP, low_NR, low_weight, rows, row_ok, cols, col_ok, expert, P, R, stride_low_e, stride_low_p,
-        stride_low_r, HAS_BIAS, HAS_LOW, BLOCK_R,
-    )  # fmt: skip
+    low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
+    bias_at = bias_EP + expert.to(tl.int64) * P
+    first = add_terms(first, low, bias_at, rows, row_ok, cols, col_ok, HAS_LOW, HAS_BIAS, BLOCK_R)
     if STORE_PRE:
         tl.store(pre_at, first.to(pre_NP.dtype.element_ty), mask=pre_ok)
     if TWO:
-        second = _addends(
-            second, bias_EP, low_NR, low_weight, rows, row_ok, cols + width, col_ok, expert, P, R, stride_low_e,
-            stride_low_p, stride_low_r, HAS_BIAS, HAS_LOW, BLOCK_R,
-        )  # fmt: skip
+        second = add_terms(second, low, bias_at, rows, row_ok, cols + width, col_ok, HAS_LOW, HAS_BIAS, BLOCK_R)
         if STORE_PRE:
             tl.store(pre_at + width, second.to(pre_NP.dtype.element_ty), mask=pre_ok)
         act = glu(first, second, KIND, ALPHA, LIMIT, OFFSET)
@@ -122,63 +102,46 @@ def up_kernel(
 
 def launch_up(
     hidden_TH: Tensor,
-    up_weight: Tensor,
+    weight: Tensor,
     order: RowOrder,
+    form: ExpertForm,
     *,
     top_k: int,
-    activation: str,
-    alpha: float = 1.0,
-    limit: float = math.inf,
-    offset: float = 0.0,
-    gated: bool = True,
     bias: Tensor | None = None,
-    transposed: bool = False,
-    interleaved: bool = False,
     store_pre: bool = False,
-    low: Tensor | None = None,
-    low_weight: Tensor | None = None,
+    term: LowRankTerm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Activations of every routed row, in expert order.
 
     Args:
-        up_weight: [E, P, H], or [E, H, P] if `transposed`; any strides, the dtype of `hidden_TH`.
+        weight: [E, P, H], or [E, H, P] if transposed; any strides, the dtype of `hidden_TH`.
         bias: [E, P].
-        interleaved: Whether gate and up are the even and odd columns of P instead of its halves.
-        low: [N, R] in expert order, already scaled; `low @ low_weight[e]^T` is added before the activation.
-        low_weight: [E, P, R], any strides.
+        term: Added to the pre-activation; its weight is [E, P, R].
 
     Returns:
         act_NI and, with `store_pre`, pre_NP, both in the dtype of `hidden_TH`; zeros for the rows of no expert.
     """
     require_gpu(hidden_TH)
-    hidden_TH = unit_stride_rows(hidden_TH)
-    weight_EPH = up_weight.transpose(1, 2) if transposed else up_weight
+    hidden_TH, num_rows = unit_stride_rows(hidden_TH), order.order_N.numel()
+    weight_EPH = weight.transpose(1, 2) if form.transposed else weight
     num_experts, P, H = weight_EPH.shape
-    num_rows, width = order.order_N.numel(), P // 2 if gated else P
+    width = P // 2 if form.gated else P
     act_NI = hidden_TH.new_empty(num_rows, width)
     pre_NP = hidden_TH.new_empty(num_rows, P) if store_pre else None
-    if not act_NI.numel():
-        return act_NI, pre_NP
-    low, low_weight = (up_weight, weight_EPH) if low is None or low_weight is None else (low.contiguous(), low_weight)
-    has_low = low is not up_weight
-    rank = low.shape[1] if has_low else 0
 
     def run(tile: Tile) -> None:
         block_n, block_k = block_of(width, tile.block_n), block_of(H, tile.block_k)
         tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
         num_tiles = tiles.expert_M.numel()
         up_kernel[(num_tiles * triton.cdiv(width, block_n),)](
-            hidden_TH, up_weight,
-            # an absent operand's pointer is never used
-            up_weight if bias is None else bias.contiguous(), low, low_weight, act_NI,
-            act_NI if pre_NP is None else pre_NP, order.order_N, order.expert_end_E, tiles.expert_M, tiles.row_M,
-            num_rows, num_tiles, H, width, rank, hidden_TH.stride(0), *weight_EPH.stride(), *low_weight.stride(),
-            TOP_K=top_k, KIND=activation_kind(activation), ALPHA=alpha, LIMIT=limit, OFFSET=offset, GATED=gated,
-            INTERLEAVED=interleaved, STORE_PRE=store_pre, HAS_BIAS=bias is not None, HAS_LOW=has_low,
+            hidden_TH, weight, weight if bias is None else bias.contiguous(),  # an absent operand is never read
+            act_NI, act_NI if pre_NP is None else pre_NP, *order, *tiles,
+            num_rows, num_tiles, H, width, hidden_TH.stride(0), *weight_EPH.stride(), **term_arguments(term, weight),
+            TOP_K=top_k, **form_constants(form), STORE_PRE=store_pre, HAS_BIAS=bias is not None,
             EVEN_K=H % block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            BLOCK_R=block_of(rank, LARGEST_RANK_BLOCK), GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    run(tile_for("up", num_rows // num_experts, width, H, hidden_TH.dtype, hidden_TH.device, launch=run))
+    if act_NI.numel():
+        run(tile_for("up", num_rows // num_experts, width, H, hidden_TH.dtype, hidden_TH.device, launch=run))
     return act_NI, pre_NP

@@ -27,7 +27,7 @@ def expert_rows(expert_end, expert):
 
 @triton.jit
 def source_rows(order, rows, row_ok, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Where rows in expert order lie in a tensor by token (GATHER) or by row, int64."""
+    """Places of rows in expert order in a tensor by token (GATHER) or by row, int64."""
     if GATHER:
         return (tl.load(order + rows, mask=row_ok, other=0) // TOP_K).to(tl.int64)
     else:
@@ -36,23 +36,10 @@ def source_rows(order, rows, row_ok, TOP_K: tl.constexpr, GATHER: tl.constexpr):
 
 @triton.jit
 def weight_gradient_kernel(
-    left,
-    right,
-    out,
-    order,
-    expert_end,
-    A,
-    B,
-    stride_left,
-    stride_right,
-    scale,
-    TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
-    GATHER_RIGHT: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    left, right, out, order, expert_end, A, B, stride_left, stride_right, scale,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out[e] = scale * sum over the rows r of e of left[r]^T right[r]; grid (E * tiles of A * tiles of B,)."""
     pid = tl.program_id(0)
     blocks_b = tl.cdiv(B, BLOCK_B)
@@ -82,19 +69,9 @@ def weight_gradient_kernel(
 
 @triton.jit
 def bias_gradient_kernel(
-    rows_NB,
-    row_weights,
-    out,
-    order,
-    expert_end,
-    B,
-    stride_rows,
-    TOP_K: tl.constexpr,
-    GATHER: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    rows_NB, row_weights, out, order, expert_end, B, stride_rows,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out[e] = sum over the rows r of e of row_weights[order[r]] * rows[r]; grid (E * tiles of B,)."""
     pid = tl.program_id(0)
     blocks_b = tl.cdiv(B, BLOCK_B)
@@ -128,30 +105,18 @@ def block_of(size: int, largest: int) -> int:
 
 
 def launch_weight_gradient(
-    left: Tensor,
-    right: Tensor,
-    order: RowOrder,
-    num_experts: int,
-    *,
-    top_k: int,
-    gather_left: bool,
-    gather_right: bool,
-    out_dtype: torch.dtype,
-    scale: float = 1.0,
-) -> Tensor:
-    """Per expert, `scale` times the sum over its rows of `left_row^T right_row`, accumulated in float32.
+    left: Tensor, right: Tensor, order: RowOrder, *, top_k: int, gather_left: bool = False,
+    gather_right: bool = False, out_dtype: torch.dtype, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Sum `scale * left_row^T right_row` [E, A, B] over each expert's rows in float32; zeros for experts without rows.
 
     Args:
         left: [N, A] in expert order, or [T, A] with `gather_left`: row r reads `left[order.order_N[r] // top_k]`.
         right: [N, B] or [T, B], likewise. The dtype of `left`.
-        out_dtype: dtype of the result.
-
-    Returns:
-        [E, A, B], zeros for experts without rows.
     """
     if left.dtype != right.dtype:
         raise ValueError(f"left and right must have one dtype, got {left.dtype} and {right.dtype}; cast one.")
-    (A, B), num_rows = (left.shape[1], right.shape[1]), order.order_N.numel()
+    A, B, num_experts, num_rows = left.shape[1], right.shape[1], order.expert_end_E.numel(), order.order_N.numel()
     out = torch.empty(num_experts, A, B, dtype=out_dtype, device=left.device)
     if not num_rows:
         return out.zero_()
@@ -160,40 +125,20 @@ def launch_weight_gradient(
     def run(tile: Tile) -> None:
         block_a, block_b = block_of(A, tile.block_m), block_of(B, tile.block_n)
         weight_gradient_kernel[(num_experts * triton.cdiv(A, block_a) * triton.cdiv(B, block_b),)](
-            left,
-            right,
-            out,
-            order.order_N,
-            order.expert_end_E,
-            A,
-            B,
-            left.stride(0),
-            right.stride(0),
-            scale,
-            TOP_K=top_k,
-            GATHER_LEFT=gather_left,
-            GATHER_RIGHT=gather_right,
-            BLOCK_A=block_a,
-            BLOCK_B=block_b,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            left, right, out, *order, A, B, left.stride(0), right.stride(0), scale,
+            TOP_K=top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
+            BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
     run(tile_for("weight_gradient", num_rows // num_experts, B, A, left.dtype, left.device, launch=run))
     return out
 
 
 def launch_bias_gradient(
-    rows: Tensor,
-    order: RowOrder,
-    num_experts: int,
-    *,
-    top_k: int,
-    gather: bool,
-    out_dtype: torch.dtype,
+    rows: Tensor, order: RowOrder, *, top_k: int, gather: bool, out_dtype: torch.dtype,
     row_weights_N: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Per expert, the sum of its rows, accumulated in float32.
 
     Args:
@@ -204,25 +149,14 @@ def launch_bias_gradient(
     Returns:
         [E, B], zeros for experts without rows.
     """
-    B, num_rows = rows.shape[1], order.order_N.numel()
+    B, num_experts = rows.shape[1], order.expert_end_E.numel()
     out = torch.empty(num_experts, B, dtype=out_dtype, device=rows.device)
-    if not num_rows:
+    if not order.order_N.numel():
         return out.zero_()
-    rows = unit_stride_rows(rows)
-    block_b = min(128, max(MIN_DOT, triton.next_power_of_2(B)))
+    rows, block_b = unit_stride_rows(rows), block_of(B, 128)
     bias_gradient_kernel[(num_experts * triton.cdiv(B, block_b),)](
-        rows,
-        rows if row_weights_N is None else row_weights_N,  # not read without weights
-        out,
-        order.order_N,
-        order.expert_end_E,
-        B,
-        rows.stride(0),
-        TOP_K=top_k,
-        GATHER=gather,
-        HAS_WEIGHTS=row_weights_N is not None,
-        BLOCK_B=block_b,
-        BLOCK_K=16,
-        num_warps=4,
-    )
+        rows, rows if row_weights_N is None else row_weights_N,  # not read without weights
+        out, *order, B, rows.stride(0), TOP_K=top_k, GATHER=gather, HAS_WEIGHTS=row_weights_N is not None,
+        BLOCK_B=block_b, BLOCK_K=16, num_warps=4,
+    )  # fmt: skip
     return out

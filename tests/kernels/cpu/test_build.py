@@ -35,7 +35,7 @@ def place(monkeypatch, tmp_path):
 
 
 def forget():
-    for function in (build.why_not, build.load_kernels):
+    for function in (build.unavailable_reason, build.load_kernels):
         function.cache_clear()
 
 
@@ -61,14 +61,14 @@ def unwritable(folder: Path) -> str:
 
 def test_the_switch_turns_the_kernels_off(monkeypatch):
     monkeypatch.setenv("HF_MOE_CPU_KERNELS", "0")
-    assert build.why_not() == "HF_MOE_CPU_KERNELS=0 turns the CPU kernels off: unset it to have them."
+    assert build.unavailable_reason() == "HF_MOE_CPU_KERNELS=0 turns the CPU kernels off: unset it to have them."
     with pytest.raises(RuntimeError, match="cannot be built: HF_MOE_CPU_KERNELS=0"):
         build.load_kernels()
 
 
 def test_another_system_is_a_reason(monkeypatch):
     monkeypatch.setattr(build.sys, "platform", "win32")
-    assert "built on Linux only, not on win32" in build.why_not()
+    assert "built on Linux only, not on win32" in build.unavailable_reason()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_another_system_is_a_reason(monkeypatch):
 )
 def test_a_compiler_that_is_not_there_or_does_not_run_is_a_reason(monkeypatch, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
-    assert build.why_not().startswith(reason)
+    assert build.unavailable_reason().startswith(reason)
     with pytest.raises(RuntimeError, match="cannot be built: "):
         build.load_kernels()
 
@@ -91,7 +91,7 @@ def test_a_processor_that_is_not_known_is_a_reason(monkeypatch):
         raise PermissionError(13, "Permission denied", "/proc/cpuinfo")
 
     monkeypatch.setattr(cache, "_processor", unreadable)
-    assert "'/proc/cpuinfo'): use transformers' 'grouped_mm'" in build.why_not()
+    assert "'/proc/cpuinfo'): use transformers' 'grouped_mm'" in build.unavailable_reason()
 
 
 @NEEDS_COMPILER
@@ -153,7 +153,7 @@ def test_a_library_that_is_there_needs_neither_lock_nor_compiler(monkeypatch, pl
     caplog.clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     load()
-    assert build.why_not() is None
+    assert build.unavailable_reason() is None
     assert caplog.text == ""
 
 
@@ -175,7 +175,7 @@ def garbage_that_looks_whole(library: Path) -> None:
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("spoil", [cut, flip, garbage_that_looks_whole, lambda library: library.write_bytes(b"")])
-def test_a_spoilt_library_is_built_anew(place, spoil):
+def test_a_spoilt_library_is_built_again(place, spoil):
     library = build.build_library("native")
     size = library.stat().st_size
     spoil(library)

@@ -1,4 +1,4 @@
-"""The CPU engine against float64: every layout, activation and dtype over the named routings, with every gradient."""
+"""Experts on the CPU against float64: every layout, activation and dtype over named routings, with every gradient."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,10 +10,11 @@ from torch import Tensor
 
 import numerics
 from hf_moe import reference
-from hf_moe.kernels.cpu import cpu_experts, cpu_experts_lora, cpu_grouped_linear, why_not
+from hf_moe.kernels.cpu import cpu_experts, cpu_experts_lora, cpu_grouped_linear, unavailable_reason
+from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall, LowRank, LowRankPair, flatten
 from numerics import ROUTINGS
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
 NAMES = ("hidden", "weights", "up_weight", "up_bias", "down_weight", "down_bias")
 INFINITE = math.inf
@@ -21,7 +22,7 @@ INFINITE = math.inf
 
 @dataclass(frozen=True)
 class Layer:
-    """What distinguishes the native families; the defaults are most models'."""
+    """Settings that distinguish the native families; the defaults are most models'."""
 
     activation: str = "silu"
     alpha: float = 1.0
@@ -32,8 +33,10 @@ class Layer:
     interleaved: bool = False
     bias: bool = False
 
-    def settings(self) -> tuple:
-        return self.activation, self.alpha, self.limit, self.offset, self.gated, self.transposed, self.interleaved
+    @property
+    def form(self) -> ExpertForm:
+        settings = (self.activation, self.alpha, self.limit, self.offset)
+        return ExpertForm(*settings, self.gated, self.transposed, self.interleaved)
 
 
 LAYERS = {
@@ -100,8 +103,8 @@ def plain(arguments: dict[str, Tensor | None], index_TK: Tensor, layer: Layer) -
 
 
 def ours(arguments: dict[str, Tensor | None], index_TK: Tensor, layer: Layer) -> Tensor:
-    hidden, weights, up, up_bias, down, down_bias = (arguments[name] for name in NAMES)
-    return cpu_experts(hidden, index_TK, weights, up, up_bias, down, down_bias, len(up) + 1, *layer.settings())
+    hidden, weights, *experts = (arguments[name] for name in NAMES)
+    return cpu_experts(LayerCall(hidden, index_TK, weights, ExpertWeights(*experts), len(experts[0]) + 1, layer.form))
 
 
 def run(experts, arguments, index_TK, layer, dtype) -> dict[str, Tensor]:
@@ -221,17 +224,13 @@ def test_strides_and_alignment_of_weights_do_not_matter(transposed, dtype):
 
 @pytest.mark.parametrize("trained", [(), *[(name,) for name in NAMES]], ids=str)
 def test_only_wanted_gradients_are_computed(trained, monkeypatch):
-    from hf_moe.kernels.cpu import ops
-
     case, layer = ROUTINGS["balanced"](), Layer(bias=True)
     arguments = arguments_of(case, layer)
     full = run(ours, arguments, case.index, layer, torch.float32)
     leaves = {name: v.clone().requires_grad_(name in trained) for name, v in arguments.items()}
-    seen = []
-    original = torch.ops.hf_moe_cpu.experts_backward
-    monkeypatch.setattr(
-        ops.torch.ops.hf_moe_cpu, "experts_backward", lambda *args: seen.append(original(*args)) or seen[-1]
-    )
+    op, seen = torch.ops.hf_moe_cpu.experts_backward, []
+    original = op.default
+    monkeypatch.setattr(op, "default", lambda *args: seen.append(original(*args)) or seen[-1])
     out = ours(leaves, case.index, layer)
     assert out.requires_grad == bool(trained)
     if not trained:
@@ -280,7 +279,9 @@ def test_an_id_out_of_range_is_an_error(bad, num_ids):
     index = case.index.clone()
     index[5, 1] = bad
     with pytest.raises(IndexError, match=rf"expert id {bad} of token 5 is not in \[0, {num_ids}\)"):
-        cpu_experts(hidden, index, weights, up, None, down, None, num_ids, *Layer().settings())
+        cpu_experts(
+            LayerCall(hidden, index, weights, ExpertWeights(up, None, down, None), num_ids, ExpertForm("silu"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -312,21 +313,23 @@ def calls_of_every_operator(hidden: int, width: int, transposed: bool):
     def weights(out: int, inner: int):
         return torch.zeros((E, inner, out) if transposed else (E, out, inner))
 
-    layer = (torch.zeros(T, hidden), torch.zeros(T, K, dtype=torch.int64), torch.ones(T, K))
-    layer = (*layer, weights(2 * width, hidden), None, weights(hidden, width), None)
-    settings = (E, "silu", 1.0, math.inf, 0.0, True, transposed, False)
+    experts = ExpertWeights(weights(2 * width, hidden), None, weights(hidden, width), None)
+    up_factors = LowRank(torch.zeros(E, R, hidden), torch.zeros(E, 2 * width, R), 1.0)
+    factors = LowRankPair(up_factors, LowRank(torch.zeros(E, R, width), torch.zeros(E, hidden, R), 1.0))
+    routing = torch.zeros(T, K, dtype=torch.int64), torch.ones(T, K)
+    call = LayerCall(torch.zeros(T, hidden), *routing, experts, E, ExpertForm("silu", transposed=transposed))
+    adapted = call._replace(low_rank=factors)
     pre, low = torch.zeros(T * K, 2 * width), torch.zeros(T * K, R)
-    shapes = (E, R, hidden), (E, 2 * width, R), (E, R, width), (E, hidden, R)
-    factors = [torch.zeros(shape) for shape in shapes]
     grad, ends = torch.zeros(T, hidden), torch.tensor([1, 3], dtype=torch.int32)
     ops = torch.ops.hf_moe
-    dense_need, lora_need = [True, True, True, False, True, False], [True] * 6
-    yield lambda: cpu_experts(*layer, *settings)
-    yield lambda: ops.cpu_experts_backward(grad, pre, *layer, *settings, dense_need)
-    yield lambda: cpu_experts_lora(*layer, *settings, *factors, 1.0, 1.0)
-    yield lambda: ops.cpu_experts_lora_backward(grad, pre, low, low, *layer, *factors, *settings, 1.0, 1.0, lora_need)
-    yield lambda: cpu_grouped_linear(torch.zeros(T, width), layer[5], None, ends, transposed)
-    yield lambda: ops.cpu_grouped_linear_backward(grad, torch.zeros(T, width), layer[5], ends, transposed, [True] * 3)
+    dense_wants, lora_wants = [True, True, True, False, True, False], [True] * 6
+    yield lambda: cpu_experts(call)
+    yield lambda: ops.cpu_experts_backward(grad, pre, *flatten(call), dense_wants)
+    yield lambda: cpu_experts_lora(adapted)
+    yield lambda: ops.cpu_experts_lora_backward(grad, pre, low, low, *flatten(adapted), lora_wants)
+    rows = torch.zeros(T, width)
+    yield lambda: cpu_grouped_linear(rows, experts.down, None, ends, transposed)
+    yield lambda: ops.cpu_grouped_linear_backward(grad, rows, experts.down, ends, transposed, [True] * 3)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -1,4 +1,4 @@
-"""The CPU engine's experts under low-rank adapters against dense experts with weights W + scale * B @ A in float64."""
+"""Experts on the CPU under low-rank adapters against dense experts with weights W + scale * B @ A in float64."""
 
 import functools
 from dataclasses import replace
@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_cases
 import numerics
-from hf_moe.kernels.cpu import cpu_experts, cpu_experts_lora, why_not
-from hf_moe.kernels.cpu import low_rank as cpu_lora
-from kernel_cases import GATES, Layer, assert_right
+from hf_moe.kernels.cpu import cpu_experts, cpu_experts_lora, unavailable_reason
+from hf_moe.kernels.layer_call import flatten
+from kernel_cases import FORMS, Layer, assert_right
 from numerics import ROUTINGS
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
 SCALES = (0.5, 2.0)
 FACTORS = ("up_a", "up_b", "down_a", "down_b")
@@ -26,12 +26,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def sizes(layer: Layer) -> tuple[int, int, int, int]:
     """E, H, P, I."""
-    E, P, H = (layer.up_weight.transpose(1, 2) if layer.gate.transposed else layer.up_weight).shape
-    return E, H, P, layer.down_weight.shape[1 if layer.gate.transposed else 2]
+    E, P, H = (layer.up_weight.transpose(1, 2) if layer.form.transposed else layer.up_weight).shape
+    return E, H, P, layer.down_weight.shape[1 if layer.form.transposed else 2]
 
 
 def random_factors(layer: Layer, rank: int, down_rank: int | None = None) -> dict[str, Tensor]:
-    """float32, exact in 16 bits; the larger the rank, the smaller, so that gates do not saturate."""
+    """float32, exact in 16 bits; the larger the rank, the smaller, so that activations do not saturate."""
     (E, H, P, width), down_rank = sizes(layer), down_rank or rank
     shapes = ((E, rank, H), (E, P, rank), (E, down_rank, width), (E, H, down_rank))
     generator = torch.Generator().manual_seed(3)
@@ -58,7 +58,7 @@ def as_peft_keeps(factors: dict) -> dict:
 
 
 def ours(layer: Layer, factors: dict) -> Tensor:
-    return cpu_experts_lora(*layer.arguments(), *(factors.get(name) for name in FACTORS), *SCALES)
+    return cpu_experts_lora(layer.call(kernel_cases.low_rank_of(factors, SCALES)))
 
 
 def dense(layer: Layer, factors: dict, absolute: bool = False) -> Tensor:
@@ -67,7 +67,7 @@ def dense(layer: Layer, factors: dict, absolute: bool = False) -> Tensor:
     for name, scale in zip(("up", "down"), SCALES, strict=True):
         if f"{name}_a" in factors:
             addition = scale * factors[f"{name}_b"] @ factors[f"{name}_a"]
-            addition = addition.transpose(1, 2) if layer.gate.transposed else addition
+            addition = addition.transpose(1, 2) if layer.form.transposed else addition
             weights[f"{name}_weight"] = weights[f"{name}_weight"] + addition
     return kernel_cases.plain_layer(replace(layer, **weights), absolute)
 
@@ -103,8 +103,8 @@ def check(layer: Layer, dtype: torch.dtype, factors: dict[str, Tensor]) -> None:
             assert_right(value, baseline[name], exact[name], size[name], factor, name)
 
 
-def random_layer(tokens: int, experts: int, slots: int, hidden_size: int, width: int, gate: str = "silu") -> Layer:
-    case, spec = numerics._random_case(tokens, experts, slots, hidden_size, width), GATES[gate]
+def random_layer(tokens: int, experts: int, slots: int, hidden_size: int, width: int, form: str = "silu") -> Layer:
+    case, spec = numerics._random_case(tokens, experts, slots, hidden_size, width), FORMS[form]
     up = case.gate_up if spec.gated else case.gate_up[:, :width]
     up, down = (w.transpose(1, 2).contiguous() if spec.transposed else w for w in (up, case.down))
     return Layer(case.hidden, case.index, case.weights, up, None, down, None, spec)
@@ -114,9 +114,9 @@ def random_layer(tokens: int, experts: int, slots: int, hidden_size: int, width:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16])
-@pytest.mark.parametrize("gate", GATES)
-def test_equals_dense_weights_in_every_gate(gate, rank):
-    layer = kernel_cases.layer("odd_sizes", gate)
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_dense_weights_in_every_form(form, rank):
+    layer = kernel_cases.layer("odd_sizes", form)
     check(layer, torch.float32, random_factors(layer, rank))
 
 
@@ -129,13 +129,13 @@ def test_equals_dense_weights_in_every_routing(routing, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", [1, 3, 16, 40])
-@pytest.mark.parametrize("gate", ["silu", "gpt_oss", "relu2_ungated"])
-def test_as_good_as_plain_torch(gate, rank, dtype):
-    if gate == "gpt_oss" and dtype in (torch.bfloat16, torch.float16) and rank > 3:
+@pytest.mark.parametrize("form", ["silu", "gpt_oss", "relu2_ungated"])
+def test_as_good_as_plain_torch(form, rank, dtype):
+    if form == "gpt_oss" and dtype in (torch.bfloat16, torch.float16) and rank > 3:
         pytest.skip("rounded pre-activations cross the clamp, where the gradient jumps")
-    if gate == "relu2_ungated" and dtype == torch.bfloat16 and rank == 1:
+    if form == "relu2_ungated" and dtype == torch.bfloat16 and rank == 1:
         pytest.skip("a low-rank row of one value is rounded once, where plain torch's W + BA averages 16 roundings")
-    layer = kernel_cases.layer("balanced", gate)
+    layer = kernel_cases.layer("balanced", form)
     check(layer, dtype, random_factors(layer, rank))
 
 
@@ -150,10 +150,10 @@ def test_every_row_count(tokens, transposed, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("gate", ["silu", "gelu_tanh_interleaved", "silu_ungated_transposed"])
+@pytest.mark.parametrize("form", ["silu", "gelu_tanh_interleaved", "silu_ungated_transposed"])
 @pytest.mark.parametrize("shape", [(33, 31), (130, 70), (600, 40)], ids=str)
-def test_widths_that_fit_no_tile(shape, gate, dtype):
-    layer = random_layer(24, 3, 2, *shape, gate)
+def test_widths_that_fit_no_tile(shape, form, dtype):
+    layer = random_layer(24, 3, 2, *shape, form)
     check(layer, dtype, random_factors(layer, 16))
 
 
@@ -187,9 +187,9 @@ def test_strides_and_alignment_do_not_matter(dtype):
 
 
 @pytest.mark.parametrize("pair", ["up", "down"])
-@pytest.mark.parametrize("gate", ["silu", "gpt_oss"])
-def test_one_of_two_adapters(pair, gate):
-    layer = kernel_cases.layer("balanced", gate)
+@pytest.mark.parametrize("form", ["silu", "gpt_oss"])
+def test_one_of_two_adapters(pair, form):
+    layer = kernel_cases.layer("balanced", form)
     factors = random_factors(layer, 4)
     check(layer, torch.float32, {name: factor for name, factor in factors.items() if name.startswith(pair)})
 
@@ -197,7 +197,7 @@ def test_one_of_two_adapters(pair, gate):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_adapters_it_is_the_frozen_layer_bit_by_bit(dtype):
     layer = random_layer(33, 4, 2, 64, 48).to(dtype)
-    expected = results(lambda layer, _: cpu_experts(*layer.arguments()), layer, {})
+    expected = results(lambda layer, _: cpu_experts(layer.call()), layer, {})
     actual = results(ours, layer, {})
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -212,7 +212,7 @@ def test_zero_adapters_change_nothing():
     factors = random_factors(layer, 4)
     factors |= {name: torch.zeros_like(factors[name]) for name in ("up_b", "down_b")}
     with torch.no_grad():
-        assert torch.equal(ours(layer, factors), cpu_experts(*layer.arguments()))
+        assert torch.equal(ours(layer, factors), cpu_experts(layer.call()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,12 +237,9 @@ def test_only_the_wanted_gradient_is_computed(name, monkeypatch):
     wanted = every_gradient()[name]
     layer = kernel_cases.layer("balanced", "gpt_oss")
     factors = random_factors(layer, 4)
-    original, seen = torch.ops.hf_moe_cpu.experts_lora_backward, []
-    monkeypatch.setattr(
-        cpu_lora.torch.ops.hf_moe_cpu,
-        "experts_lora_backward",
-        lambda *args: seen.append(original(*args)) or seen[-1],
-    )
+    op, seen = torch.ops.hf_moe_cpu.experts_lora_backward, []
+    original = op.default
+    monkeypatch.setattr(op, "default", lambda *args: seen.append(original(*args)) or seen[-1])
     leaf = (factors | {"hidden": layer.hidden, "weights": layer.weights})[name].detach().requires_grad_()
     if name in FACTORS:
         ours(layer, factors | {name: leaf}).sum().backward()
@@ -352,16 +349,16 @@ def test_the_base_must_be_frozen(name):
 @pytest.mark.parametrize("missing", ["", "up", "down"])
 def test_opcheck(missing):
     layer = kernel_cases.layer("balanced", "gpt_oss")
-    arguments = layer.arguments()
-    factors = [None if missing and n.startswith(missing) else f for n, f in random_factors(layer, 3).items()]
-    leaves = [None if factor is None else factor.clone().requires_grad_() for factor in factors]
-    opcheck(torch.ops.hf_moe.cpu_experts_lora, (*arguments, *leaves, *SCALES, True))
-    opcheck(torch.ops.hf_moe.cpu_experts_lora, (*arguments, *factors, *SCALES, False))
-    out, *kept = torch.ops.hf_moe.cpu_experts_lora(*arguments, *factors, *SCALES, True)
-    need = [True, True, *(factor is not None for factor in factors)]
-    given = (torch.ones_like(out), *kept, *arguments[:7], *factors, *arguments[7:], *SCALES)
-    for wanted in (need, [False, False, *need[2:]], [True, False, False, False, False, False]):
-        opcheck(torch.ops.hf_moe.cpu_experts_lora_backward, (*given, wanted))
+    factors = {n: f for n, f in random_factors(layer, 3).items() if not missing or not n.startswith(missing)}
+    leaves = {name: factor.clone().requires_grad_() for name, factor in factors.items()}
+    call = flatten(layer.call(kernel_cases.low_rank_of(factors, SCALES)))
+    trained = flatten(layer.call(kernel_cases.low_rank_of(leaves, SCALES)))
+    opcheck(torch.ops.hf_moe.cpu_experts_lora, (*trained, True))
+    opcheck(torch.ops.hf_moe.cpu_experts_lora, (*call, False))
+    out, *kept = torch.ops.hf_moe.cpu_experts_lora(*call, True)
+    every = [True, True, *(name in factors for name in FACTORS)]
+    for wants in (every, [False, False, *every[2:]], [True, False, False, False, False, False]):
+        opcheck(torch.ops.hf_moe.cpu_experts_lora_backward, (torch.ones_like(out), *kept, *call, wants))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

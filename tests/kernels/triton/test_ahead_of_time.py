@@ -1,6 +1,6 @@
-"""The gate of benchmarks/ahead_of_time.py: passes what is shipped, refuses what spills, and no kernel escapes it.
+"""The checks of benchmarks/ahead_of_time.py: what is shipped passes, what spills does not, no kernel escapes.
 
-It runs in processes of its own: where the interpreter is on, nothing compiles. The whole gate is a stage of .ci/run.
+They run in processes of their own: where the interpreter is on, nothing compiles. All of them are a stage of .ci/run.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def gate(*arguments: str) -> subprocess.CompletedProcess:
+def check(*arguments: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "benchmarks/ahead_of_time.py", "--workers", "1", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
@@ -26,7 +26,7 @@ def gate(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_shipped_kernel_passes_and_its_needs_are_written(tmp_path):
     chosen = ("--chip", "sm_80", "--chip", "gfx942", "--kernel", "combine", "--kernel", "bias_gradient")
-    done = gate(*chosen, "--output", str(tmp_path / "out.json"))
+    done = check(*chosen, "--output", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert {row["chip"] for row in result["kernels"]} == {"sm_80", "gfx942"}
@@ -38,22 +38,22 @@ def test_a_shipped_kernel_passes_and_its_needs_are_written(tmp_path):
 @pytest.mark.slow
 def test_a_tile_that_spills_is_refused_with_its_name():
     """Two accumulators of 128 x 128 need more registers than an A100's threads have."""
-    done = gate("--chip", "sm_80", "--kernel", "up", "--features", "training", "--tile", "128,128,64,8,3")
+    done = check("--chip", "sm_80", "--kernel", "up", "--features", "training", "--tile", "128,128,64,8,3")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "sm_80 up (training, bfloat16) up_kernel 128x128x64, 8 warps, 3 stages" in done.stderr
     assert "must keep its values in registers" in done.stderr
-    assert "hf_moe/kernels/tiles/sm_80.json" in done.stderr
+    assert "hf_moe/kernels/triton/tiles/sm_80.json" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_tile_larger_than_shared_memory_is_refused():
-    done = gate("--chip", "sm_120", "--kernel", "up", "--features", "inference", "--tile", "64,128,64,8,5")
+    done = check("--chip", "sm_120", "--kernel", "up", "--features", "inference", "--tile", "64,128,64,8,5")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "may use 101376 bytes of shared memory" in done.stderr
 
 
 def test_every_kernel_is_launched_by_a_case():
-    done = gate("--coverage")
+    done = check("--coverage")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

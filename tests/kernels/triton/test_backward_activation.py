@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hf_moe.kernels.triton import backward_activation
 from hf_moe.kernels.triton.backward_activation import launch_backward_activation
+from hf_moe.kernels.triton.grouped_linear import LowRankTerm
 from hf_moe.kernels.triton.routing import TileMap, sort_rows
-from kernel_cases import DTYPES, GATES, Layer, absolute_layer, activate, assert_right, layer
+from kernel_cases import DTYPES, FORMS, Layer, absolute_layer, activate, assert_right, layer
 from numerics import ROUTINGS
 
 NAN = float("nan")
@@ -28,7 +29,7 @@ class Problem:
     pre_NP: Tensor
     grad_out_TH: Tensor
     low_NR: Tensor | None = None
-    low_weight: Tensor | None = None
+    low_weight: Tensor | None = None  # [E, R, I]
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Problem":
         layer = self.layer.to(dtype, device)
@@ -41,15 +42,15 @@ class Problem:
 
     @property
     def width(self) -> int:
-        return self.layer.down_weight.shape[1 if self.layer.gate.transposed else 2]
+        return self.layer.down_weight.shape[1 if self.layer.form.transposed else 2]
 
     def factor(self) -> float:
         chain = 2 * self.layer.hidden.shape[1] + self.width + 40
         return chain * torch.finfo(torch.float32).eps
 
 
-def problem(routing: str = "balanced", gate: str = "silu", rank: int = 0, **options) -> Problem:
-    case = layer(routing, gate, **options)
+def problem(routing: str = "balanced", form: str = "silu", rank: int = 0, **options) -> Problem:
+    case = layer(routing, form, **options)
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
@@ -57,7 +58,7 @@ def problem(routing: str = "balanced", gate: str = "silu", rank: int = 0, **opti
 
     num_rows, (tokens, hidden) = case.index.numel(), case.hidden.shape
     made = Problem(case, torch.empty(0), normal(tokens, hidden))
-    made.pre_NP = normal(num_rows, made.width * (2 if case.gate.gated else 1))
+    made.pre_NP = normal(num_rows, made.width * (2 if case.form.gated else 1))
     if rank:
         made.low_NR, made.low_weight = normal(num_rows, rank), normal(case.num_experts, rank, made.width) / 4
     if routing == "nan_token":
@@ -74,11 +75,11 @@ def plain(case: Problem, absolute: bool = False) -> dict[str, Tensor]:
     for expert in range(layer.num_experts):
         slots = torch.where(index_N == expert)[0]
         g, weight = case.grad_out_TH[slots // top_k], layer.down_weight[expert].detach()
-        grad_act = g @ (weight.T if layer.gate.transposed else weight)
+        grad_act = g @ (weight.T if layer.form.transposed else weight)
         if case.low_NR is not None:
             grad_act = grad_act + case.low_NR[slots] @ case.low_weight[expert]
         pre = case.pre_NP[slots].requires_grad_()
-        act = activate(pre, layer.gate, absolute)
+        act = activate(pre, layer.form, absolute)
         weights = layer.weights.detach().reshape(-1)[slots, None]
         grad_pre_NP[slots] = torch.autograd.grad(act, pre, weights * grad_act)[0]
         weighted_act_NI[slots] = weights * act.detach()
@@ -90,24 +91,23 @@ def plain(case: Problem, absolute: bool = False) -> dict[str, Tensor]:
 
 def launch(case: Problem, **options) -> dict[str, Tensor]:
     """The kernels' results by slot. Rows that no expert computes are given as NaN, nothing may read them."""
-    layer, top_k = case.layer, case.layer.index.shape[1]
+    layer = case.layer
     order = sort_rows(layer.index, layer.num_experts, layer.num_experts + 1)
     order_N, end = order.order_N.long(), int(order.expert_end_E[-1])
 
     def sorted_rows(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else rows[order_N].index_fill(0, torch.arange(end, len(rows)).to(rows.device), NAN)
 
+    rows_NR = sorted_rows(case.low_NR)
     results = launch_backward_activation(
         case.grad_out_TH,
         layer.down_weight,
         sorted_rows(case.pre_NP),
         order,
         layer.weights,
-        top_k=top_k,
+        layer.form,
         down_bias=layer.down_bias,
-        low=sorted_rows(case.low_NR),
-        low_weight=case.low_weight,
-        **layer.gate.options(),
+        term=None if rows_NR is None else LowRankTerm(rows_NR, case.low_weight.transpose(1, 2)),
         **options,
     )
     back = torch.empty_like(order_N)
@@ -133,14 +133,14 @@ def test_every_routing_matches_float64(routing, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", GATES)
-def test_every_gate_matches_float64(gate, dtype, device):
-    check(problem("sentinels", gate), dtype, device)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_matches_float64(form, dtype, device):
+    check(problem("sentinels", form), dtype, device)
 
 
-@pytest.mark.parametrize(("gate", "rank"), [("silu", 4), ("gpt_oss", 16), ("gelu_ungated", 20)])
-def test_low_rank_part(gate, rank, device):
-    check(problem("sentinels", gate, rank), torch.bfloat16, device)
+@pytest.mark.parametrize(("form", "rank"), [("silu", 4), ("gpt_oss", 16), ("gelu_ungated", 20)])
+def test_low_rank_part(form, rank, device):
+    check(problem("sentinels", form, rank), torch.bfloat16, device)
 
 
 def test_float32_routing_weights_with_16_bit_rows(device):
@@ -185,9 +185,9 @@ def test_sizes_that_blocks_divide(device):
     check(case, torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("gate", ["silu", "gpt_oss", "gelu_ungated"])
-def test_parts_of_the_epilogue_give_the_whole(gate, monkeypatch, device):
-    case = problem("sentinels", gate).to(torch.float32, device)
+@pytest.mark.parametrize("form", ["silu", "gpt_oss", "gelu_ungated"])
+def test_parts_of_the_epilogue_give_the_whole(form, monkeypatch, device):
+    case = problem("sentinels", form).to(torch.float32, device)
     whole = launch(case)
     monkeypatch.setattr(backward_activation, "EPILOGUE_COLUMNS", 8)
     parts = launch(case)
@@ -219,5 +219,5 @@ def test_real_size(dtype, device):
 
     index = torch.rand(tokens, E, generator=generator).argsort(-1)[:, :8]
     weights, down = normal(tokens, 8).softmax(-1), normal(E, H, width) / width**0.5
-    case = Layer(normal(tokens, H), index, weights, down.new_zeros(E, 1, 1), None, down, normal(E, H), GATES["silu"])
+    case = Layer(normal(tokens, H), index, weights, down.new_zeros(E, 1, 1), None, down, normal(E, H), FORMS["silu"])
     check(Problem(case, normal(tokens * 8, 2 * width), normal(tokens, H)), dtype, device)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 import kernel_cases
 from hf_moe.kernels.triton import between_products as glue
-from hf_moe.kernels.triton.layer import Gate
 from hf_moe.kernels.triton.routing import RowOrder, sort_rows
-from kernel_cases import DTYPES, GATES, Layer, assert_right
+from kernel_cases import DTYPES, FORMS, Layer, assert_right
 
 NAN = float("nan")
 EPS = torch.finfo(torch.float32).eps
@@ -25,10 +24,6 @@ def order_of(case: Layer) -> RowOrder:
 def poisoned(rows: Tensor, order: RowOrder) -> Tensor:
     """Rows past the last expert's end hold NaN, as a product leaves them unwritten."""
     return torch.cat([rows[: order.expert_end_E[-1]], torch.full_like(rows[order.expert_end_E[-1] :], NAN)])
-
-
-def gate_of(case: Layer) -> Gate:
-    return Gate(**case.gate.options(*Gate._fields))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,21 +73,21 @@ def test_combine_matches_float64(routing, weighted, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", GATES)
-def test_activation_matches_float64_and_keeps_the_biased_product(gate, dtype, device):
-    case = kernel_cases.layer("sentinels", gate).to(dtype, device)
+@pytest.mark.parametrize("form", FORMS)
+def test_activation_matches_float64_and_keeps_the_biased_product(form, dtype, device):
+    case = kernel_cases.layer("sentinels", form).to(dtype, device)
     order, end = order_of(case), int(order_of(case).expert_end_E[-1])
-    P = case.up_weight.shape[2 if case.gate.transposed else 1]
+    P = case.up_weight.shape[2 if case.form.transposed else 1]
     product_NP = torch.randn(case.index.numel(), P).to(device, dtype)
     pre_NP = poisoned(product_NP, order)
-    act_NI = glue.launch_activation(pre_NP, order, gate_of(case), case.up_bias)
+    act_NI = glue.launch_activation(pre_NP, order, case.form, case.up_bias)
     expert_N = case.index.reshape(-1)[order.order_N.long()][:end]
 
     def plain(to: torch.dtype, absolute: bool = False) -> tuple[Tensor, Tensor]:
         pre = product_NP[:end].to(to)
         bias = 0 if case.up_bias is None else case.up_bias[expert_N].to(to)
         pre = pre.abs() + abs(bias) if absolute else pre + bias
-        return pre, kernel_cases.activate(pre, case.gate, absolute)
+        return pre, kernel_cases.activate(pre, case.form, absolute)
 
     baseline, exact, sizes = plain(dtype), plain(torch.float64), plain(torch.float64, absolute=True)
     for i, actual in enumerate((pre_NP, act_NI)):

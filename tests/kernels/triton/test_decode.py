@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_moe.kernels.layer_call import ExpertForm
 from hf_moe.kernels.triton import decode as decode_module
 from hf_moe.kernels.triton.decode import launch_decode, output_block
 from hf_moe.kernels.triton.tiles import Tile
-from kernel_cases import DTYPES, GATES, Gate, Layer, absolute_layer, assert_right, layer, plain_layer, rounding
+from kernel_cases import DTYPES, FORMS, Layer, absolute_layer, assert_right, layer, plain_layer, rounding
 from numerics import ROUTINGS
 
 
 def decode(case: Layer) -> Tensor:
-    operands = (case.hidden, case.index, case.weights, case.up_weight, case.up_bias, case.down_weight, case.down_bias)
-    return launch_decode(*operands, **case.gate.options())
+    return launch_decode(case.call())
 
 
 def check(case: Layer, dtype: torch.dtype, device: torch.device) -> None:
@@ -35,22 +35,20 @@ def test_every_routing_matches_float64(routing, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", GATES)
-def test_every_gate_matches_float64(gate, dtype, device):
-    check(layer("sentinels", gate), dtype, device)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_matches_float64(form, dtype, device):
+    check(layer("sentinels", form), dtype, device)
 
 
-@pytest.mark.parametrize("gate", ["silu", "gpt_oss"])
-def test_odd_sizes_in_both_layouts(gate, device):
-    check(layer("odd_sizes", gate, bias=True), torch.float32, device)
+@pytest.mark.parametrize("form", ["silu", "gpt_oss"])
+def test_odd_sizes_in_both_layouts(form, device):
+    check(layer("odd_sizes", form, bias=True), torch.float32, device)
 
 
 def test_sentinels_read_no_weights(monkeypatch, interpreter):
     """Their activations, which nothing reads, stay unwritten: NaN here."""
     case, acts, launch = layer("sentinels"), [], decode_module._launch_up
-    monkeypatch.setattr(
-        decode_module, "_launch_up", lambda *args, **gate: acts.append(launch(*args, **gate)) or acts[0]
-    )
+    monkeypatch.setattr(decode_module, "_launch_up", lambda *args: acts.append(launch(*args)) or acts[0])
     assert not decode(case).isnan().any()
     assert torch.equal(acts[0].isnan().all(1), case.index.reshape(-1) == case.num_experts)
 
@@ -85,7 +83,7 @@ def test_blocks_are_as_large_as_the_tile_and_lie_as_the_weights_do(transposed, s
     assert slots * block[0] * block[1] == 16 * 256
 
 
-def random_layer(tokens: int, E: int, K: int, H: int, width: int, gate: Gate, device: torch.device) -> Layer:
+def random_layer(tokens: int, E: int, K: int, H: int, width: int, form: ExpertForm, device: torch.device) -> Layer:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -93,15 +91,15 @@ def random_layer(tokens: int, E: int, K: int, H: int, width: int, gate: Gate, de
 
     index = torch.rand(tokens, E, generator=generator, device=device).argsort(-1)[:, :K]
     up, down = normal(E, 2 * width, H) / H**0.5, normal(E, H, width) / width**0.5
-    if gate.transposed:
+    if form.transposed:
         up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
     biases = normal(E, 2 * width), normal(E, H)
-    return Layer(normal(tokens, H), index, normal(tokens, K).softmax(-1), up, biases[0], down, biases[1], gate)
+    return Layer(normal(tokens, H), index, normal(tokens, K).softmax(-1), up, biases[0], down, biases[1], form)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 @pytest.mark.parametrize("sizes", [(128, 8, 2048, 768), (32, 4, 2880, 2880)], ids=["qwen3_30b", "gpt_oss_20b"])
-@pytest.mark.parametrize("gate", ["silu", "gpt_oss"])
-def test_real_size(gate, sizes, tokens, device):
-    check(random_layer(tokens, *sizes, GATES[gate], device), torch.bfloat16, device)
+@pytest.mark.parametrize("form", ["silu", "gpt_oss"])
+def test_real_size(form, sizes, tokens, device):
+    check(random_layer(tokens, *sizes, FORMS[form], device), torch.bfloat16, device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_moe.kernels.triton import grouped_linear
-from hf_moe.kernels.triton.grouped_linear import launch_grouped_linear
+from hf_moe.kernels.triton.grouped_linear import LowRankTerm, launch_grouped_linear
 from hf_moe.kernels.triton.routing import RowOrder, sort_rows
 from hf_moe.kernels.triton.tiles import Tile
 from kernel_cases import DTYPES, amid_nan, assert_right
@@ -66,8 +66,8 @@ class Problem:
         o = self.options
         return launch_grouped_linear(
             self.rows.to(device), self.weight.to(device), order, top_k=self.K, transposed=o.transposed, bias=bias,
-            gather=o.gather, scatter=o.scatter, row_weights_N=row_weights_N, low=low, low_weight=low_weight,
-            scale=o.scale,
+            gather=o.gather, scatter=o.scatter, row_weights_N=row_weights_N, scale=o.scale,
+            term=None if low is None else LowRankTerm(low, low_weight),
         ).cpu()  # fmt: skip
 
     def plain(self, dtype: torch.dtype, absolute: bool = False) -> torch.Tensor:

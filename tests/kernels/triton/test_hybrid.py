@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 import kernel_cases
+from hf_moe.kernels.layer_call import flatten
 from hf_moe.kernels.triton import between_products as glue
 from hf_moe.kernels.triton import hybrid
 from hf_moe.kernels.triton.routing import TileMap
-from kernel_cases import DTYPES, GATES, Layer, assert_right
+from kernel_cases import DTYPES, FORMS, Layer, assert_right
 from numerics import ROUTINGS
 
-# each routing with one gate; every gate runs with sentinels besides
-PAIRS = sorted({*zip(ROUTINGS, 2 * list(GATES), strict=False), *(("sentinels", gate) for gate in GATES)})
+# each routing with one form; every form runs with sentinels besides
+PAIRS = sorted({*zip(ROUTINGS, 2 * list(FORMS), strict=False), *(("sentinels", form) for form in FORMS)})
 PAIRS.remove(next(pair for pair in PAIRS if pair[0] == "nan_token"))
 
 
@@ -33,7 +34,7 @@ def test_programs_may_run_in_any_order(monkeypatch, device):
 def run(case: Layer, cotangent: Tensor) -> dict[str, Tensor]:
     """Output and gradients of every tensor."""
     leaves = case.differentiable()
-    out = hybrid.triton_hybrid_experts(*leaves.arguments())
+    out = hybrid.triton_hybrid_experts(leaves.call())
     gradients = torch.autograd.grad(out, list(leaves.tensors().values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves.tensors(), gradients, strict=True))}
 
@@ -49,15 +50,15 @@ def check(case: Layer, dtype: torch.dtype, device: torch.device) -> None:
         assert_right(value.cpu(), baseline[name], exact[name], sizes[name], factor, name)
 
 
-@pytest.mark.parametrize(("routing", "gate"), PAIRS)
-def test_output_and_gradients_match_float64(routing, gate, device):
-    check(kernel_cases.layer(routing, gate), torch.float32, device)
+@pytest.mark.parametrize(("routing", "form"), PAIRS)
+def test_output_and_gradients_match_float64(routing, form, device):
+    check(kernel_cases.layer(routing, form), torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("gate", GATES)
-def test_output_and_gradients_are_as_good_as_plain_torch(gate, dtype, device):
-    check(kernel_cases.layer("last_expert_empty", gate), dtype, device)
+@pytest.mark.parametrize("form", FORMS)
+def test_output_and_gradients_are_as_good_as_plain_torch(form, dtype, device):
+    check(kernel_cases.layer("last_expert_empty", form), dtype, device)
 
 
 def test_nan_stays_in_its_token(device):
@@ -74,7 +75,7 @@ def test_only_the_wanted_gradient_is_computed(name, monkeypatch, device):
     products, outer = [], hybrid._outer_product
     monkeypatch.setattr(hybrid, "_outer_product", lambda *args: products.append(args) or outer(*args))
     leaf = getattr(case, name).detach().requires_grad_()
-    hybrid.triton_hybrid_experts(*replace(case, **{name: leaf}).arguments()).sum().backward()
+    hybrid.triton_hybrid_experts(replace(case, **{name: leaf}).call()).sum().backward()
     assert torch.equal(leaf.grad, wanted)
     assert len(products) == name.endswith("_weight")
 
@@ -85,8 +86,8 @@ def test_saved_are_the_arguments_the_order_and_the_pre_activation(device):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
-        hybrid.triton_hybrid_experts(*case.arguments())
-    arguments = {tensor.data_ptr() for tensor in case.tensors().values()}
+        hybrid.triton_hybrid_experts(case.call())
+    arguments = {tensor.data_ptr() for tensor in (case.index, *case.tensors().values())}
     new = {tuple(tensor.shape): tensor.dtype for tensor in saved if tensor.data_ptr() not in arguments}
     N, E, P = case.index.numel(), case.num_experts, case.up_weight.shape[2]
     assert new == {(N, P): torch.float32, (N,): torch.int32, (E,): torch.int32}
@@ -98,24 +99,18 @@ def test_same_bits_from_run_to_run(device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def op_arguments(case: Layer, keep: bool) -> tuple:
-    arguments = case.arguments()
-    return (*arguments[:8], keep, *arguments[8:])
-
-
 @pytest.mark.parametrize("keep", [True, False])
 def test_opcheck_of_the_forward(keep, device):
     case = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
     case = case.differentiable() if keep else case
-    torch.library.opcheck(torch.ops.hf_moe.triton_hybrid_experts, op_arguments(case, keep))
+    torch.library.opcheck(torch.ops.hf_moe.triton_hybrid_experts, (*flatten(case.call()), keep))
 
 
 def test_opcheck_of_the_backward(device):
     case = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
-    _, pre, *order = torch.ops.hf_moe.triton_hybrid_experts(*op_arguments(case, True))
-    saved = (case.hidden, case.weights, case.up_weight, case.down_weight, case.down_bias, pre, *order)
+    _, pre, *order = torch.ops.hf_moe.triton_hybrid_experts(*flatten(case.call()), True)
     for wants in ([True] * 6, [False, True, True, False, False, True]):
-        arguments = (torch.ones_like(case.hidden), *saved, wants, *case.arguments()[8:])
+        arguments = (torch.ones_like(case.hidden), pre, *order, *flatten(case.call()), wants)
         torch.library.opcheck(torch.ops.hf_moe.triton_hybrid_experts_backward, arguments)
 
 
@@ -123,7 +118,7 @@ def test_compiles_whole_with_the_same_results(device):
     case = kernel_cases.layer("balanced", "gpt_oss").to(torch.float32, device)
     eager, leaves = run(case, torch.ones_like(case.hidden)), case.differentiable()
     compiled = torch.compile(hybrid.triton_hybrid_experts, fullgraph=True, backend="aot_eager")
-    out = compiled(*leaves.arguments())
+    out = compiled(leaves.call())
     out.sum().backward()
     assert torch.equal(out, eager["out"])
     for name, tensor in leaves.tensors().items():
@@ -133,15 +128,15 @@ def test_compiles_whole_with_the_same_results(device):
 def test_rows_that_the_product_refuses_are_an_error_with_a_way_out(device):
     case = kernel_cases.layer("odd_sizes").to(torch.bfloat16, device)
     with pytest.raises(ValueError, match=r"multiples of 8 in torch.bfloat16, got up_weight of shape \(5, 24, 20\)"):
-        hybrid.triton_hybrid_experts(*case.arguments())
+        hybrid.triton_hybrid_experts(case.call())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate", ["silu", "gpt_oss"])
-def test_real_size(gate, device):
+@pytest.mark.parametrize("form", ["silu", "gpt_oss"])
+def test_real_size(form, device):
     """A layer of Mixtral's kind, narrow, an expert without rows and sentinels; every gradient."""
     generator = torch.Generator().manual_seed(0)
-    E, H, width, tokens, spec = 8, 1024, 1536, 2048, GATES[gate]
+    E, H, width, tokens, spec = 8, 1024, 1536, 2048, FORMS[form]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)

@@ -8,10 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_cases
+from hf_moe.kernels.layer_call import flatten
+from hf_moe.kernels.layer_op import AdapterWants
 from hf_moe.kernels.triton import layer as layer_steps
 from hf_moe.kernels.triton import low_rank as lora
 from hf_moe.kernels.triton.ops import triton_experts_lora
-from kernel_cases import DTYPES, GATES, Layer, assert_right
+from kernel_cases import DTYPES, FORMS, Layer, assert_right
 from numerics import ROUTINGS
 
 SCALES = (0.5, 2.0)
@@ -21,8 +23,8 @@ TRAINED = ("hidden", "weights", *FACTORS)
 
 def sizes(layer: Layer) -> tuple[int, int, int, int]:
     """E, H, P, I."""
-    E, P, H = (layer.up_weight.transpose(1, 2) if layer.gate.transposed else layer.up_weight).shape
-    return E, H, P, layer.down_weight.shape[1 if layer.gate.transposed else 2]
+    E, P, H = (layer.up_weight.transpose(1, 2) if layer.form.transposed else layer.up_weight).shape
+    return E, H, P, layer.down_weight.shape[1 if layer.form.transposed else 2]
 
 
 def random_factors(layer: Layer, rank: int, down_rank: int | None = None) -> dict[str, torch.Tensor]:
@@ -48,7 +50,7 @@ def results(function, layer: Layer, factors: dict, cotangent: torch.Tensor) -> d
 
 
 def ours(layer: Layer, factors: dict) -> torch.Tensor:
-    return triton_experts_lora(*layer.arguments(), *factors.values(), *SCALES)
+    return triton_experts_lora(layer.call(kernel_cases.low_rank_of(factors, SCALES)))
 
 
 def dense(layer: Layer, factors: dict, absolute: bool = False) -> torch.Tensor:
@@ -56,7 +58,7 @@ def dense(layer: Layer, factors: dict, absolute: bool = False) -> torch.Tensor:
     additions = [
         scale * factors[f"{name}_b"] @ factors[f"{name}_a"] for name, scale in zip(("up", "down"), SCALES, strict=True)
     ]
-    if layer.gate.transposed:
+    if layer.form.transposed:
         additions = [addition.transpose(1, 2) for addition in additions]
     merged = replace(layer, up_weight=layer.up_weight + additions[0], down_weight=layer.down_weight + additions[1])
     return kernel_cases.plain_layer(merged, absolute)
@@ -78,9 +80,9 @@ def check(layer: Layer, dtype: torch.dtype, device, rank: int, down_rank: int | 
         assert_right(value.cpu(), baseline[name], exact[name], size[name], factor, name)
 
 
-@pytest.mark.parametrize(("gate", "rank"), list(zip(GATES, (4, 8, 16, 24) * 2, strict=True)))
-def test_equals_dense_weights_in_every_gate(gate, rank, device):
-    check(kernel_cases.layer("odd_sizes", gate), torch.float32, device, rank)
+@pytest.mark.parametrize(("form", "rank"), list(zip(FORMS, (4, 8, 16, 24) * 2, strict=True)))
+def test_equals_dense_weights_in_every_form(form, rank, device):
+    check(kernel_cases.layer("odd_sizes", form), torch.float32, device, rank)
 
 
 @pytest.mark.parametrize("routing", sorted(set(ROUTINGS) - {"nan_token", "odd_sizes"}))
@@ -89,9 +91,9 @@ def test_equals_dense_weights_in_every_routing(routing, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize(("gate", "rank"), [("silu", 16), ("gpt_oss", 24), ("relu2_ungated", 8)])
-def test_as_good_as_plain_torch(gate, rank, dtype, device):
-    check(kernel_cases.layer("balanced", gate), dtype, device, rank)
+@pytest.mark.parametrize(("form", "rank"), [("silu", 16), ("gpt_oss", 24), ("relu2_ungated", 8)])
+def test_as_good_as_plain_torch(form, rank, dtype, device):
+    check(kernel_cases.layer("balanced", form), dtype, device, rank)
 
 
 def test_up_and_down_may_have_different_ranks(device):
@@ -113,8 +115,8 @@ def test_one_of_two_adapters(missing, device):
     assert all(torch.equal(value, wanted[name]) for name, value in out.items())
 
 
-def prepared(gate: str, device, rank: int = 4) -> tuple[Layer, dict]:
-    layer = kernel_cases.layer("balanced", gate).to(torch.float32, device)
+def prepared(form: str, device, rank: int = 4) -> tuple[Layer, dict]:
+    layer = kernel_cases.layer("balanced", form).to(torch.float32, device)
     return layer, cast(random_factors(layer, rank), torch.float32, device)
 
 
@@ -203,16 +205,11 @@ def test_no_tensor_of_the_weights_size_ever_exists(device):
     few = {name: getattr(layer, name)[:4] for name in ("hidden", "index", "weights")}
     layer = replace(layer, up_weight=up, down_weight=down, **few).to(torch.float32, device)
     factors = cast(random_factors(layer, rank), torch.float32, device)
-    arguments = layer.arguments()
+    call = layer.call(kernel_cases.low_rank_of(factors, SCALES))
     with LargestResult() as forward:
-        _, pre, low, *order = lora._experts_lora._init_fn(
-            *arguments[:7], *factors.values(), *SCALES, experts + 1, True, *arguments[8:]
-        )
-    saved = (layer.hidden, layer.weights, layer.up_weight, layer.down_weight, layer.down_bias, pre, low)
+        _, kept = lora._forward(call, True)
     with LargestResult() as backward:
-        gradients = lora._experts_lora_backward._init_fn(
-            torch.ones_like(layer.hidden), *saved, *factors.values(), *SCALES, *order, [True] * 6, *arguments[8:]
-        )
+        gradients = lora._backward(torch.ones_like(layer.hidden), call, kept, AdapterWants(*[True] * 6))
     assert len(gradients) == 6
     assert 0 < forward.elements < min(up.numel(), down.numel())
     assert 0 < backward.elements < min(up.numel(), down.numel())
@@ -220,7 +217,7 @@ def test_no_tensor_of_the_weights_size_ever_exists(device):
 
 def test_saved_bytes_are_the_pre_activation_and_the_low_rank_rows(device):
     layer, factors = prepared("silu", device)
-    given = {tensor.data_ptr() for tensor in (*layer.tensors().values(), *factors.values())}
+    given = {tensor.data_ptr() for tensor in (layer.index, *layer.tensors().values(), *factors.values())}
     saved = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -240,17 +237,14 @@ def test_saved_bytes_are_the_pre_activation_and_the_low_rank_rows(device):
 def test_opcheck(device):
     layer, factors = prepared("gpt_oss", device)
     layer = replace(layer, hidden=layer.hidden[:3], index=layer.index[:3], weights=layer.weights[:3])
-    arguments = layer.arguments()
-    leaves = [factor.requires_grad_() for factor in factors.values()]
-    forward = (*arguments[:7], *leaves, *SCALES, layer.num_experts + 1, True, *arguments[8:])
-    torch.library.opcheck(torch.ops.hf_moe.triton_experts_lora, forward)
-    factors = [factor.detach() for factor in leaves]
-    with torch.no_grad():
-        _, pre, low, *order = torch.ops.hf_moe.triton_experts_lora(*forward)
-    saved = (layer.hidden, layer.weights, layer.up_weight, layer.down_weight, layer.down_bias, pre, low)
-    backward = (torch.ones_like(layer.hidden), *saved, *factors, *SCALES, *order)
+    call = flatten(layer.call(kernel_cases.low_rank_of(factors, SCALES)))
+    leaves = {name: factor.clone().requires_grad_() for name, factor in factors.items()}
+    trained = flatten(layer.call(kernel_cases.low_rank_of(leaves, SCALES)))
+    torch.library.opcheck(torch.ops.hf_moe.triton_experts_lora, (*trained, True))
+    _, *kept = torch.ops.hf_moe.triton_experts_lora(*call, True)
     for wants in ([True] * 6, [False, False, True, False, True, False]):
-        torch.library.opcheck(torch.ops.hf_moe.triton_experts_lora_backward, (*backward, wants, *arguments[8:]))
+        arguments = (torch.ones_like(layer.hidden), *kept, *call, wants)
+        torch.library.opcheck(torch.ops.hf_moe.triton_experts_lora_backward, arguments)
 
 
 def test_compiles_whole_with_the_same_results(device):

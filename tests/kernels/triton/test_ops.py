@@ -7,22 +7,23 @@ import pytest
 import torch
 
 import kernel_cases
+from hf_moe.kernels.layer_call import flatten
 from hf_moe.kernels.triton import layer as layer_steps
 from hf_moe.kernels.triton import ops
 from hf_moe.kernels.triton.ops import triton_experts, triton_grouped_linear
 from hf_moe.kernels.triton.routing import require_gpu
-from kernel_cases import DTYPES, GATES, Layer, assert_right
+from kernel_cases import DTYPES, FORMS, Layer, assert_right
 from numerics import ROUTINGS
 
-# each routing with one gate; every gate runs on odd sizes and sentinels besides
-PAIRS = list(zip(ROUTINGS, 2 * list(GATES), strict=False))
-PAIRS += [("odd_sizes", gate) for gate in GATES] + [("sentinels", "gpt_oss"), ("sentinels", "relu2_ungated")]
+# each routing with one form; every form runs on odd sizes and sentinels besides
+PAIRS = list(zip(ROUTINGS, 2 * list(FORMS), strict=False))
+PAIRS += [("odd_sizes", form) for form in FORMS] + [("sentinels", "gpt_oss"), ("sentinels", "relu2_ungated")]
 
 
 def run(layer: Layer, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
     """Output and gradients of every tensor."""
     leaves = layer.differentiable()
-    out = triton_experts(*leaves.arguments())
+    out = triton_experts(leaves.call())
     gradients = torch.autograd.grad(out, list(leaves.tensors().values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves.tensors(), gradients, strict=True))}
 
@@ -38,15 +39,15 @@ def check(layer: Layer, dtype: torch.dtype, device):
         assert_right(value.cpu(), baseline[name], exact[name], sizes[name], factor, name)
 
 
-@pytest.mark.parametrize(("routing", "gate"), sorted(set(PAIRS) - {("nan_token", dict(PAIRS)["nan_token"])}))
-def test_output_and_gradients_match_float64(routing, gate, device):
-    check(kernel_cases.layer(routing, gate), torch.float32, device)
+@pytest.mark.parametrize(("routing", "form"), sorted(set(PAIRS) - {("nan_token", dict(PAIRS)["nan_token"])}))
+def test_output_and_gradients_match_float64(routing, form, device):
+    check(kernel_cases.layer(routing, form), torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("gate", GATES)
-def test_output_and_gradients_are_as_good_as_plain_torch(gate, dtype, device):
-    check(kernel_cases.layer("balanced", gate), dtype, device)
+@pytest.mark.parametrize("form", FORMS)
+def test_output_and_gradients_are_as_good_as_plain_torch(form, dtype, device):
+    check(kernel_cases.layer("balanced", form), dtype, device)
 
 
 def test_nan_stays_in_its_token(device):
@@ -65,9 +66,9 @@ def test_weights_of_routing_may_be_float32_under_16_bit_rows(device):
     assert torch.equal(results["out"], narrow["out"])
 
 
-@pytest.mark.parametrize("gate", ["silu", "gpt_oss"])
-def test_results_repeat_bit_by_bit(gate, device):
-    layer = kernel_cases.layer("sentinels", gate).to(torch.float32, device)
+@pytest.mark.parametrize("form", ["silu", "gpt_oss"])
+def test_results_repeat_bit_by_bit(form, device):
+    layer = kernel_cases.layer("sentinels", form).to(torch.float32, device)
     first, second = (run(layer, torch.ones_like(layer.hidden)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -100,7 +101,7 @@ def test_only_the_wanted_gradient_is_computed(name, monkeypatch, device):
     products = counted(monkeypatch, layer_steps, "launch_weight_gradient")
     sums = counted(monkeypatch, layer_steps, "launch_bias_gradient")
     leaf = getattr(layer, name).detach().requires_grad_()
-    triton_experts(*replace(layer, **{name: leaf}).arguments()).sum().backward()
+    triton_experts(replace(layer, **{name: leaf}).call()).sum().backward()
     assert torch.equal(leaf.grad, wanted)
     assert len(products) == name.endswith("_weight")
     assert len(sums) == name.endswith("_bias")
@@ -111,9 +112,9 @@ def test_inference_keeps_nothing(monkeypatch, device):
     layer = kernel_cases.layer("balanced", "silu").to(torch.float32, device)
     wanted = run(layer, torch.ones_like(layer.hidden))["out"]
     calls = counted(monkeypatch, ops, "launch_up")
-    assert torch.equal(triton_experts(*layer.arguments()), wanted)
+    assert torch.equal(triton_experts(layer.call()), wanted)
     with torch.no_grad():
-        assert torch.equal(triton_experts(*layer.differentiable().arguments()), wanted)
+        assert torch.equal(triton_experts(layer.differentiable().call()), wanted)
     assert [call["store_pre"] for call in calls] == [False, False]
 
 
@@ -122,11 +123,11 @@ def test_few_rows_without_gradients_take_the_decode_kernels(monkeypatch, device)
     calls = counted(monkeypatch, ops, "launch_decode")
     layer = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
     assert layer.index.numel() == 6 * layer.up_weight.shape[0]
-    out = triton_experts(*layer.arguments())
+    out = triton_experts(layer.call())
     assert len(calls) == 1
     torch.testing.assert_close(out, run(layer, torch.ones_like(layer.hidden))["out"])
     many = replace(layer, hidden=layer.hidden.repeat(4, 1), index=layer.index.repeat(4, 1))
-    triton_experts(*replace(many, weights=layer.weights.repeat(4, 1)).arguments())
+    triton_experts(replace(many, weights=layer.weights.repeat(4, 1)).call())
     assert len(calls) == 1
 
 
@@ -136,8 +137,8 @@ def test_saved_are_the_arguments_the_order_and_the_pre_activation(device):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
-        triton_experts(*layer.arguments())
-    arguments = {tensor.data_ptr() for tensor in layer.tensors().values()}
+        triton_experts(layer.call())
+    arguments = {tensor.data_ptr() for tensor in (layer.index, *layer.tensors().values())}
     new = [tensor for tensor in saved if tensor.data_ptr() not in arguments]
     (N, E), P = (layer.index.numel(), layer.num_experts), layer.up_weight.shape[2]
     assert sorted((tuple(tensor.shape), tensor.dtype) for tensor in new) == sorted(
@@ -153,31 +154,25 @@ def few_tokens(device) -> Layer:
     return replace(layer, hidden=layer.hidden[:3], index=layer.index[:3], weights=layer.weights[:3])
 
 
-def op_arguments(layer: Layer, keep: bool) -> tuple:
-    arguments = layer.arguments()
-    return (*arguments[:8], keep, *arguments[8:])
-
-
 @pytest.mark.parametrize("keep", [True, False])
 def test_opcheck_of_the_forward(keep, device):
     layer = few_tokens(device)
     layer = layer.differentiable() if keep else layer
-    torch.library.opcheck(torch.ops.hf_moe.triton_experts, op_arguments(layer, keep))
+    torch.library.opcheck(torch.ops.hf_moe.triton_experts, (*flatten(layer.call()), keep))
 
 
 def test_opcheck_of_the_backward(device):
     layer = few_tokens(device)
-    _, pre, *order = torch.ops.hf_moe.triton_experts(*op_arguments(layer, True))
-    saved = (layer.hidden, layer.weights, layer.up_weight, layer.down_weight, layer.down_bias, pre, *order)
+    _, pre, *order = torch.ops.hf_moe.triton_experts(*flatten(layer.call()), True)
     for wants in ([True] * 6, [True, False, False, True, True, False]):
-        arguments = (torch.ones_like(layer.hidden), *saved, wants, *layer.arguments()[8:])
+        arguments = (torch.ones_like(layer.hidden), pre, *order, *flatten(layer.call()), wants)
         torch.library.opcheck(torch.ops.hf_moe.triton_experts_backward, arguments)
 
 
 def test_gradient_of_an_op_that_kept_nothing_raises(device):
     layer = kernel_cases.layer("balanced", "silu").to(torch.float32, device).differentiable()
     with pytest.raises(RuntimeError, match="keeps nothing for backward with keep=False"):
-        torch.ops.hf_moe.triton_experts(*op_arguments(layer, False))
+        torch.ops.hf_moe.triton_experts(*flatten(layer.call()), False)[0].sum().backward()
 
 
 def test_compiles_whole_with_the_same_results(device):
@@ -185,19 +180,19 @@ def test_compiles_whole_with_the_same_results(device):
     eager = run(layer, torch.ones_like(layer.hidden))
     leaves = layer.differentiable()
     compiled = torch.compile(triton_experts, fullgraph=True, backend="aot_eager")
-    out = compiled(*leaves.arguments())
+    out = compiled(leaves.call())
     out.sum().backward()
     assert torch.equal(out, eager["out"])
     for name, tensor in leaves.tensors().items():
         assert torch.equal(tensor.grad, eager[name])
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*layer.arguments()), eager["out"])
+        torch.testing.assert_close(compiled(layer.call()), eager["out"])
 
 
 def test_gradients_through_a_checkpoint(device):
     layer = kernel_cases.layer("balanced", "silu").to(torch.float32, device)
     wanted, leaves = run(layer, torch.ones_like(layer.hidden)), layer.differentiable()
-    torch.utils.checkpoint.checkpoint(triton_experts, *leaves.arguments(), use_reentrant=False).sum().backward()
+    torch.utils.checkpoint.checkpoint(triton_experts, leaves.call(), use_reentrant=False).sum().backward()
     for name, tensor in leaves.tensors().items():
         assert torch.equal(tensor.grad, wanted[name])
 
@@ -207,35 +202,29 @@ def test_gradients_through_a_checkpoint(device):
 
 def test_errors_name_value_rule_and_way_out(interpreter):
     layer = kernel_cases.layer("sentinels", "silu")
-    arguments = list(layer.arguments())
+    call, (up, _, down, _) = layer.call(), layer.call().experts
     with pytest.raises(ValueError, match=r"one dtype, got hidden bfloat16, up_weight float32.*Cast"):
-        triton_experts(layer.hidden.bfloat16(), *arguments[1:])
+        triton_experts(call._replace(hidden_TH=layer.hidden.bfloat16()))
     with pytest.raises(ValueError, match=r"\(4, 48, 16\) and \(4, 16, 24\) do not fit hidden size 16, gated=False"):
-        triton_experts(*replace(layer, gate=replace(layer.gate, gated=False)).arguments())
+        triton_experts(call._replace(form=layer.form._replace(gated=False)))
     with pytest.raises(ValueError, match=r"index \[T, K\] and weights \[T, K\] are needed"):
-        triton_experts(layer.hidden, layer.index[:, :1], *arguments[2:])
+        triton_experts(call._replace(index_TK=layer.index[:, :1]))
     for keep in (True, False):
         with pytest.raises(IndexError, match=r"expert ids must be in \[0, 4\), got 4"):
-            triton_experts(layer.hidden.clone().requires_grad_(keep), *arguments[1:7], 4, *arguments[8:])
+            triton_experts(call._replace(hidden_TH=layer.hidden.clone().requires_grad_(keep), num_ids=4))
     with pytest.raises(ValueError, match=r"activation must be one of silu.*got 'mish'"):
-        triton_experts(*arguments[:8], "mish", *arguments[9:])
+        triton_experts(call._replace(form=layer.form._replace(activation="mish")))
+    experts = call.experts._replace(up=up[..., :0], down=down[:, :0])
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0: give the layer one"):
-        triton_experts(
-            layer.hidden[:, :0],
-            *arguments[1:3],
-            layer.up_weight[..., :0],
-            None,
-            layer.down_weight[:, :0],
-            *arguments[6:],
-        )
+        triton_experts(call._replace(hidden_TH=layer.hidden[:, :0], experts=experts))
     with pytest.raises(ValueError, match="expert_width must be at least 1, got 0"):
-        triton_experts(*arguments[:3], layer.up_weight[:, :0], None, layer.down_weight[..., :0], *arguments[6:])
+        triton_experts(call._replace(experts=call.experts._replace(up=up[:, :0], down=down[..., :0])))
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     with pytest.raises(RuntimeError, match="need tensors on a GPU"):
-        triton_experts(*kernel_cases.layer("balanced", "silu").arguments())
+        triton_experts(kernel_cases.layer("balanced", "silu").call())
     with pytest.raises(RuntimeError, match="need tensors on a GPU"):
         require_gpu(torch.zeros(1))
 

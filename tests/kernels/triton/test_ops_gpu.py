@@ -6,17 +6,22 @@ Shape suffixes: T tokens, K slots per token, E experts, H hidden, I expert width
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import kernel_cases
+from hf_moe.kernels.layer_call import ExpertForm, LowRank, LowRankPair
 from hf_moe.kernels.triton.ops import triton_experts, triton_experts_lora, triton_grouped_linear
-from kernel_cases import Gate, Layer, assert_right
+from kernel_cases import Layer, assert_right
 from numerics import assert_as_good_as
 
 pytestmark = pytest.mark.gpu
+
+
+SWIGLU = ExpertForm("silu")
+GPT_OSS = ExpertForm("silu", 1.702, 7.0, 1.0, transposed=True, interleaved=True)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Model:
     width: int
     num_experts: int
     slots: int
-    gate: Gate = field(default_factory=Gate)
+    form: ExpertForm = SWIGLU
     bias: bool = False
 
 
@@ -34,21 +39,21 @@ MODELS = {
     "olmoe_1b_7b": Model(2048, 1024, 64, 8),
     "mixtral_8x7b": Model(4096, 14336, 8, 2),
     "deepseek_v3_eighth": Model(7168, 2048, 32, 8),  # an eighth of its experts: the float64 gradients must fit
-    "gpt_oss_20b": Model(2880, 2880, 32, 4, Gate("silu", 1.702, 7.0, 1.0, transposed=True, interleaved=True), True),
-    "ragged": Model(1000, 360, 24, 3, Gate("gelu_tanh", interleaved=True), True),
+    "gpt_oss_20b": Model(2880, 2880, 32, 4, GPT_OSS, bias=True),
+    "ragged": Model(1000, 360, 24, 3, ExpertForm("gelu_tanh", interleaved=True), True),
 }
 
 
 def layer_of(model: Model, tokens: int, dtype: torch.dtype, seed: int = 0) -> Layer:
     """Random layer on the GPU; ids are skewed, so that experts have very different numbers of rows."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    E, H, width, gate = model.num_experts, model.hidden_size, model.width, model.gate
-    P = 2 * width if gate.gated else width
+    E, H, width, form = model.num_experts, model.hidden_size, model.width, model.form
+    P = 2 * width if form.gated else width
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda", dtype=dtype) * scale
 
-    up_shape, down_shape = ((E, H, P), (E, width, H)) if gate.transposed else ((E, P, H), (E, H, width))
+    up_shape, down_shape = ((E, H, P), (E, width, H)) if form.transposed else ((E, P, H), (E, H, width))
     skew = torch.linspace(0, 3, E, device="cuda")
     scores = torch.rand(tokens, E, generator=generator, device="cuda") + skew * (seed % 2)
     weights, index = scores.topk(model.slots, dim=-1)
@@ -60,13 +65,13 @@ def layer_of(model: Model, tokens: int, dtype: torch.dtype, seed: int = 0) -> La
         normal(E, P) if model.bias else None,
         normal(*down_shape, scale=1 / math.sqrt(width)),
         normal(E, H) if model.bias else None,
-        gate,
+        form,
     )
 
 
 def results(layer: Layer, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
     leaves = layer.differentiable()
-    out = triton_experts(*leaves.arguments())
+    out = triton_experts(leaves.call())
     gradients = torch.autograd.grad(out, list(leaves.tensors().values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves.tensors(), gradients, strict=True))}
 
@@ -105,7 +110,7 @@ def test_float32_within_its_rounding_bound(model):
 def test_inference_is_as_good_as_plain_torch(model, tokens):
     """Few rows take the decode kernels, more the sorted ones."""
     layer = layer_of(MODELS[model], tokens, torch.bfloat16)
-    out = triton_experts(*layer.arguments())
+    out = triton_experts(layer.call())
     exact = kernel_cases.plain_layer(layer.to(torch.float64, "cuda"))
     assert_as_good_as(out, kernel_cases.plain_layer(layer), exact)
 
@@ -114,12 +119,12 @@ def test_nothing_waits_for_the_gpu():
     layer = layer_of(MODELS["qwen3_30b_a3b"], 512, torch.bfloat16)
     few = layer_of(MODELS["qwen3_30b_a3b"], 4, torch.bfloat16)
     results(layer, layer.hidden)  # compiles
-    triton_experts(*few.arguments())
+    triton_experts(few.call())
     torch.cuda.set_sync_debug_mode("error")
     try:
         results(layer, layer.hidden)
-        triton_experts(*layer.arguments())
-        triton_experts(*few.arguments())
+        triton_experts(layer.call())
+        triton_experts(few.call())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -128,14 +133,14 @@ def test_nothing_waits_for_the_gpu():
 def test_inference_in_a_cuda_graph_follows_new_inputs(tokens):
     model = MODELS["qwen3_30b_a3b"]
     layer, other = layer_of(model, tokens, torch.bfloat16, seed=0), layer_of(model, tokens, torch.bfloat16, seed=1)
-    triton_experts(*layer.arguments())  # compiles
+    triton_experts(layer.call())  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = triton_experts(*layer.arguments())
+        out = triton_experts(layer.call())
     for name in ("hidden", "index", "weights"):
         getattr(layer, name).copy_(getattr(other, name))
     graph.replay()
-    assert torch.equal(out, triton_experts(*layer.arguments()))
+    assert torch.equal(out, triton_experts(layer.call()))
 
 
 def test_training_in_a_cuda_graph_follows_new_inputs():
@@ -213,7 +218,7 @@ def test_tensors_of_another_device_than_the_current_one():
 
 def random_factors(layer: Layer, model: Model, rank: int) -> list[torch.Tensor]:
     E, H, width = model.num_experts, model.hidden_size, model.width
-    P = 2 * width if model.gate.gated else width
+    P = 2 * width if model.form.gated else width
     shapes = ((E, rank, H), (E, P, rank), (E, rank, width), (E, H, rank))
     like = {"device": "cuda", "dtype": layer.hidden.dtype}
     return [torch.randn(shape, **like) / math.sqrt(max(shape)) for shape in shapes]
@@ -222,7 +227,7 @@ def random_factors(layer: Layer, model: Model, rank: int) -> list[torch.Tensor]:
 def merged(layer: Layer, factors: list[torch.Tensor], scale: float) -> Layer:
     up_a, up_b, down_a, down_b = factors
     additions = [scale * up_b @ up_a, scale * down_b @ down_a]
-    if layer.gate.transposed:
+    if layer.form.transposed:
         additions = [addition.transpose(1, 2) for addition in additions]
     return replace(layer, up_weight=layer.up_weight + additions[0], down_weight=layer.down_weight + additions[1])
 
@@ -234,7 +239,8 @@ def lora_results(function, layer: Layer, factors: list, cotangent: torch.Tensor)
 
 
 def adapted(layer: Layer, factors: list[torch.Tensor]) -> torch.Tensor:
-    return triton_experts_lora(*layer.arguments(), *factors, 2.0, 2.0)
+    up_a, up_b, down_a, down_b = factors
+    return triton_experts_lora(layer.call(LowRankPair(LowRank(up_a, up_b, 2.0), LowRank(down_a, down_b, 2.0))))
 
 
 @pytest.mark.parametrize("rank", [8, 16, 24, 64])

@@ -1,4 +1,4 @@
-"""Tile tables: what is shipped is well formed and near, what is unknown or malformed is said, search is asked for."""
+"""Tile tables: what is shipped is well formed and near, what is unknown or malformed is named, search is asked for."""
 
 import json
 import logging

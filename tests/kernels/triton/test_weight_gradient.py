@@ -61,7 +61,6 @@ class Problem:
             left,
             right,
             self.order,
-            self.num_experts,
             top_k=self.top_k,
             gather_left=self.gather[0],
             gather_right=self.gather[1],
@@ -149,7 +148,7 @@ def test_bias_gradient_matches_float64(routing, weighted, dtype, device):
     index_TK, num_experts = problem.index_TK, problem.num_experts
     weights_N = ROUTINGS[routing]().weights.to(device, dtype).reshape(-1) if weighted else None
     options = {"top_k": problem.top_k, "gather": True, "out_dtype": dtype, "row_weights_N": weights_N}
-    actual = launch_bias_gradient(problem.right, problem.order, num_experts, **options)
+    actual = launch_bias_gradient(problem.right, problem.order, **options)
 
     def plain(to: torch.dtype, absolute: bool = False) -> Tensor:
         rows_NB = by_slot(problem.right.to(to), problem.top_k, gather=True)
@@ -164,7 +163,7 @@ def test_bias_gradient_of_rows_in_expert_order(device):
     problem = Problem("sentinels", torch.float32, device)
     rows_NA = in_expert_order(problem.left, problem.order)
     options = {"top_k": problem.top_k, "gather": False, "out_dtype": torch.float32}
-    actual = launch_bias_gradient(rows_NA, problem.order, problem.num_experts, **options)
+    actual = launch_bias_gradient(rows_NA, problem.order, **options)
     exact = bias_sums(problem.left.double(), None, problem.index_TK, problem.num_experts)
     size = bias_sums(problem.left.double().abs(), None, problem.index_TK, problem.num_experts)
     assert_right(actual, actual, exact, size, 30 * torch.finfo(torch.float32).eps)

@@ -1,13 +1,12 @@
-"""How every kernel is launched: the combinations of features of each kernel of the tile tables, and of the others.
+"""Launches of every kernel: the combinations of features of each kernel of the tile tables, and of the others.
 
 Shapes are those of a tile table's entry, so that the launcher asks for that entry's tile. A new kernel needs a case
-here: the gate fails with the names of those that no case launches.
+here: the check fails with the names of those that no case launches.
 
 Shape suffixes: T tokens, K slots per token, N = T*K routed rows, E experts, H hidden, P pre-activation width, A and B
 widths of a product, R LoRA rank.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall
 from hf_moe.kernels.triton.backward_activation import launch_backward_activation
 from hf_moe.kernels.triton.between_products import (
     launch_activation,
@@ -25,15 +25,17 @@ from hf_moe.kernels.triton.between_products import (
 )
 from hf_moe.kernels.triton.combine import launch_sum_k
 from hf_moe.kernels.triton.decode import launch_decode
-from hf_moe.kernels.triton.grouped_linear import launch_grouped_linear
-from hf_moe.kernels.triton.layer import Gate
+from hf_moe.kernels.triton.grouped_linear import LowRankTerm, launch_grouped_linear
 from hf_moe.kernels.triton.routing import RowOrder, require_ids, sort_rows
 from hf_moe.kernels.triton.up import launch_up
 from hf_moe.kernels.triton.weight_gradient import launch_bias_gradient, launch_weight_gradient
 
 E, K, R = 64, 8, 16
-PLAIN = {"activation": "silu", "alpha": 1.0, "limit": math.inf, "offset": 0.0}
-GPT_OSS = {"activation": "silu", "alpha": 1.702, "limit": 7.0, "offset": 1.0}
+SWIGLU = ExpertForm("silu")
+TRANSPOSED = ExpertForm("silu", transposed=True)
+GPT_OSS = ExpertForm("silu", alpha=1.702, limit=7.0, offset=1.0, transposed=True, interleaved=True)
+GELU = ExpertForm("gelu")
+RELU2 = ExpertForm("relu2", gated=False)
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,29 @@ class Case:
     every_tile: bool = False
 
 
-def up(shape: Shape, *, gated: bool = True, bias: bool = False, low: bool = False, **options: Any) -> None:
+def pre_width(width: int, form: ExpertForm) -> int:
+    return 2 * width if form.gated else width
+
+
+def up(
+    shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, low: bool = False, store_pre: bool = False
+) -> None:
     width, H = shape.n, shape.k
-    P = 2 * width if gated else width
-    weight = shape.tensor(E, H, P) if options.get("transposed") else shape.tensor(E, P, H)
+    P = pre_width(width, form)
     launch_up(
         shape.tensor(shape.num_tokens, H),
-        weight,
+        shape.tensor(E, H, P) if form.transposed else shape.tensor(E, P, H),
         shape.order(),
+        form,
         top_k=K,
-        gated=gated,
         bias=shape.tensor(E, P) if bias else None,
-        low=shape.tensor(shape.num_rows, R) if low else None,
-        low_weight=shape.tensor(E, P, R) if low else None,
-        **PLAIN | options,
+        store_pre=store_pre,
+        term=low_rank_term(shape, P) if low else None,
     )
+
+
+def low_rank_term(shape: Shape, columns: int) -> LowRankTerm:
+    return LowRankTerm(shape.tensor(shape.num_rows, R), shape.tensor(E, columns, R))
 
 
 def grouped_linear(
@@ -103,28 +113,23 @@ def grouped_linear(
         scatter=weighted,
         bias=shape.tensor(E, shape.n) if bias else None,
         row_weights_N=shape.routing_weights().view(-1) if weighted else None,
-        low=shape.tensor(shape.num_rows, R) if low else None,
-        low_weight=shape.tensor(E, shape.n, R) if low else None,
+        term=low_rank_term(shape, shape.n) if low else None,
         scale=scale,
     )
 
 
-def backward_activation(
-    shape: Shape, *, gated: bool = True, bias: bool = False, low: bool = False, **options: Any
-) -> None:
+def backward_activation(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, low: bool = False) -> None:
     width, H = shape.n, shape.k
+    down_a = shape.tensor(E, R, width)
     launch_backward_activation(
         shape.tensor(shape.num_tokens, H),
-        shape.tensor(E, width, H) if options.get("transposed") else shape.tensor(E, H, width),
-        shape.tensor(shape.num_rows, 2 * width if gated else width),
+        shape.tensor(E, width, H) if form.transposed else shape.tensor(E, H, width),
+        shape.tensor(shape.num_rows, pre_width(width, form)),
         shape.order(),
         shape.routing_weights(),
-        top_k=K,
-        gated=gated,
+        form,
         down_bias=shape.tensor(E, H) if bias else None,
-        low=shape.tensor(shape.num_rows, R) if low else None,
-        low_weight=shape.tensor(E, R, width) if low else None,
-        **{"transposed": False, "interleaved": False} | PLAIN | options,
+        term=LowRankTerm(shape.tensor(shape.num_rows, R), down_a.transpose(1, 2)) if low else None,
     )
 
 
@@ -134,7 +139,6 @@ def weight_gradient(shape: Shape, *, gather_left: bool = False, gather_right: bo
         shape.tensor(shape.num_tokens if gather_left else shape.num_rows, A),
         shape.tensor(shape.num_tokens if gather_right else shape.num_rows, B),
         shape.order(),
-        E,
         top_k=K,
         gather_left=gather_left,
         gather_right=gather_right,
@@ -146,7 +150,6 @@ def bias_gradient(shape: Shape, *, gather: bool) -> None:
     launch_bias_gradient(
         shape.tensor(shape.num_tokens if gather else shape.num_rows, shape.n),
         shape.order(),
-        E,
         top_k=K,
         gather=gather,
         out_dtype=shape.dtype,
@@ -154,25 +157,17 @@ def bias_gradient(shape: Shape, *, gather: bool) -> None:
     )
 
 
-def decode(
-    shape: Shape, *, gated: bool = True, transposed: bool = False, interleaved: bool = False, bias: bool = False,
-    **activation: Any,
-) -> None:  # fmt: skip
+def decode(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False) -> None:
     width, H = shape.k, shape.n
-    P = 2 * width if gated else width
-    launch_decode(
-        shape.tensor(shape.num_tokens, H),
-        shape.tensor(shape.num_tokens, K, dtype=torch.int64),
-        shape.routing_weights(),
-        shape.tensor(E, H, P) if transposed else shape.tensor(E, P, H),
+    P = pre_width(width, form)
+    experts = ExpertWeights(
+        shape.tensor(E, H, P) if form.transposed else shape.tensor(E, P, H),
         shape.tensor(E, P) if bias else None,
-        shape.tensor(E, width, H) if transposed else shape.tensor(E, H, width),
+        shape.tensor(E, width, H) if form.transposed else shape.tensor(E, H, width),
         shape.tensor(E, H) if bias else None,
-        gated=gated,
-        transposed=transposed,
-        interleaved=interleaved,
-        **PLAIN | activation,
     )
+    index_TK = shape.tensor(shape.num_tokens, K, dtype=torch.int64)
+    launch_decode(LayerCall(shape.tensor(shape.num_tokens, H), index_TK, shape.routing_weights(), experts, E, form))
 
 
 def routing(shape: Shape) -> None:
@@ -187,16 +182,12 @@ def sum_k(shape: Shape) -> None:
     launch_sum_k(rows_NH, K, shape.dtype, shape.routing_weights())
 
 
-def glue(
-    shape: Shape, *, gated: bool = True, transposed: bool = False, interleaved: bool = False, bias: bool = False,
-    **activation: Any,
-) -> None:  # fmt: skip
+def glue(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False) -> None:
     """The kernels around torch's grouped product, forward and backward."""
-    gate = Gate(gated=gated, transposed=transposed, interleaved=interleaved, **PLAIN | activation)
     order, weights_TK = shape.order(), shape.routing_weights()
-    pre_NP = shape.tensor(shape.num_rows, 2 * shape.k if gated else shape.k)
+    pre_NP = shape.tensor(shape.num_rows, pre_width(shape.k, form))
     values_TH = shape.tensor(shape.num_tokens, shape.n)
-    act_NI = launch_activation(pre_NP, order, gate, shape.tensor(E, pre_NP.shape[1]) if bias else None)
+    act_NI = launch_activation(pre_NP, order, form, shape.tensor(E, pre_NP.shape[1]) if bias else None)
     launch_combine_rows(
         launch_gather_rows(values_TH, order, K),
         launch_row_of_slot(order),
@@ -206,15 +197,14 @@ def glue(
         bias=shape.tensor(E, shape.n) if bias else None,
     )
     down_bias = shape.tensor(E, shape.n) if bias else None
-    launch_activation_backward(act_NI, pre_NP, values_TH, order, weights_TK, gate, down_bias=down_bias)
+    launch_activation_backward(act_NI, pre_NP, values_TH, order, weights_TK, form, down_bias=down_bias)
 
 
-GPT_OSS_LAYOUT = {"transposed": True, "interleaved": True, "bias": True} | GPT_OSS
 DECODE = [
     Case("gated", decode, every_tile=True),
-    Case("gpt-oss", lambda shape: decode(shape, **GPT_OSS_LAYOUT)),
-    Case("transposed", lambda shape: decode(shape, transposed=True)),
-    Case("ungated relu2", lambda shape: decode(shape, gated=False, activation="relu2")),
+    Case("gpt-oss", lambda shape: decode(shape, GPT_OSS, bias=True)),
+    Case("transposed", lambda shape: decode(shape, TRANSPOSED)),
+    Case("ungated relu2", lambda shape: decode(shape, RELU2)),
 ]
 
 # by kernel of the tile tables
@@ -222,11 +212,11 @@ TILED: dict[str, list[Case]] = {
     "up": [
         Case("training", lambda shape: up(shape, store_pre=True), every_tile=True),
         Case("inference", up),
-        Case("gpt-oss, training", lambda shape: up(shape, store_pre=True, **GPT_OSS_LAYOUT)),
+        Case("gpt-oss, training", lambda shape: up(shape, GPT_OSS, bias=True, store_pre=True)),
         Case("LoRA, training", lambda shape: up(shape, store_pre=True, low=True)),
-        Case("transposed, inference", lambda shape: up(shape, transposed=True)),
-        Case("ungated relu2, training", lambda shape: up(shape, store_pre=True, gated=False, activation="relu2")),
-        Case("gelu, training", lambda shape: up(shape, store_pre=True, activation="gelu")),
+        Case("transposed, inference", lambda shape: up(shape, TRANSPOSED)),
+        Case("ungated relu2, training", lambda shape: up(shape, RELU2, store_pre=True)),
+        Case("gelu, training", lambda shape: up(shape, GELU, store_pre=True)),
     ],
     "grouped_linear": [
         Case("weighted, scattered", lambda shape: grouped_linear(shape, weighted=True), every_tile=True),
@@ -240,10 +230,10 @@ TILED: dict[str, list[Case]] = {
     ],
     "backward_activation": [
         Case("gated", backward_activation, every_tile=True),
-        Case("gpt-oss", lambda shape: backward_activation(shape, **GPT_OSS_LAYOUT)),
+        Case("gpt-oss", lambda shape: backward_activation(shape, GPT_OSS, bias=True)),
         Case("LoRA", lambda shape: backward_activation(shape, low=True)),
-        Case("ungated relu2", lambda shape: backward_activation(shape, gated=False, activation="relu2")),
-        Case("gelu", lambda shape: backward_activation(shape, activation="gelu")),
+        Case("ungated relu2", lambda shape: backward_activation(shape, RELU2)),
+        Case("gelu", lambda shape: backward_activation(shape, GELU)),
     ],
     "weight_gradient": [
         Case("right gathered", lambda shape: weight_gradient(shape, gather_right=True), every_tile=True),
@@ -258,9 +248,9 @@ OTHERS: dict[str, list[Case]] = {
     "routing": [Case("int64 ids", routing)],
     "glue": [
         Case("gated", glue),
-        Case("gpt-oss", lambda shape: glue(shape, **GPT_OSS_LAYOUT)),
-        Case("ungated relu2", lambda shape: glue(shape, gated=False, activation="relu2")),
-        Case("gelu", lambda shape: glue(shape, activation="gelu")),
+        Case("gpt-oss", lambda shape: glue(shape, GPT_OSS, bias=True)),
+        Case("ungated relu2", lambda shape: glue(shape, RELU2)),
+        Case("gelu", lambda shape: glue(shape, GELU)),
     ],
     "combine": [Case("sum over slots", sum_k)],
     "bias_gradient": [

@@ -1,4 +1,4 @@
-"""What the launchers of hf_moe.kernels launch, recorded without a GPU.
+"""Launches of the launchers of hf_moe.kernels.triton, recorded without a GPU.
 
 A launcher runs on tensors without storage (device "meta") and takes its tile from the table of the device that is
 asked about; the call that would start a kernel records the types, constants and options instead. So what is compiled
@@ -34,7 +34,7 @@ class Launch:
     options: tuple[tuple[str, Any], ...]
 
     def blocks(self) -> str:
-        """The constants that shape a tile, for people."""
+        """The constants that shape a tile, to be read."""
         sizes = [str(value) for name, value in self.constants if name.startswith("BLOCK_") and name != "BLOCK_R"]
         named = {"num_warps": 4, "num_stages": 3} | dict(self.constants) | dict(self.options)  # Triton's defaults
         stages = named.get("STAGES", named["num_stages"])  # of one loop, or of all
@@ -94,17 +94,17 @@ def recording(target: GPUTarget, device_name: str) -> Iterator[tuple[list[Launch
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
-    """Whether a function is decorated with triton.jit, with or without arguments."""
+    """True if a function is decorated with triton.jit, with or without arguments."""
     return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
 
 
 def entry_kernels() -> set[tuple[str, str]]:
-    """(module, name) of every @triton.jit function of hf_moe.kernels that no other one calls."""
+    """(module, name) of every @triton.jit function of hf_moe.kernels.triton that no other one calls."""
     functions, called = set(), set()
     for file in Path(tiles.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef) and is_kernel(node):
-                functions.add((f"hf_moe.kernels.{file.stem}", node.name))
+                functions.add((f"hf_moe.kernels.triton.{file.stem}", node.name))
                 calls = (inner.func for inner in ast.walk(node) if isinstance(inner, ast.Call))
                 called |= {function.id for function in calls if isinstance(function, ast.Name)}
     return {(module, name) for module, name in functions if name not in called}

@@ -1,40 +1,50 @@
-"""The CPU engine's operators under opcheck, torch.compile and gradient checkpointing; the grouped linear."""
+"""The CPU operators under opcheck, torch.compile and gradient checkpointing; the grouped linear."""
 
 import pytest
 import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from hf_moe.kernels.cpu import cpu_experts, cpu_grouped_linear, why_not
+from hf_moe.kernels.cpu import cpu_experts, cpu_grouped_linear, unavailable_reason
 from hf_moe.kernels.cpu import ops as cpu_ops
+from hf_moe.kernels.cpu.build import load_kernels
+from hf_moe.kernels.layer_call import ADAPTED_CALL, CALL, ExpertForm, ExpertWeights, LayerCall, flatten
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
-SETTINGS = ("silu", 1.0, float("inf"), 0.0, True, False, False)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def arguments(dtype=torch.float32, tokens=12, requires_grad=True):
+def random_call(dtype=torch.float32, tokens=12, requires_grad=True) -> LayerCall:
     hidden, weights = torch.randn(tokens, 32), torch.rand(tokens, 2)
     up, down = torch.randn(4, 48, 32) / 6, torch.randn(4, 32, 24) / 5
     index = torch.rand(tokens, 4).argsort(-1)[:, :2]
     hidden, weights, up, down = (
         tensor.to(dtype).requires_grad_(requires_grad) for tensor in (hidden, weights, up, down)
     )
-    return hidden, index, weights, up, None, down, None, 4, *SETTINGS
+    return LayerCall(hidden, index, weights, ExpertWeights(up, None, down, None), 4, ExpertForm("silu"))
 
 
-@pytest.mark.parametrize("keep_pre", [True, False])
-def test_opcheck_of_the_experts(keep_pre):
-    given = arguments(requires_grad=keep_pre)
-    opcheck(torch.ops.hf_moe.cpu_experts, (*given, keep_pre))
+def test_the_compiled_operators_take_a_call_in_its_flat_form():
+    load_kernels()
+    ops = torch.ops.hf_moe_cpu
+    assert f"({CALL}, bool keep)" in str(ops.experts_forward.default._schema)
+    assert f"{CALL}, bool[6] need)" in str(ops.experts_backward.default._schema)
+    assert f"({ADAPTED_CALL}, bool keep)" in str(ops.experts_lora_forward.default._schema)
+    assert f"{ADAPTED_CALL}, bool[6] need)" in str(ops.experts_lora_backward.default._schema)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck_of_the_experts(keep):
+    call = random_call(requires_grad=keep)
+    opcheck(torch.ops.hf_moe.cpu_experts, (*flatten(call), keep))
 
 
 def test_opcheck_of_the_experts_backward():
-    given = arguments(requires_grad=False)
-    out, pre = torch.ops.hf_moe.cpu_experts(*given, True)
-    need = [True, True, True, False, True, False]
-    opcheck(torch.ops.hf_moe.cpu_experts_backward, (torch.randn_like(out), pre, *given, need))
+    call = flatten(random_call(requires_grad=False))
+    out, pre = torch.ops.hf_moe.cpu_experts(*call, True)
+    wants = [True, True, True, False, True, False]
+    opcheck(torch.ops.hf_moe.cpu_experts_backward, (torch.randn_like(out), pre, *call, wants))
 
 
 def test_opcheck_of_the_grouped_linear():
@@ -45,42 +55,44 @@ def test_opcheck_of_the_grouped_linear():
     opcheck(torch.ops.hf_moe.cpu_grouped_linear_backward, given)
 
 
-def gradients(function, given):
-    leaves = [given[i] for i in (0, 2, 3, 5)]
-    out = function(*given)
-    return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+def leaves_of(call: LayerCall) -> list[torch.Tensor]:
+    return [call.hidden_TH, call.weights_TK, call.experts.up, call.experts.down]
+
+
+def gradients(function, call: LayerCall) -> list[torch.Tensor]:
+    out = function(call)
+    return [out, *torch.autograd.grad(out.float().square().sum(), leaves_of(call))]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_as_one_graph(backend):
-    given = arguments()
+    call = random_call()
     compiled = torch.compile(cpu_experts, fullgraph=True, backend=backend, dynamic=False)
-    for actual, expected in zip(gradients(compiled, given), gradients(cpu_experts, given), strict=True):
+    for actual, expected in zip(gradients(compiled, call), gradients(cpu_experts, call), strict=True):
         assert torch.equal(actual, expected)
 
 
 def test_compiles_with_dynamic_shapes():
     compiled = torch.compile(cpu_experts, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (3, 12, 40):
-        given = arguments(tokens=tokens)
-        for actual, expected in zip(gradients(compiled, given), gradients(cpu_experts, given), strict=True):
+        call = random_call(tokens=tokens)
+        for actual, expected in zip(gradients(compiled, call), gradients(cpu_experts, call), strict=True):
             assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
-    given = arguments()
-    expected = gradients(cpu_experts, given)
-    actual = (
-        gradients(lambda *args: checkpoint(cpu_experts, *args, use_reentrant=reentrant), given)
-        if not reentrant
-        else None
-    )
-    if reentrant:  # torch.autograd.grad does not work through it
-        out = checkpoint(cpu_experts, *given, use_reentrant=True)
-        out.square().sum().backward()
-        actual = [out, *(given[i].grad for i in (0, 2, 3, 5))]
-    for one, other in zip(actual, expected, strict=True):
+    call = random_call()
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:  # a reentrant checkpoint sees tensors that it is given alone
+        hidden_TH, weights_TK, up, down = tensors
+        experts = call.experts._replace(up=up, down=down)
+        return cpu_experts(call._replace(hidden_TH=hidden_TH, weights_TK=weights_TK, experts=experts))
+
+    expected = gradients(cpu_experts, call)
+    out = checkpoint(run, *leaves_of(call), use_reentrant=reentrant)
+    out.square().sum().backward()  # torch.autograd.grad does not work through a reentrant one
+    for one, other in zip([out, *(leaf.grad for leaf in leaves_of(call))], expected, strict=True):
         assert torch.equal(one, other)
 
 
@@ -125,10 +137,10 @@ def test_runs_inside_another_parallel_region():
     """Several Python threads at once, each with torch's threads."""
     from concurrent.futures import ThreadPoolExecutor
 
-    given = arguments(requires_grad=False)
-    expected = cpu_experts(*given)
+    call = random_call(requires_grad=False)
+    expected = cpu_experts(call)
     with ThreadPoolExecutor(4) as pool:
-        for actual in pool.map(lambda _: cpu_experts(*given), range(16)):
+        for actual in pool.map(lambda _: cpu_experts(call), range(16)):
             assert torch.equal(actual, expected)
 
 

@@ -28,7 +28,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Chip:
-    """What a GPU offers: `tensor_core` for products of at least 64 rows, `small` for lower ones."""
+    """The limits and instructions of a GPU: `tensor_core` for products of at least 64 rows, `small` for lower ones."""
 
     target: GPUTarget
     shared_memory: int  # bytes that one block may use
@@ -52,7 +52,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program needs."""
+    """Resources that one program needs."""
 
     registers: int  # per thread
     spilled: int  # NVIDIA: bytes stored and loaded; AMD: registers
@@ -102,8 +102,8 @@ def dot_rows(ttir: str) -> int:
 
 
 def broken_rules(found: Resources, name: str, chip: Chip, num_warps: int) -> list[str]:
-    """What a kernel does that it may not, with the way out."""
-    table = f"Choose another tile in hf_moe/kernels/tiles/{name}.json."
+    """The rules that a kernel breaks, with the way out."""
+    table = f"Choose another tile in hf_moe/kernels/triton/tiles/{name}.json."
     broken = []
     if found.spilled or found.stack:
         broken.append(f"must keep its values in registers, spills {found.spilled}, stack {found.stack} bytes. {table}")

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/ahead_of_time.py`: recorded launches, the chips' rules, compilation."""
