@@ -1,0 +1,166 @@
+"""Where the matrices of one layer's experts are, and how rows are multiplied by them.
+
+The pipeline owns tokens: their order, their weights, adapters. A storage owns matrices: dense tensors of the module, 4
+bits, a file. A quantiser or an offloader attaches one, `experts.expert_storage = ...`; without it the module's own
+tensors are the storage, as they are in this call: parallel wrappers and PEFT change them between calls.
+
+Shape suffixes: N routed rows in expert order, E experts, A and B the widths that a projection maps from and to.
+"""
+
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from hf_moe.kernels.layer_call import ExpertWeights
+from hf_moe.layers.expert_rows import Plan, Projection, linear_by_matrix
+from hf_moe.layers.geometry import parametrization_of, up_name
+from hf_moe.layers.packed_storages import (
+    ParametrizedStorage,
+    SubclassStorage,
+    UnreadableStorage,
+    bytes_by_place,
+    is_subclass_with_own_values,
+)
+
+__all__ = ["DenseStorage", "ExpertStorage", "Plan", "Projection", "storage_of"]
+
+DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ExpertStorage(Protocol):
+    """The matrices of one layer's experts, and what multiplies rows by them."""
+
+    @property
+    def format(self) -> str:
+        """ "dense", or a word for everything else; fused operators are found by it, and messages say it."""
+
+    @property
+    def num_experts(self) -> int:
+        """Of this process."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Rows have it, and products are computed in it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Rows are there."""
+
+    def shape(self, projection: Projection) -> tuple[int, int]:
+        """`(B, A)`, out and in, whatever the layout in memory; no value is read."""
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by place: a device, "disk"."""
+
+    def linear(self, rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
+        """Every row times the matrix of its expert, plus its bias.
+
+        Touches experts that have rows alone. Differentiable in the rows, and in matrices and biases if they are
+        trained; what it unpacks, the backward unpacks again.
+
+        Args:
+            rows_NA: In expert order, in `dtype`.
+            plan: Of the rows.
+
+        Returns:
+            `[N, B]`, zero for rows after the last expert's.
+        """
+
+    def tensors(self) -> ExpertWeights | None:
+        """All matrices as they are stored, for fused operators and merges; None if they are not stored densely."""
+
+    def prefetch(self, plan: Plan) -> None:
+        """Begin to fetch what `linear` will read, if it is elsewhere."""
+
+
+class DenseStorage(NamedTuple):
+    """Matrices that are dense tensors.
+
+    Attributes:
+        weights: As they are now.
+        transposed: Whether the matrices are stored `[E, in, out]`.
+    """
+
+    weights: ExpertWeights
+    transposed: bool
+
+    @property
+    def format(self) -> str:
+        return "dense"
+
+    @property
+    def num_experts(self) -> int:
+        return self.weights.down.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.down.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.down.device
+
+    def shape(self, projection: Projection) -> tuple[int, int]:
+        weight = self.weights.up if projection == "up" else self.weights.down
+        _, out, inner = weight.shape
+        return (inner, out) if self.transposed else (out, inner)
+
+    def nbytes(self) -> dict[str, int]:
+        return bytes_by_place(tensor for tensor in self.weights if tensor is not None)
+
+    def linear(self, rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
+        """In plain torch, one expert after the other: for the reference. Backends bring their own products."""
+        up, up_bias, down, down_bias = self.weights
+        weight, bias = (up, up_bias) if projection == "up" else (down, down_bias)
+        width, _ = self.shape(projection)
+        return linear_by_matrix(rows_NA, plan, weight, bias, width, self.transposed)
+
+    def tensors(self) -> ExpertWeights:
+        return self.weights
+
+    def prefetch(self, plan: Plan) -> None:
+        pass
+
+
+def storage_of(experts: Any) -> ExpertStorage:
+    """What stores the matrices of an experts module now.
+
+    Args:
+        experts: A module under transformers' `use_experts_implementation` decorator.
+
+    Returns:
+        What was attached as `experts.expert_storage`; else the module's own tensors: dense, computed by a
+        parametrisation, of a tensor class that packs its values, or, of another kind, a storage that names it and
+        multiplies nothing.
+    """
+    attached = vars(experts).get("expert_storage")
+    if attached is not None:
+        return attached
+    up, down = up_name(experts), "down_proj"
+    if "parametrizations" in experts._modules and _is_computed(experts, up, down):
+        return ParametrizedStorage(experts)
+    up_weight, weight = getattr(experts, up, None), getattr(experts, down, None)
+    if not _is_stack(up_weight) or not _is_stack(weight):
+        return UnreadableStorage(experts, weight)
+    weights = ExpertWeights(
+        up_weight,
+        getattr(experts, f"{up}_bias") if experts.has_bias else None,
+        weight,
+        experts.down_proj_bias if experts.has_bias else None,
+    )
+    if type(weight) is not nn.Parameter or type(up_weight) is not nn.Parameter:
+        for tensor in (up_weight, weight):
+            if is_subclass_with_own_values(tensor):
+                return SubclassStorage(weights, experts.is_transposed, type(tensor).__name__)
+    return DenseStorage(weights, experts.is_transposed)
+
+
+def _is_stack(weight: Any) -> TypeGuard[Tensor]:
+    return isinstance(weight, Tensor) and weight.dim() == 3 and weight.dtype in DENSE_DTYPES
+
+
+def _is_computed(experts: nn.Module, *names: str) -> bool:
+    """Whether a parametrisation gives one of the weights, other than PEFT's `W + BA`: that sum is a dense tensor."""
+    lists = [entry for name in names if (entry := parametrization_of(experts, name)) is not None]
+    return any(not type(each).__module__.startswith("peft.") for entry in lists for each in entry)
