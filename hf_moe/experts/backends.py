@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
 from hf_moe.experts.pipeline import Operators, run_experts
 from hf_moe.experts.reference import run_reference
-from hf_moe.experts.request import Backend, Request, request_for
+from hf_moe.experts.request import Backend, Request
 from hf_moe.experts.transformers_backends import TRANSFORMERS, delegates
 from hf_moe.kernels.layer_call import LowRankPair
 from hf_moe.layers.packed_storages import UnreadableStorage
@@ -39,8 +39,13 @@ MANY_ROWS_PER_EXPERT = 1024
 def _cpu_refuses(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"hf_moe_cpu runs on the CPU, the experts are on {request.device.type}: use 'hf_moe'."
-    reason = importlib.import_module("hf_moe.kernels.cpu.build").why_not()
+    reason = _cpu_build().why_not()
     return None if reason is None else f"hf_moe_cpu cannot be built: {reason}"
+
+
+@functools.cache
+def _cpu_build() -> Any:
+    return importlib.import_module("hf_moe.kernels.cpu.build")
 
 
 def _cpu_suits(request: Request) -> str | None:
@@ -100,7 +105,7 @@ def rows_matter(device: torch.device) -> bool:
 
 
 def _cpu_operators() -> Operators:
-    importlib.import_module("hf_moe.kernels.cpu.build").load_kernels()
+    _cpu_build().load_kernels()
     ops = importlib.import_module("hf_moe.kernels.cpu.ops")
     lora = importlib.import_module("hf_moe.kernels.cpu.low_rank")
     fused = {("dense", False): ops.cpu_experts, ("dense", True): lora.cpu_experts_lora}
@@ -140,6 +145,7 @@ ROWS = (
 )
 BACKENDS: dict[str, Backend] = {row.public_name: row for row in ROWS}
 OURS = tuple(name for name in BACKENDS if name.startswith(HF_MOE))
+_ROWS_OF = {name: [row for row in ROWS if row.public_name == name] for name in BACKENDS}
 OPERATORS: dict[str, Operators] = {}  # of the rows that were loaded
 _BROKEN: dict[str, str] = {}  # rows that were there and could not be loaded, and why
 
@@ -230,11 +236,10 @@ def resolve(name: str, *request_fields: Any) -> str:
             row, choice = _chosen(request)
         _log_choice(type(request.experts).__name__, request.dtype, request.device.type, choice)
         return row.name
-    for row in ROWS:
-        if row.public_name == name:
-            reason = refusal(row, request) or _load_error(row)
-            if reason is None:
-                return row.name
+    for row in _ROWS_OF[name]:
+        reason = refusal(row, request) or _load_error(row)
+        if reason is None:
+            return row.name
     raise ValueError(f"experts_implementation={name!r} cannot run {type(request.experts).__name__}: {reason}")
 
 
@@ -292,7 +297,8 @@ def forward_of(name: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         storage = storage_of(experts)
         many_rows = name == HF_MOE and has_many_rows(top_k_index, storage.num_experts, storage.device)
-        row = resolve(name, *request_for(experts, storage, storage.device, many_rows, low_rank is not None))
+        facts = (storage.format, storage.dtype, storage.device, storage.shape("down"))
+        row = resolve(name, experts, *facts, many_rows, low_rank is not None)
         return run_row(row, experts, storage, hidden_states, top_k_index, top_k_weights, low_rank)
 
     forward.__name__ = f"{name}_forward"

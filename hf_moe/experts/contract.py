@@ -48,10 +48,9 @@ def activation_of(experts: nn.Module) -> ExpertActivation | None:
     """`find_activation`, asked again only if the activation or a number on the module was replaced."""
     if has_custom_gate(experts) and _holds_other_tensors(experts):
         return None  # it may use them, and training may change them
-    state = (
-        getattr(experts, "act_fn", None),
-        [value for value in vars(experts).values() if type(value) in (int, float)],
-    )
+    own = vars(experts)
+    act_fn = own.get("act_fn") or own["_modules"].get("act_fn")
+    state = (act_fn, [value for value in own.values() if type(value) in (int, float)])
     known = _known_activations.get(experts)
     if known is None or known[0] != state:
         known = (state, find_activation(experts))
