@@ -26,7 +26,7 @@ def _grouped_linear(
 ) -> Tensor:
     width = weight.shape[2 if transposed else 1]
     out_NB = rows_NA.new_zeros(rows_NA.shape[0], width)
-    for expert, rows in zip(*expert_rows(expert_end_E), strict=True):
+    for expert, rows in expert_rows(expert_end_E):
         torch.mm(rows_NA[rows], _matrix(weight, expert, transposed), out=out_NB[rows])
         if bias is not None:
             out_NB[rows] += bias[expert]
@@ -53,7 +53,7 @@ def _grouped_linear_backward(
     grad_rows_NA = torch.zeros_like(rows_NA) if needs_rows else rows_NA.new_empty(0)
     grad_weight = _zeros_for(weight, expert_end_E) if needs_weight else weight.new_empty(0)
     grad_bias_EB = grad_NB.new_zeros(len(weight), grad_NB.shape[1]) if needs_bias else grad_NB.new_empty(0)
-    for expert, rows in zip(*expert_rows(expert_end_E), strict=True):
+    for expert, rows in expert_rows(expert_end_E):
         if needs_rows:
             torch.mm(grad_NB[rows], _matrix(weight, expert, transposed).T, out=grad_rows_NA[rows])
         if needs_weight:

@@ -84,17 +84,20 @@ def _run(
     low_rank: LowRankPair | None,
 ) -> Tensor:
     num_ids = num_expert_ids(experts, storage.num_experts)
-    fused = operators.fused.get((storage.format, low_rank is not None))
-    weights, activation = storage.tensors(), activation_of(experts)
-    if (
-        fused is None
-        or weights is None
-        or activation is None
-        or has_post_expert_norm(experts)
-        or (low_rank is not None and _is_trained(weights))
-    ):
-        return _run_steps(operators, experts, storage, hidden_TH, index_TK, weights_TK, num_ids, low_rank)
-    form = ExpertForm(
+    fused, weights = operators.fused.get((storage.format, low_rank is not None)), storage.tensors()
+    if fused is not None and weights is not None:
+        form = _fused_form(experts)
+        if form is not None and (low_rank is None or not _is_trained(weights)):
+            return _call(fused, LayerCall(hidden_TH, index_TK, weights_TK, weights, num_ids, form, low_rank))
+    return _run_steps(operators, experts, storage, hidden_TH, index_TK, weights_TK, num_ids, low_rank)
+
+
+def _fused_form(experts: Any) -> ExpertForm | None:
+    """How the experts compute, in words of fused operators; None if these lack words for it."""
+    activation = activation_of(experts)
+    if activation is None or has_post_expert_norm(experts):
+        return None
+    return ExpertForm(
         activation.activation,
         activation.alpha,
         activation.limit,
@@ -103,7 +106,10 @@ def _run(
         experts.is_transposed,
         not experts.is_concatenated,
     )
-    return _call(fused, LayerCall(hidden_TH, index_TK, weights_TK, weights, num_ids, form, low_rank))
+
+
+def _is_trained(weights: ExpertWeights) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in weights)
 
 
 def _call(fused: Callable[..., Tensor], call: LayerCall) -> Tensor:
@@ -113,10 +119,6 @@ def _call(fused: Callable[..., Tensor], call: LayerCall) -> Tensor:
         return fused(*flat)
     (up_a, up_b, up_scale), (down_a, down_b, down_scale) = (pair or (None, None, 1.0) for pair in call.low_rank)
     return fused(*flat, up_a, up_b, down_a, down_b, up_scale, down_scale)
-
-
-def _is_trained(weights: ExpertWeights) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in weights)
 
 
 def _product(operators: Operators, storage: ExpertStorage, transposed: bool) -> Product:

@@ -3,7 +3,7 @@
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that a projection maps from and to.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,20 +27,14 @@ class Plan(NamedTuple):
     order_N: Tensor
     expert_end_E: Tensor
 
-    def rows(self) -> tuple[list[int], list[slice]]:
-        """Experts that have rows, and their rows. Waits for the device."""
-        return expert_rows(self.expert_end_E)
 
-
-def expert_rows(expert_end_E: Tensor) -> tuple[list[int], list[slice]]:
-    """Experts that have rows, and their rows. Waits for the device."""
-    experts, rows, start = [], [], 0
+def expert_rows(expert_end_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, with their rows. Waits for the device."""
+    start = 0
     for expert, end in enumerate(expert_end_E.tolist()):
         if end > start:
-            experts.append(expert)
-            rows.append(slice(start, end))
+            yield expert, slice(start, end)
         start = end
-    return experts, rows
 
 
 def linear_by_expert(
@@ -78,12 +72,11 @@ def linear_by_matrix(
         matrices: `[B, A]` by expert, or `[A, B]` if `transposed`.
         width: B.
     """
-    experts, rows = plan.rows()
-    parts = []
-    for expert, part in zip(experts, rows, strict=True):
+    parts, end = [], 0
+    for expert, rows in expert_rows(plan.expert_end_E):
         matrix = matrices[expert].T if transposed else matrices[expert]
-        parts.append(F.linear(rows_NA[part], matrix, None if bias_EB is None else bias_EB[expert]))
-    end = rows[-1].stop if rows else 0
+        parts.append(F.linear(rows_NA[rows], matrix, None if bias_EB is None else bias_EB[expert]))
+        end = rows.stop
     return torch.cat([*parts, rows_NA.new_zeros(rows_NA.shape[0] - end, width)])
 
 
@@ -101,9 +94,8 @@ class _LinearByExpert(torch.autograd.Function):
         ctx.save_for_backward(expert_end_E)
         ctx.matrices, ctx.width_in = matrices, rows_NA.shape[1]
         out_NB = rows_NA.new_zeros(rows_NA.shape[0], width)
-        experts, rows = expert_rows(expert_end_E)
-        for part, matrix in zip(rows, matrices(experts), strict=True):
-            torch.mm(rows_NA[part], matrix.T, out=out_NB[part])
+        for rows, matrix in _each(expert_end_E, matrices):
+            torch.mm(rows_NA[rows], matrix.T, out=out_NB[rows])
         return out_NB
 
     @staticmethod
@@ -112,7 +104,12 @@ class _LinearByExpert(torch.autograd.Function):
         (expert_end_E,) = ctx.saved_tensors
         grad_NB = grad_NB.contiguous()
         grad_NA = grad_NB.new_zeros(grad_NB.shape[0], ctx.width_in)
-        experts, rows = expert_rows(expert_end_E)
-        for part, matrix in zip(rows, ctx.matrices(experts), strict=True):
-            torch.mm(grad_NB[part], matrix, out=grad_NA[part])
+        for rows, matrix in _each(expert_end_E, ctx.matrices):
+            torch.mm(grad_NB[rows], matrix, out=grad_NA[rows])
         return grad_NA, None, None, None
+
+
+def _each(expert_end_E: Tensor, matrices: Matrices) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each expert that has some, with its matrix."""
+    found = list(expert_rows(expert_end_E))
+    return zip((rows for _, rows in found), matrices([expert for expert, _ in found]), strict=True)

@@ -1,4 +1,4 @@
-"""LoRA, adapter experts, checkpointing and torch.compile over weights that are no dense tensors, as over dense ones."""
+"""LoRA, adapter experts, checkpointing and torch.compile over weights that are no dense tensors."""
 
 import copy
 

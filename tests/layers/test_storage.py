@@ -1,4 +1,4 @@
-"""What stores a module's own weights: dense tensors, or a parametrisation, of which only what is needed is unpacked."""
+"""What stores a module's own weights: dense tensors, or a parametrisation, of which no more is unpacked than used."""
 
 import copy
 
