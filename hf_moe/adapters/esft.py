@@ -178,10 +178,8 @@ def _refusal(model: nn.Module, layer: MoeLayer) -> str | None:
         return f"they are wrapped by {type(called).__name__}; merge or unload the adapter, or use mask_expert_lora."
     storage = storage_of(experts)
     if storage.tensors() is None or "forward" in vars(experts) or "expert_storage" in vars(experts):
-        return (
-            f"their weights are quantised or offloaded (stored as {storage.format}); load the model in bfloat16 or "
-            "float32 on one device."
-        )
+        form = "" if storage.format == "dense" else f" (stored as {storage.format})"
+        return f"their weights are quantised or offloaded{form}; load the model in bfloat16 or float32 on one device."
     for name, weight in experts._parameters.items():
         if weight is not None and type(weight) is not nn.Parameter:
             return f"{name} is a {type(weight).__name__}; load plain weights, not sharded."

@@ -78,7 +78,7 @@ def _find_activation(experts: Any) -> ExpertActivation | None:
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         if not experts.has_gate:
             return _find_ungated(experts)
-        return _find_activationd(experts)
+        return _find_gated(experts)
 
 
 def _find_ungated(experts: Any) -> ExpertActivation | None:
@@ -92,7 +92,7 @@ def _find_ungated(experts: Any) -> ExpertActivation | None:
     return None
 
 
-def _find_activationd(experts: Any) -> ExpertActivation | None:
+def _find_gated(experts: Any) -> ExpertActivation | None:
     interleaved = not experts.is_concatenated
 
     def probe(gate: Tensor, up: Tensor) -> Tensor | None:

@@ -82,7 +82,7 @@ def _hybrid_refuses(request: Request) -> str | None:
 
 
 def _hybrid_suits(request: Request) -> str | None:
-    if not (request.many_rows and rows_matter(request.device)):
+    if not (request.many_rows and request.format == "dense" and rows_matter(request.device)):
         return None
     if not has_grouped_mm(request.widths, request.dtype, request.device):
         return None
@@ -128,7 +128,6 @@ def _grouped_operators() -> Operators:
 
 
 # ---- the table
-
 
 # in the order in which `hf_moe` asks what suits it
 ROWS = (

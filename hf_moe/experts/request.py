@@ -52,6 +52,10 @@ def refuses_nothing(request: Request) -> None:
     """No reason against any request."""
 
 
+def suits_nothing(request: Request) -> None:
+    """No reason for any request."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the table.
@@ -71,7 +75,7 @@ class Backend:
     refuses: Refusal = refuses_nothing
     load: Callable[[], Operators] | None = None
     takes: tuple[str, ...] | None = None
-    suits: Callable[[Request], str | None] = refuses_nothing
+    suits: Callable[[Request], str | None] = suits_nothing
     asked_for_as: str = ""
     takes_low_rank: bool = False
 

@@ -206,18 +206,16 @@ def _slice_blocks(state: Any, part: int, size: int) -> Any:
     return sliced
 
 
-class SubclassStorage(NamedTuple):
-    """Weights of a tensor class that packs its values; the class itself multiplies by one expert's.
+class Stacks(NamedTuple):
+    """Weights that are tensors of all experts.
 
     Attributes:
-        weights: As the module holds them.
-        transposed: Whether the matrices are `[E, in, out]`.
-        format: Name of the class.
+        weights: As they are now.
+        transposed: Whether the matrices are stored `[E, in, out]`.
     """
 
     weights: ExpertWeights
     transposed: bool
-    format: str
 
     @property
     def num_experts(self) -> int:
@@ -238,18 +236,33 @@ class SubclassStorage(NamedTuple):
     def nbytes(self) -> dict[str, int]:
         return bytes_by_place(tensor for tensor in self.weights if tensor is not None)
 
-    @torch.compiler.disable
     def linear(self, rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
+        """In plain torch, one expert after the other."""
         up, up_bias, down, down_bias = self.weights
         weight, bias = (up, up_bias) if projection == "up" else (down, down_bias)
         width, _ = self.shape(projection)
         return linear_by_matrix(rows_NA, plan, weight, bias, width, self.transposed)
 
-    def tensors(self) -> None:
-        return None
-
     def prefetch(self, plan: Plan) -> None:
         pass
+
+
+class SubclassStorage(Stacks):
+    """Weights of a tensor class that packs its values; the class itself multiplies by one expert's."""
+
+    __slots__ = ()
+
+    @property
+    def format(self) -> str:
+        weight = self.weights.down if is_subclass_with_own_values(self.weights.down) else self.weights.up
+        return type(weight).__name__
+
+    @torch.compiler.disable
+    def linear(self, rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
+        return super().linear(rows_NA, projection, plan)
+
+    def tensors(self) -> None:
+        return None
 
 
 class UnreadableStorage(_OwnWeights):

@@ -7,19 +7,19 @@ tensors are the storage, as they are in this call: parallel wrappers and PEFT ch
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that a projection maps from and to.
 """
 
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from hf_moe.kernels.layer_call import ExpertWeights
-from hf_moe.layers.expert_rows import Plan, Projection, linear_by_matrix
+from hf_moe.layers.expert_rows import Plan, Projection
 from hf_moe.layers.geometry import parametrization_of, up_name
 from hf_moe.layers.packed_storages import (
     ParametrizedStorage,
+    Stacks,
     SubclassStorage,
     UnreadableStorage,
-    bytes_by_place,
     is_subclass_with_own_values,
 )
 
@@ -74,53 +74,17 @@ class ExpertStorage(Protocol):
         """Begin to fetch what `linear` will read, if it is elsewhere."""
 
 
-class DenseStorage(NamedTuple):
-    """Matrices that are dense tensors.
+class DenseStorage(Stacks):
+    """Matrices that are dense tensors; `linear` is for the reference, backends bring their own products."""
 
-    Attributes:
-        weights: As they are now.
-        transposed: Whether the matrices are stored `[E, in, out]`.
-    """
-
-    weights: ExpertWeights
-    transposed: bool
+    __slots__ = ()
 
     @property
     def format(self) -> str:
         return "dense"
 
-    @property
-    def num_experts(self) -> int:
-        return self.weights.down.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights.down.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.down.device
-
-    def shape(self, projection: Projection) -> tuple[int, int]:
-        weight = self.weights.up if projection == "up" else self.weights.down
-        _, out, inner = weight.shape
-        return (inner, out) if self.transposed else (out, inner)
-
-    def nbytes(self) -> dict[str, int]:
-        return bytes_by_place(tensor for tensor in self.weights if tensor is not None)
-
-    def linear(self, rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
-        """In plain torch, one expert after the other: for the reference. Backends bring their own products."""
-        up, up_bias, down, down_bias = self.weights
-        weight, bias = (up, up_bias) if projection == "up" else (down, down_bias)
-        width, _ = self.shape(projection)
-        return linear_by_matrix(rows_NA, plan, weight, bias, width, self.transposed)
-
     def tensors(self) -> ExpertWeights:
         return self.weights
-
-    def prefetch(self, plan: Plan) -> None:
-        pass
 
 
 def storage_of(experts: Any) -> ExpertStorage:
@@ -149,10 +113,8 @@ def storage_of(experts: Any) -> ExpertStorage:
         weight,
         _read(experts, "down_proj_bias") if experts.has_bias else None,
     )
-    if type(weight) is not nn.Parameter or type(up_weight) is not nn.Parameter:
-        for tensor in (up_weight, weight):
-            if is_subclass_with_own_values(tensor):
-                return SubclassStorage(weights, experts.is_transposed, type(tensor).__name__)
+    if not (type(weight) is type(up_weight) is nn.Parameter) and any(map(is_subclass_with_own_values, weights)):
+        return SubclassStorage(weights, experts.is_transposed)
     return DenseStorage(weights, experts.is_transposed)
 
 
