@@ -195,7 +195,7 @@ def refusal(row: Backend, request: Request) -> str | None:
                 f"the weights are stored as {request.format}, which hf_moe does not read: load the model in bfloat16."
             )
         if row.takes is not None and request.format not in row.takes:
-            return f"{row.public_name} has no operators for weights stored as {request.format}: use 'hf_moe'."
+            return f"{row.public_name} has no operators for weights stored as {request.format}: use 'hf_moe_grouped'."
     return row.refuses(request) or _BROKEN.get(row.name)
 
 

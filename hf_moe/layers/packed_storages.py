@@ -2,8 +2,7 @@
 
 `torch.nn.utils.parametrize` computes a whole stack whenever it is read (so do PEFT and bitsandbytes,
 `replace_parameter_4bit`, with it). Where a parametrisation computes every expert from that expert's own slices, one is
-computed at a time, and only those that have rows; that it gives the same bits is tried once for each parameter, on the
-first and the last expert.
+computed at a time, and only those that have rows; that this gives the same bits is tried once for each parameter.
 
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that a projection maps from and to.
 """
@@ -91,12 +90,12 @@ class ParametrizedStorage(_OwnWeights):
         if entry is None:
             return self.experts.down_proj.dtype
         declared = [getattr(getattr(each, "quant_state", None), "dtype", None) for each in entry]
-        return next(filter(None, declared), None) or _way(entry, self.num_experts).dtype
+        return next(filter(None, declared), None) or _dtype(entry, self.num_experts)
 
     @property
     def device(self) -> torch.device:
         entry = self._entry("down")
-        return (self.experts.down_proj if entry is None else next(entry.parameters())).device
+        return (self.experts.down_proj if entry is None else _stored(entry)).device
 
     # a loop over experts that have rows: which, is known when it runs
     @torch.compiler.disable
@@ -140,8 +139,10 @@ _ways: "weakref.WeakKeyDictionary[nn.Module, _Way]" = weakref.WeakKeyDictionary(
 
 @torch.no_grad()
 def _way(entry: Any, num_experts: int) -> _Way:
-    """Found once for each parameter; again if its parametrisations or its stored form were exchanged."""
-    key = (num_experts, *entry, entry.original.shape, entry.original.dtype, entry.original.device)
+    """Found once for each parameter; again if its parametrisations or its stored values were exchanged."""
+    stored = _stored(entry)
+    version = None if stored.is_inference() else stored._version
+    key = (num_experts, *entry, stored.shape, stored.dtype, stored.device, version)
     known = _ways.get(entry)
     if known is None or known.key != key:
         stack, weak = entry(), weakref.ref(entry)
@@ -151,11 +152,16 @@ def _way(entry: Any, num_experts: int) -> _Way:
     return known
 
 
+@torch.compiler.assume_constant_result
+def _dtype(entry: Any, num_experts: int) -> torch.dtype:
+    return _way(entry, num_experts).dtype
+
+
 def _is_sliced(entry: Any, stack: Tensor, num_experts: int) -> bool:
-    """Whether the first and the last expert come out as in the stack, in every bit."""
-    if stack.is_meta or stack.shape[0] != num_experts:
+    """Whether every expert alone comes out as in the stack, in every bit."""
+    if stack.is_meta or stack.shape[0] != num_experts or not entry.is_tensor:
         return False
-    for expert in (0, num_experts - 1):
+    for expert in range(num_experts):
         try:
             alone = _one(entry, expert, num_experts)
         except (RuntimeError, ValueError, TypeError):  # what it computes does not fit together for one expert
@@ -163,6 +169,11 @@ def _is_sliced(entry: Any, stack: Tensor, num_experts: int) -> bool:
         if alone.dtype != stack.dtype or not torch.equal(alone, stack[expert]):
             return False
     return True
+
+
+def _stored(entry: Any) -> Tensor:
+    """What a stack is computed from, or the first of several such tensors."""
+    return entry.original if entry.is_tensor else entry.original0
 
 
 @torch.no_grad()

@@ -164,6 +164,26 @@ def test_a_trained_parametrisation_gets_its_gradient():
     assert_equal(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("form", [RowScales, Centered])
+def test_parametrised_experts_under_torch_compile(form, lora):
+    stored, _ = packed(build("mixtral", torch.float32)[0], form)
+    stored = accelerated(adapted(stored)).get_base_model() if lora else stored
+    stored.set_experts_implementation("hf_moe")
+    experts = stored.model.layers[0].mlp.experts
+    torch.compiler.reset()
+    compiled = torch.compile(experts, backend="aot_eager")
+    for tokens in (5, 7):
+        hidden = torch.randn(tokens, 32, requires_grad=True)
+        index, weights = torch.arange(2 * tokens).view(tokens, 2) % EXPERTS, torch.rand(tokens, 2)
+        found = []
+        for function in (experts, compiled):
+            out = function(hidden, index, weights)
+            found.append([out, *torch.autograd.grad(out.square().sum(), hidden)])
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("hidden", [64, 256])
 def test_bitsandbytes(compressed, hidden, monkeypatch):
