@@ -73,7 +73,7 @@ def test_asked_for_by_name_it_is_refused(models, name):
     wrapped, _, inputs = models
     wrapped.set_experts_implementation(name)
     with pytest.raises(
-        ValueError, match=f"'{name}' cannot run .*: {name} has no operators for .* Int8Values: use 'hf_moe'"
+        ValueError, match=f"'{name}' cannot run .*: {name} has no operators for .* Int8Values: use 'hf_moe_grouped'"
     ):
         wrapped(**inputs)
     assert f"The backend in use refuses: {hf_moe.explain(wrapped).refusals[name]}" in str(hf_moe.explain(wrapped))
