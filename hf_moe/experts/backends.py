@@ -153,7 +153,7 @@ _BROKEN: dict[str, str] = {}  # rows that were there and could not be loaded, an
 
 
 class Choice(NamedTuple):
-    """What `hf_moe` runs: a backend's name, why, and whether a better one had to be passed over."""
+    """The choice of `hf_moe`: a backend's name, why, and whether a better one had to be passed over."""
 
     name: str
     reason: str
@@ -164,7 +164,7 @@ class Choice(NamedTuple):
 
 
 def choose(request: Request) -> Choice:
-    """What `hf_moe` runs.
+    """Choose what `hf_moe` runs.
 
     Raises:
         ValueError: If nothing of ours reads the weights.
@@ -173,7 +173,7 @@ def choose(request: Request) -> Choice:
 
 
 def _chosen(request: Request) -> tuple[Backend, Choice]:
-    """The row, and what is said of it."""
+    """The row, and its choice in words."""
     for name in () if request.adapted or request.device.type == "cpu" else delegates():
         if refusal(row := BACKENDS[name], request) is None:
             return row, Choice(name, "HF_MOE_DELEGATE allows transformers' kernel")
@@ -253,7 +253,7 @@ def _load_error(row: Backend) -> str | None:
 
 
 def _for_onnx(name: str, adapted: bool) -> str:
-    """What is exported in the place of `name`: ONNX knows no operator of ours."""
+    """The row that is exported in the place of `name`: ONNX knows no operator of ours."""
     if name == HF_MOE and not adapted:
         logger.info("ONNX gets the experts as 'batched_mm' computes them.")
         return "batched_mm"

@@ -1,4 +1,4 @@
-"""What transformers' experts contract says of a module, its weights aside.
+"""Transformers' experts contract: the flags and the activation of a module, its weights aside.
 
 The decorator `use_experts_implementation` puts flags on the module (`has_gate`, `has_bias`, `is_transposed`,
 `is_concatenated`, `has_post_expert_norm`, `_is_expert_parallel`). Weights are the matter of `layers.storage`.

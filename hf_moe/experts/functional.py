@@ -13,7 +13,7 @@ PORTABLE = "hf_moe_grouped"
 
 
 class GatedExperts:
-    """What backends ask of an experts module, for `silu(gate) * up` experts whose tensors the caller holds.
+    """Stand-in for an experts module, for `silu(gate) * up` experts whose tensors the caller holds.
 
     It is no module: nothing that walks over a model takes it for a layer of experts.
     """

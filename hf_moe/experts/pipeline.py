@@ -28,7 +28,7 @@ Product = Callable[[Tensor, Projection, Plan], Tensor]
 
 @dataclass(frozen=True)
 class Operators:
-    """What a backend computes with.
+    """Operators of a backend.
 
     Attributes:
         grouped_linear: `(rows_NA, weight, bias, expert_end_E, transposed) -> rows_NB`, differentiable; rows in expert
@@ -93,7 +93,7 @@ def _run(
 
 
 def _fused_form(experts: Any) -> ExpertForm | None:
-    """How the experts compute, in words of fused operators; None if these lack words for it."""
+    """Form of the experts in words of fused operators; None if these lack words for it."""
     activation = activation_of(experts)
     if activation is None or has_post_expert_norm(experts):
         return None
@@ -122,7 +122,7 @@ def _call(fused: Callable[..., Tensor], call: LayerCall) -> Tensor:
 
 
 def _product(operators: Operators, storage: ExpertStorage, transposed: bool) -> Product:
-    """What multiplies rows by the weights: the backend where they are dense tensors, else their storage."""
+    """Product of rows and weights: the backend where they are dense tensors, else their storage."""
     weights = storage.tensors()
     if weights is None:
         return storage.linear
@@ -169,7 +169,7 @@ def _run_steps(
 
 
 def _adapt(grouped_linear: Callable[..., Tensor], rows_NA: Tensor, factors: LowRank, expert_end_E: Tensor) -> Tensor:
-    """What an adapter adds to the rows of a projection `[N, B]`."""
+    """Sum that an adapter adds to the rows of a projection `[N, B]`."""
     a, b, scale = factors
     if rows_NA.device.type != "cpu":
         # torch's grouped product takes contiguous rows of whole 16 bytes

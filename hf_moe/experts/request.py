@@ -1,4 +1,4 @@
-"""What backends are chosen by, and one row of their table."""
+"""Record of what backends are chosen by, and one row of their table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,5 +81,5 @@ class Backend:
 
     @property
     def public_name(self) -> str:
-        """What a user asks for."""
+        """Name that a user asks for."""
         return self.asked_for_as or self.name

@@ -1,4 +1,4 @@
-"""What every wing stands on: find the MoE layers of a model, watch their routing, multiply by their weights.
+"""Ground floor of every wing: find the MoE layers of a model, watch their routing, multiply by their weights.
 
 No model class is known by name here.
 

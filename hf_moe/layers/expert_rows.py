@@ -17,7 +17,7 @@ Matrices = Callable[[list[int]], Iterable[Tensor]]
 
 
 class Plan(NamedTuple):
-    """What the pipeline knows of a batch.
+    """Order of a batch's rows, as the pipeline knows it.
 
     Attributes:
         order_N: int64, the slot `t * K + k` of each row in expert order; rows that nobody computes here come last.

@@ -47,7 +47,7 @@ def is_subclass_with_own_values(weight: Any) -> bool:
 
 
 class _OwnWeights:
-    """What storages that read an experts module have in common."""
+    """Base of storages that read an experts module."""
 
     def __init__(self, experts: Any):
         self.experts = experts
@@ -121,7 +121,7 @@ class ParametrizedStorage(_OwnWeights):
 
 
 class _Way(NamedTuple):
-    """How a parametrised stack is computed.
+    """Way to compute a parametrised stack.
 
     Attributes:
         key: What it was found for.
@@ -172,7 +172,7 @@ def _is_sliced(entry: Any, stack: Tensor, num_experts: int) -> bool:
 
 
 def _stored(entry: Any) -> Tensor:
-    """What a stack is computed from, or the first of several such tensors."""
+    """Tensor that a stack is computed from, or the first of several."""
     return entry.original if entry.is_tensor else entry.original0
 
 

@@ -33,7 +33,7 @@ class ExpertStorage(Protocol):
 
     @property
     def format(self) -> str:
-        """ "dense", or a word for everything else; fused operators are found by it, and messages say it."""
+        """Word for the form: "dense" for plain tensors. Fused operators are found by it, and messages name it."""
 
     @property
     def num_experts(self) -> int:
@@ -88,7 +88,7 @@ class DenseStorage(Stacks):
 
 
 def storage_of(experts: Any) -> ExpertStorage:
-    """What stores the matrices of an experts module now.
+    """The storage of an experts module's matrices, as it is now.
 
     Args:
         experts: A module under transformers' `use_experts_implementation` decorator.
@@ -97,13 +97,23 @@ def storage_of(experts: Any) -> ExpertStorage:
         What was attached as `experts.expert_storage`; else the module's own tensors: dense, computed by a
         parametrisation, of a tensor class that packs its values, or, of another kind, a storage that names it and
         multiplies nothing.
+
+    Raises:
+        ValueError: If something parametrises the module's own tensors while a storage is attached, as PEFT does in the
+            forward of an adapter that is not accelerated: it would have no effect.
     """
     attached = vars(experts).get("expert_storage")
+    up, down = up_name(experts), "down_proj"
+    if "parametrizations" in experts._modules:
+        if attached is not None and any(parametrization_of(experts, name) is not None for name in (up, down)):
+            raise ValueError(
+                f"the weights are stored as {attached.format}, so what parametrises the module's own tensors has no "
+                "effect: call hf_moe.accelerate_adapters(model) for LoRA on experts."
+            )
+        if attached is None and _is_computed(experts, up, down):
+            return ParametrizedStorage(experts)
     if attached is not None:
         return attached
-    up, down = up_name(experts), "down_proj"
-    if "parametrizations" in experts._modules and _is_computed(experts, up, down):
-        return ParametrizedStorage(experts)
     up_weight, weight = _read(experts, up), _read(experts, down)
     if not _is_stack(up_weight) or not _is_stack(weight):
         return UnreadableStorage(experts, weight)
@@ -129,6 +139,6 @@ def _is_stack(weight: Any) -> TypeGuard[Tensor]:
 
 
 def _is_computed(experts: nn.Module, *names: str) -> bool:
-    """Whether a parametrisation gives one of the weights, other than PEFT's `W + BA`: that sum is a dense tensor."""
+    """Tell whether a parametrisation gives one of the weights; PEFT's `W + BA` does not count: it is dense."""
     lists = [entry for name in names if (entry := parametrization_of(experts, name)) is not None]
     return any(not type(each).__module__.startswith("peft.") for entry in lists for each in entry)

@@ -192,6 +192,14 @@ def test_a_merge_is_refused_before_anything_is_changed(merge, tmp_path):
     assert torch.equal(outputs(tuned.eval(), inputs), expected)
 
 
+def test_an_adapter_that_would_have_no_effect_is_an_error(tmp_path):
+    """Stock PEFT adds `B A` to the module's own tensors, which nothing reads here."""
+    model, inputs = build("qwen3_moe", torch.float32)
+    stored, _ = stored_as(model, EightBits, tmp_path)
+    with pytest.raises(ValueError, match=r"stored as eight bits, so what parametrises .*accelerate_adapters"):
+        outputs(on(adapted(stored).get_base_model(), "hf_moe"), inputs)
+
+
 def test_slices_of_it_are_not_trained(tmp_path):
     model, _ = build("qwen3_moe", torch.float32)
     stored, _ = stored_as(model, EightBits, tmp_path)
