@@ -54,8 +54,9 @@ def _register_backends() -> None:
             raise unknown(f"{EXPERTS_REGISTRY} has no {name}")
     interface = registry.ExpertsInterface
     check_parameters({interface.register: ("key", "value"), registry.use_experts_implementation: ("experts_class",)})
-    for backend in importlib.import_module("hf_moe.experts.backends").OURS:
-        interface.register(backend.name, backend.forward)
+    backends = importlib.import_module("hf_moe.experts.backends")
+    for name in backends.OURS:
+        interface.register(name, backends.forward_of(name))
 
 
 def _register_adapters() -> None:

@@ -49,8 +49,8 @@ OURS = "hf_moe_grouped"
 
 
 @pytest.fixture(autouse=True)
-def _engines_that_need_no_compiler(monkeypatch):
-    """The benchmark is under test, not the engines: `hf_moe` runs what `hf_moe_grouped` runs."""
+def _backends_that_need_no_compiler(monkeypatch):
+    """The benchmark is under test, not the backends: `hf_moe` runs what `hf_moe_grouped` runs."""
     monkeypatch.setattr(contestants, "chosen", lambda experts, case: {"runs": OURS, "because": "tested"})
     monkeypatch.setitem(ExpertsInterface._global_mapping, "hf_moe", ExpertsInterface._global_mapping[OURS])
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_moe.experts import engines
+from hf_moe.experts import backends
 from hf_moe.experts.backends import BACKENDS
+from hf_moe.experts.request import request_for
+from hf_moe.layers.storage import storage_of
 
 from .cases import DECODE, FORWARD, FROZEN, LORA, TRAIN, Case, Layer
 
@@ -89,16 +91,16 @@ def is_ours(name: str) -> bool:
 
 
 def refusal(name: str, experts: Any, case: Case) -> str | None:
-    """The implementation's own reason against running `experts`, or None."""
-    backend = BACKENDS.get(name)
-    return backend.refuses(experts, case.torch_dtype, experts.down_proj.device) if backend else None
+    """What the implementation itself says against running `experts`."""
+    row = BACKENDS.get(name)
+    return backends.refusal(row, request_for(experts, storage_of(experts))) if row else None
 
 
 def chosen(experts: Any, case: Case) -> dict[str, str]:
     """The backend that `hf_moe` runs, and the reason."""
     rows_per_expert = case.tokens * case.layer.top_k / case.layer.num_experts
-    many = rows_per_expert >= engines.MANY_ROWS_PER_EXPERT
-    choice = engines.choose(experts, case.torch_dtype, experts.down_proj.device, many)
+    many = rows_per_expert >= backends.MANY_ROWS_PER_EXPERT
+    choice = backends.choose(request_for(experts, storage_of(experts), many_rows=many))
     return {"runs": choice.name, "because": choice.reason}
 
 

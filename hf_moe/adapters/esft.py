@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from hf_moe.adapters.expert_selection import ExpertSelection, LayerSelection
 from hf_moe.experts.backends import BACKENDS
 from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.skipped_slots import let_skip_slots, restore_skip_flags
+from hf_moe.layers.storage import storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +52,7 @@ class SelectedExperts(nn.Module):
         self.trained_slices = _copy_of_slices(experts, self.experts_E, shared)
         self.register_buffer("base_ids", base_ids.to(device), persistent=False)
         self.register_buffer("slice_ids", slice_ids.to(device), persistent=False)
-        self._flag = vars(experts).get("_is_expert_parallel")
-        _let_skip_slots(experts)
+        self._flags = let_skip_slots(experts)
         self.register_load_state_dict_pre_hook(_split_loaded)
 
     def __getattr__(self, name: str) -> Any:
@@ -62,7 +63,7 @@ class SelectedExperts(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Arguments and result as the host's contract for experts."""
+        """Arguments and result as transformers' contract for experts."""
         index_TK = top_k_index.long()
         base_TK, slices_TK = self.base_ids[index_TK], self.slice_ids[index_TK]
         # the contract gives skipped slots the weight 0
@@ -83,8 +84,7 @@ class SelectedExperts(nn.Module):
     def unwrap(self) -> nn.Module:
         """The plain experts with the trained weights, as they were before they were wrapped."""
         experts: Any = self.write_back()
-        if self._flag is not None:
-            experts._is_expert_parallel = self._flag
+        restore_skip_flags(experts, self._flags)
         return experts
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ def train_selected_experts(model: nn.Module, selection: ExpertSelection) -> nn.M
     """Make the chosen experts the only thing in `model` that trains, routers included in what is frozen.
 
     The model is changed in place and used as before: `Trainer`, `save_pretrained` (an ordinary checkpoint of the whole
-    model, at any time), `generate`. Resume with `MoeTrainer`: the host's Trainer does not load a native family's
+    model, at any time), `generate`. Resume with `MoeTrainer`: transformers' Trainer does not load a native family's
     experts from a checkpoint (transformers 5.23). `fold_selected_experts` gives the plain model back. The chosen
     slices are held twice; sums over a token's experts are rounded in another order than in the plain model.
 
@@ -121,11 +121,18 @@ def fold_selected_experts(model: nn.Module) -> nn.Module:
     """Undo `train_selected_experts`: the plain model, with the trained weights, all of it frozen.
 
     Raises:
-        ValueError: If `model` trains no selected experts.
+        ValueError: If `model` trains no selected experts, or they were packed or moved since. Nothing was changed
+            then.
     """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, SelectedExperts)]
     if not found:
         raise ValueError("no expert of this model is trained by train_selected_experts.")
+    for name, module in found:
+        if (storage := storage_of(module.base_layer)).tensors() is None:
+            raise ValueError(
+                f"the experts of {name!r} are stored as {storage.format} now, which takes no trained slices: fold "
+                "before quantising or offloading."
+            )
     for name, module in found:
         _replace(model, name, module.unwrap())
     return model
@@ -139,14 +146,8 @@ def _copy_of_slices(experts: nn.Module, experts_E: Tensor, shared: Sequence[Any]
             memo[id(weight)] = nn.Parameter(weight.detach().index_select(0, experts_E.to(weight.device)))
     slices: Any = copy.deepcopy(experts, memo)
     slices.num_experts = len(experts_E)
-    _let_skip_slots(slices)
+    let_skip_slots(slices)
     return slices
-
-
-def _let_skip_slots(experts: Any) -> None:
-    """Tell the host's implementations that the id `num_experts` may come; before 5.23 it always may."""
-    if hasattr(experts, "_is_expert_parallel"):
-        experts._is_expert_parallel = True
 
 
 def _split_loaded(module: SelectedExperts, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
@@ -175,13 +176,13 @@ def _refusal(model: nn.Module, layer: MoeLayer) -> str | None:
         return "they already are; call fold_selected_experts(model) first."
     if called is not experts:
         return f"they are wrapped by {type(called).__name__}; merge or unload the adapter, or use mask_expert_lora."
-    if "parametrizations" in experts._modules or "forward" in vars(experts):
-        return "their weights are quantised or offloaded; load the model in bfloat16 or float32 on one device."
+    storage = storage_of(experts)
+    if storage.tensors() is None or "forward" in vars(experts) or "expert_storage" in vars(experts):
+        form = "" if storage.format == "dense" else f" (stored as {storage.format})"
+        return f"their weights are quantised or offloaded{form}; load the model in bfloat16 or float32 on one device."
     for name, weight in experts._parameters.items():
-        if weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point()):
-            return (
-                f"{name} is a {type(weight).__name__} of {weight.dtype}; load plain weights, not quantised or sharded."
-            )
+        if weight is not None and type(weight) is not nn.Parameter:
+            return f"{name} is a {type(weight).__name__}; load plain weights, not sharded."
         if weight is not None and weight.is_meta:
             return f"{name} has no values (meta device); load the model first."
         if weight is not None and len(weight) != layer.num_experts:
@@ -271,14 +272,29 @@ def _split_factor(module: SlicedFactor, state_dict: dict[str, Any], prefix: str,
 def mask_expert_lora(model: nn.Module, selection: ExpertSelection, adapter_name: str = "default") -> nn.Module:
     """Train an expert LoRA for the chosen experts only; gradients and optimizer state exist only for their slices.
 
+    The factors of S chosen of E experts become parameters `[S, R, in]` (A) and `[out, R, S]` (B), in place of PEFT's
+    `[E * R, in]` and `[out, R * E]`; the rest of them is a buffer.
+
     Call it after `get_peft_model` (and `accelerate_adapters`, if used) and before the optimizer is made. The other
     slices keep their values bit for bit: with PEFT's initialisation B is zero there, so those experts stay the base's.
     Adapters elsewhere (attention) train as before. Files stay PEFT's, with the factors of all experts; an adapter that
     is loaded again must be masked again to be trained on.
 
+    Args:
+        model: A `PeftModel`, or one with PEFT's layers in it, with LoRA on the experts; changed in place.
+        selection: Which experts of each layer train (`select_experts`); in a layer without chosen experts nothing
+            does.
+        adapter_name: Of the adapter to mask, in PEFT's tables.
+
+    Returns:
+        `model`.
+
     Raises:
-        ValueError: If the selection is of another architecture or empty, or a layer has no such adapter on its
-            experts. Nothing was changed then.
+        ValueError: If the selection is of another architecture or empty, a layer has no such adapter on its experts,
+            the adapter is masked already, or its factors are of something else than the layer's experts. Nothing was
+            changed then.
+
+    Source: Wang et al. 2024 (arXiv:2407.01906), on the factors instead of the weights.
     """
     matched = selection.match(model)
     if not any(chosen.experts for _, chosen in matched):

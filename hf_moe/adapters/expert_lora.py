@@ -2,7 +2,7 @@
 
 Stock PEFT builds `W + BA` for all experts, twice in every forward, and a dense gradient of it. `accelerate_adapters`
 puts a subclass in the place of PEFT's wrapper: it hands the factors to the experts' own forward, which multiplies the
-rows by them. Nothing is registered on the weights, so weights behind a parametrisation (4 bits) stay what they are.
+rows by them, and by whatever stores the weights (`layers.storage`): 4 bits stay 4 bits.
 """
 
 import logging
@@ -15,16 +15,15 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from hf_moe.adapters import lora_options, lora_targets
-from hf_moe.experts.backends import BACKENDS
-from hf_moe.experts.contract import foreign_storage, read_weights, up_name
-from hf_moe.experts.engines import ADAPTERS_NEED_PLAIN
+from hf_moe.experts.backends import BACKENDS, OURS
 from hf_moe.kernels.layer_call import LowRank, LowRankPair
+from hf_moe.layers.geometry import up_name
 from hf_moe.layers.moe_layers import MoeLayer, is_experts, moe_layers
+from hf_moe.layers.packed_storages import UnreadableStorage
+from hf_moe.layers.storage import storage_of
 from hf_moe.layers.unseen_experts import required_layers
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def expert_lora_config(
@@ -90,6 +89,16 @@ class ParamWrapper(peft_layer.ParamWrapper):
     """
 
     runs_low_rank = True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, where there are weights to add to.
+
+        Raises:
+            MergeError: If the weights are no dense tensors; nothing was changed then.
+        """
+        if is_experts(base := self.get_base_layer()) and (reason := _merge_refusal(base)) is not None:
+            raise MergeError(reason)
+        super().merge(safe_merge, adapter_names)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -170,10 +179,10 @@ def accelerate_adapters(model: nn.Module) -> list[str]:
     """Run the LoRA adapters on experts through their factors: no `W + BA`, no dense gradient of it.
 
     Call it after `get_peft_model`, `PeftModel.from_pretrained` or `model.load_adapter`; once more after an adapter was
-    added to layers that had none. It swaps PEFT's wrappers in place, so everything that PEFT does with them goes on
-    working, and files stay PEFT's. Adapters on weights of linear layers that were named in `target_parameters` run
-    through their factors as well. Where one of the host's own experts implementations is set, `hf_moe` takes its
-    place, for the base as well.
+    added to layers that had none. It swaps PEFT's wrappers in place, so everything that PEFT does with them still
+    works, and files stay PEFT's. Adapters on weights of linear layers that were named in `target_parameters` run
+    through their factors as well. Where one of transformers' own backends is set, `hf_moe` takes its place, for the
+    base as well.
 
     Returns:
         The names of the MoE layers with accelerated adapters, also those of an earlier call.
@@ -221,14 +230,11 @@ def _refusal(layer: MoeLayer, wrappers: list[Any]) -> str | None:
             )
     if wrappers[-1].base_layer is not layer.experts:
         return f"{type(wrappers[-1].base_layer).__name__} stands between PEFT and the experts: adapt before wrapping."
-    if (storage := foreign_storage(layer.experts)) is not None:
-        return ADAPTERS_NEED_PLAIN.format(storage)
-    stored = layer.experts._parameters.get("down_proj")
-    if stored is not None and stored.dtype not in _DTYPES:
-        return f"the weights are stored as {stored.dtype}: load the model in bfloat16."
+    if isinstance(storage := storage_of(layer.experts), UnreadableStorage):
+        return f"the weights are stored as {storage.format}: load the model in bfloat16."
     implementation = layer.experts.config._experts_implementation
     backend = BACKENDS.get(implementation or "eager")
-    if backend is None or (backend.forward is not None and not backend.takes_low_rank):
+    if backend is None or (backend.name in OURS and not backend.takes_low_rank):
         return _implementation_refuses(implementation)
     return None
 
@@ -239,7 +245,7 @@ def _is_served(wrapper: Any) -> bool:
 
 
 def _choose_implementation(layers: list[MoeLayer]) -> None:
-    """Set `hf_moe` where the host's own experts implementation is set, which is what the host does unasked."""
+    """Set `hf_moe` where a backend of transformers is set, which is what transformers does unasked."""
     for layer in layers:
         config: Any = layer.experts.config
         if (backend := BACKENDS.get(config._experts_implementation or "eager")) and not backend.takes_low_rank:
@@ -260,6 +266,16 @@ class MergeError(RuntimeError):
     """A merged model does not compute what the adapted one did."""
 
 
+def _merge_refusal(experts: Any) -> str | None:
+    storage = storage_of(experts)
+    if storage.tensors() is not None:
+        return None
+    return (
+        f"weights that are stored as {storage.format} cannot be merged into: load the base unquantised, or use the "
+        "adapter unmerged."
+    )
+
+
 class _Outputs(NamedTuple):
     """The same batch through the base, the adapted and the merged model, float64."""
 
@@ -270,6 +286,8 @@ class _Outputs(NamedTuple):
 
 def merge_and_check(peft_model: PeftModel, **batch: Any) -> nn.Module:
     """`peft_model.merge_and_unload()`, then check on `batch` that the merged model computes what the adapted one did.
+
+    Experts that are stored as something else than dense tensors are refused before anything is changed.
 
     With the root mean square of the median token, `error` between merged and adapted outputs, `change` between
     adapted and base, `size` of the adapted, and `u` half a unit in the last place of the weights' dtype:
@@ -288,10 +306,11 @@ def merge_and_check(peft_model: PeftModel, **batch: Any) -> nn.Module:
         batch: What the model's forward takes, tokens that are typical for the adapter.
 
     Returns:
-        The base model with merged weights, in the mode (training or evaluation) of before.
+        The base model with merged weights, in the mode (training or evaluation) that it was in.
 
     Raises:
-        MergeError: With the figures and the way out. The weights are merged by then: load them again.
+        MergeError: With the numbers and the way out. The weights are merged by then: load them again. If the weights
+            are no dense tensors nothing was changed.
         TypeError: If the model is no `PeftModel`.
         ValueError: If the batch is empty, or an output is not finite.
     """
@@ -299,12 +318,16 @@ def merge_and_check(peft_model: PeftModel, **batch: Any) -> nn.Module:
         raise TypeError(f"merge_and_check takes a PeftModel, got {type(peft_model).__name__}: use get_peft_model.")
     if not batch:
         raise ValueError("merge_and_check needs a batch to compare outputs on: pass input_ids=....")
+    layers = required_layers(peft_model)
+    for layer in layers:
+        if (reason := _merge_refusal(layer.experts)) is not None:
+            raise MergeError(f"{layer.experts_name}: {reason}")
     was_training = peft_model.training
     peft_model.eval()
     with peft_model.disable_adapter():
         base = _output(peft_model, batch)
     adapted = _output(peft_model, batch)
-    dtype = read_weights(required_layers(peft_model)[0].experts).down.dtype
+    dtype = storage_of(layers[0].experts).dtype
     merged: Any = peft_model.merge_and_unload()
     _check_merge(_Outputs(base, adapted, _output(merged, batch)), dtype, _num_layers(merged))
     return merged.train(was_training)
@@ -328,18 +351,18 @@ def _check_merge(outputs: _Outputs, dtype: torch.dtype, num_layers: int) -> None
     size, change = _rms(outputs.adapted), _rms(outputs.adapted - outputs.base)
     error = _rms(outputs.merged - outputs.adapted)
     allowed = rounding_share(dtype, num_layers) * size
-    figures = (
+    numbers = (
         f"the merged outputs are off by {error:.3g} (median token), the adapter changes them by {change:.3g}, and "
         f"rounding to {str(dtype).removeprefix('torch.')} explains {allowed:.3g}"
     )
     if error > allowed:
         raise MergeError(
-            f"{figures}: this is no rounding. Weights that are computed when they are read (4 bits) cannot be merged "
-            "into: load the base unquantised. Use the adapter unmerged otherwise."
+            f"{numbers}: this is no rounding: the wrong product was merged, or into the wrong place. Use the adapter "
+            "unmerged."
         )
     if change > 0 and error > change / 2:
         raise MergeError(
-            f"{figures}: the adapter disappears in the rounding. Merge in float32: load the base with "
+            f"{numbers}: the adapter disappears in the rounding. Merge in float32: load the base with "
             "dtype=torch.float32, merge, then cast; or keep the adapter unmerged."
         )
 

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from hf_moe.experts.contract import up_name
+from hf_moe.layers.geometry import parametrization_of, up_name
 from hf_moe.layers.moe_layers import MoeLayer, recorded_modules
 
 
@@ -83,9 +83,9 @@ def expert_parameters(model: nn.Module, layers: list[MoeLayer], chosen: Choice |
     wanted: set[str] = set()
     parametrised_paths: set[str] = set()
     for layer in layers:
-        parametrised: Any = layer.experts._modules.get("parametrizations") or {}
         for name in (up_name(layer.experts), "down_proj"):
-            if name not in layer.experts._parameters and name not in parametrised:
+            is_parametrised = parametrization_of(layer.experts, name) is not None
+            if name not in layer.experts._parameters and not is_parametrised:
                 raise ValueError(
                     f"{layer.experts_name} holds no parameter {name}: PEFT adapts experts that are stored as one "
                     "parameter for each projection. Load the model without this quantisation."
@@ -93,7 +93,7 @@ def expert_parameters(model: nn.Module, layers: list[MoeLayer], chosen: Choice |
             path = f"{plain_path(layer.experts_name)}.{name}"
             if chosen(plain_path(layer.experts_name)) and chosen(path):
                 wanted.add(path)
-                parametrised_paths |= {path} if name in parametrised else set()
+                parametrised_paths |= {path} if is_parametrised else set()
     if not wanted:
         raise ValueError(f"{chosen} leave no experts to adapt: use LoraConfig itself for other modules.")
     everything = {plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)}

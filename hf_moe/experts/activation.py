@@ -1,6 +1,6 @@
-"""Which closed form an experts module's gate has, found by trying it: kernels fuse the forms that they know.
+"""The closed form of an expert's activation, found by trying it: kernels fuse the forms that they know.
 
-The host lets every class bring its own `_apply_gate`. Names and attributes do not tell what it computes, so it is
+Transformers lets every class bring its own `_apply_gate`. Names and attributes do not tell what it computes, so it is
 called on a few numbers, its parameters are read off the answers, and the form counts as known only if it then predicts
 all other answers too. What is not known runs as the module's own Python code.
 """
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# the host's float32 gates (Beam) leave errors of this size in float64 probes
+# float32 activations (Beam) leave errors of this size in float64 probes
 _TOLERANCE = 1e-6
 _FAR = 1e4  # beyond every limit in use (7 to 10 in transformers 5.23)
 _GRID = (-30.0, -9.0, -7.0, -6.5, -3.0, -1.0, -0.3, 0.0, 0.2, 1.0, 2.5, 6.5, 7.0, 9.0, 12.5, 30.0, 300.0)
 
 
 @dataclass(frozen=True)
-class Gate:
+class ExpertActivation:
     """`(clamp(up, -limit, limit) + offset) * f(min(gate, limit))`, or `f(pre)` for experts without a gate.
 
     Attributes:
@@ -60,19 +60,19 @@ class Gate:
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
-def find_gate(experts: Any) -> Gate | None:
-    """The closed form of the gate (or activation) of `experts`, a module of the host's contract; None if none fits.
+def find_activation(experts: Any) -> ExpertActivation | None:
+    """The closed form of what `experts`, a module of transformers' contract, do between their products, or None.
 
     The module's own code runs a few times on a few hundred float64 numbers on the CPU.
     """
     # the modes of torch.export, fake tensors and default devices belong to a thread: in a new one numbers are numbers
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_find_gate, experts).result()
+        return thread.submit(_find_activation, experts).result()
 
 
 @torch.no_grad()
-def _find_gate(experts: Any) -> Gate | None:
-    activation = getattr(experts, "act_fn", None)  # a gate of the class's own may do without
+def _find_activation(experts: Any) -> ExpertActivation | None:
+    activation = getattr(experts, "act_fn", None)  # an `_apply_gate` of the class's own may do without
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None  # training may change it
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
@@ -81,18 +81,18 @@ def _find_gate(experts: Any) -> Gate | None:
         return _find_gated(experts)
 
 
-def _find_ungated(experts: Any) -> Gate | None:
+def _find_ungated(experts: Any) -> ExpertActivation | None:
     x = torch.tensor(_GRID, dtype=torch.float64)
     actual = _tried(experts.act_fn, x, x.shape)
     if actual is None:
         return None
-    for gate in _functions(_sigmoid_slope(actual[_GRID.index(1.0)].item())):
-        if _agree(actual, gate.function(x)):
-            return gate
+    for found in _functions(_sigmoid_slope(actual[_GRID.index(1.0)].item())):
+        if _agree(actual, found.function(x)):
+            return found
     return None
 
 
-def _find_gated(experts: Any) -> Gate | None:
+def _find_gated(experts: Any) -> ExpertActivation | None:
     interleaved = not experts.is_concatenated
 
     def probe(gate: Tensor, up: Tensor) -> Tensor | None:
@@ -133,12 +133,12 @@ def _sigmoid_slope(f_of_one: float) -> float:
     return _rounded(math.log(f_of_one / (1 - f_of_one))) if 0 < f_of_one < 1 else 1.0
 
 
-def _functions(alpha: float, limit: float = math.inf, offset: float = 0.0) -> list[Gate]:
-    return [Gate(name, alpha if name == "silu" else 1.0, limit, offset) for name in ACTIVATIONS]
+def _functions(alpha: float, limit: float = math.inf, offset: float = 0.0) -> list[ExpertActivation]:
+    return [ExpertActivation(name, alpha if name == "silu" else 1.0, limit, offset) for name in ACTIVATIONS]
 
 
 def _rounded(number: float) -> float:
-    """Configs hold such parameters with a few digits; a float32 gate returns them with rounding errors."""
+    """Configs hold such parameters with a few digits; a float32 activation returns them with rounding errors."""
     return round(number, 5)
 
 

@@ -1,65 +1,325 @@
-"""The experts implementations that `set_experts_implementation` accepts, as data: a name, and what it refuses."""
+"""Every backend that `experts_implementation` may name, in one table, and what `hf_moe` chooses of it.
 
+Operators are imported when they first run: the compiled ones need a C++ compiler or Triton, which nothing else here
+does.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_moe.experts.engines import REFUSALS, forward_of
-from hf_moe.experts.host import HOST_REFUSALS, Refusal, accepts
-from hf_moe.experts.reference import reference_forward
+from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
+from hf_moe.experts.pipeline import Operators, run_experts
+from hf_moe.experts.reference import run_reference
+from hf_moe.experts.request import Backend, Request
+from hf_moe.experts.transformers_backends import TRANSFORMERS, delegates
+from hf_moe.kernels.layer_call import LowRankPair
+from hf_moe.layers.packed_storages import UnreadableStorage
+from hf_moe.layers.storage import ExpertStorage, storage_of
 
-ExpertsForward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+logger = logging.getLogger(__name__)
+
+HF_MOE, REFERENCE = "hf_moe", "hf_moe_reference"
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where the products are this large, torch's grouped product (CUTLASS, TMA) beats plain Triton on SM90 and SM100.
+# An estimate from published measurements (Mixtral-like rows), not measured by us.
+MANY_ROWS_PER_EXPERT = 1024
 
 
-@dataclass(frozen=True)
-class ExpertBackend:
-    """One experts implementation.
+# ---- what each refuses, and what it suits
 
-    Attributes:
-        name: Its name for `experts_implementation=` and `set_experts_implementation`.
-        refuses: Called with the experts module, the dtype of its weights and their device; returns why this backend
-            cannot run them, as a sentence that ends with a way out, or None. Slowness and memory are no refusal.
-        forward: `(experts, hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]`; None for those
-            that the host brings.
-        takes_low_rank: Whether `forward` also takes `low_rank`, the factors of adapters on the experts.
-    """
+
+def _cpu_refuses(request: Request) -> str | None:
+    if request.device.type != "cpu":
+        return f"hf_moe_cpu runs on the CPU, the experts are on {request.device.type}: use 'hf_moe'."
+    reason = _cpu_build().unavailable_reason()
+    return None if reason is None else f"hf_moe_cpu cannot be built: {reason}"
+
+
+@functools.cache
+def _cpu_build() -> Any:
+    return importlib.import_module("hf_moe.kernels.cpu.build")
+
+
+def _cpu_suits(request: Request) -> str | None:
+    return "compiled kernels read the weights of each expert once" if request.device.type == "cpu" else None
+
+
+def _triton_refuses(request: Request) -> str | None:
+    device = request.device
+    if device.type != "cuda" and not _is_interpreting():
+        return f"hf_moe_triton needs a GPU, the experts are on {device.type}: use 'hf_moe'."
+    if request.dtype not in TRITON_DTYPES:
+        return f"hf_moe_triton multiplies float32, bfloat16 and float16, not {request.dtype}: use 'hf_moe_grouped'."
+    if importlib.util.find_spec("triton") is None:
+        return "hf_moe_triton needs Triton: pip install \"hf-moe[triton]\", or use 'hf_moe_grouped'."
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"hf_moe_triton needs SM80 or newer, this GPU is SM{major}{minor}: use 'hf_moe_grouped'."
+    return None
+
+
+def _triton_suits(request: Request) -> str | None:
+    return None if request.device.type == "cpu" else "fused kernels need no permuted copies"
+
+
+def _is_interpreting() -> bool:
+    """Triton's own switch to run kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _hybrid_refuses(request: Request) -> str | None:
+    if not has_grouped_mm(request.widths, request.dtype, request.device):
+        return "torch's grouped product does not take these weights on this device: use 'hf_moe'."
+    return _triton_refuses(request)
+
+
+def _hybrid_suits(request: Request) -> str | None:
+    if not (request.many_rows and request.format == "dense" and rows_matter(request.device)):
+        return None
+    if not has_grouped_mm(request.widths, request.dtype, request.device):
+        return None
+    return f"torch's grouped product leads from {MANY_ROWS_PER_EXPERT} rows an expert"
+
+
+def _always_suits(request: Request) -> str:
+    return "plain torch runs everywhere"
+
+
+@torch.compiler.assume_constant_result
+def rows_matter(device: torch.device) -> bool:
+    """Whether the number of rows decides: torch's grouped product is one kernel (SM90, SM100) rather than a loop."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+# ---- operators
+
+
+def _cpu_operators() -> Operators:
+    _cpu_build().load_kernels()
+    ops = importlib.import_module("hf_moe.kernels.cpu.ops")
+    lora = importlib.import_module("hf_moe.kernels.cpu.low_rank")
+    fused = {("dense", False): ops.cpu_experts, ("dense", True): lora.cpu_experts_lora}
+    return Operators(ops.cpu_grouped_linear, fused)
+
+
+def _triton_operators() -> Operators:
+    ops = importlib.import_module("hf_moe.kernels.triton.ops")
+    fused = {("dense", False): ops.triton_experts, ("dense", True): ops.triton_experts_lora}
+    return Operators(ops.triton_grouped_linear, fused)
+
+
+def _hybrid_operators() -> Operators:
+    hybrid = importlib.import_module("hf_moe.kernels.triton.hybrid")
+    return Operators(grouped_linear, {("dense", False): hybrid.triton_hybrid_experts})
+
+
+def _grouped_operators() -> Operators:
+    return Operators(grouped_linear)
+
+
+# ---- the table
+
+# in the order in which `hf_moe` asks what suits it
+ROWS = (
+    Backend(HF_MOE, takes_low_rank=True),  # runs one of the others
+    Backend("hf_moe_cpu", _cpu_refuses, _cpu_operators, ("dense",), _cpu_suits, takes_low_rank=True),
+    # torch's products with Triton between them
+    Backend(
+        "hybrid", _hybrid_refuses, _hybrid_operators, ("dense",), _hybrid_suits, "hf_moe_grouped", takes_low_rank=True
+    ),
+    Backend("hf_moe_triton", _triton_refuses, _triton_operators, ("dense",), _triton_suits, takes_low_rank=True),
+    Backend("hf_moe_grouped", load=_grouped_operators, suits=_always_suits, takes_low_rank=True),
+    Backend(REFERENCE),
+    *TRANSFORMERS,
+)
+BACKENDS: dict[str, Backend] = {row.public_name: row for row in ROWS}
+OURS = tuple(name for name in BACKENDS if name.startswith(HF_MOE))
+_ROWS_OF = {name: [row for row in ROWS if row.public_name == name] for name in BACKENDS}
+OPERATORS: dict[str, Operators] = {}  # of the rows that were loaded
+_BROKEN: dict[str, str] = {}  # rows that were there and could not be loaded, and why
+
+
+# ---- what runs a request
+
+
+class Choice(NamedTuple):
+    """The choice of `hf_moe`: a backend's name, why, and whether a better one had to be passed over."""
 
     name: str
-    refuses: Refusal = accepts
-    forward: ExpertsForward | None = None
-    takes_low_rank: bool = False
+    reason: str
+    is_second_best: bool = False
+
+    def __str__(self) -> str:
+        return f"hf_moe runs {self.name}: {self.reason.rstrip('.')}."
 
 
-OURS = (
-    *(ExpertBackend(name, refuses, forward_of(name), takes_low_rank=True) for name, refuses in REFUSALS.items()),
-    ExpertBackend("hf_moe_reference", forward=reference_forward),
-)
-BACKENDS: dict[str, ExpertBackend] = {
-    **{name: ExpertBackend(name, refuses) for name, refuses in HOST_REFUSALS.items()},
-    **{backend.name: backend for backend in OURS},
-}
+def choose(request: Request) -> Choice:
+    """Choose what `hf_moe` runs.
+
+    Raises:
+        ValueError: If nothing of ours reads the weights.
+    """
+    return _chosen(request)[1]
+
+
+def _chosen(request: Request) -> tuple[Backend, Choice]:
+    """The row, and its choice in words."""
+    for name in () if request.adapted or request.device.type == "cpu" else delegates():
+        if refusal(row := BACKENDS[name], request) is None:
+            return row, Choice(name, "HF_MOE_DELEGATE allows transformers' kernel")
+    passed_over = None
+    for row in ROWS:
+        if (merit := row.suits(request)) is None:
+            continue
+        if (reason := refusal(row, request)) is None:
+            return row, Choice(row.public_name, passed_over or merit, passed_over is not None)
+        passed_over = passed_over or reason
+    raise ValueError(f"experts_implementation='hf_moe' cannot run {type(request.experts).__name__}: {passed_over}")
+
+
+def refusal(row: Backend, request: Request) -> str | None:
+    """Why a row cannot run a request, as a sentence that ends with a way out."""
+    if request.format != "dense":
+        if row.name in OURS and isinstance(storage_of(request.experts), UnreadableStorage):
+            return (
+                f"the weights are stored as {request.format}, which hf_moe does not read: load the model in bfloat16."
+            )
+        if row.takes is not None and request.format not in row.takes:
+            return f"{row.public_name} has no operators for weights stored as {request.format}: use 'hf_moe_grouped'."
+    return row.refuses(request) or _BROKEN.get(row.name)
 
 
 def available_backends() -> list[str]:
-    """Names that the installed host accepts; `BACKENDS` knows all but those that other packages registered."""
+    """Names that the installed transformers accepts; `BACKENDS` knows all but those that others registered."""
     # here, because registration imports this file as soon as the registry is there
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     return ["eager", *ALL_EXPERTS_FUNCTIONS.keys()]
 
 
-def refusals(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
-    """Backends that cannot run `experts`, with the reason; those that can are absent.
+def refusals(request: Request) -> dict[str, str]:
+    """Backends that cannot run a request, with the reason; those that can are absent.
+
+    On the meta device only CUDA kernels are refused.
+    """
+    reasons = {name: refusal(BACKENDS[name], request) for name in available_backends() if name in BACKENDS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes the answer; it cannot trace the question
+def resolve(name: str, *request_fields: Any) -> str:
+    """The row that runs `name`, loaded; the choice of `hf_moe` is logged once for each kind.
 
     Args:
-        experts: A module under the host's `use_experts_implementation` decorator.
-        dtype: Of its weights.
-        device: Of its weights; on the meta device only CUDA kernels are refused.
+        request_fields: Of a `Request`, one by one, since the compiler makes no constant of a record.
+
+    Raises:
+        ValueError: If `name` was asked for and cannot run the request.
     """
-    reasons = {
-        name: BACKENDS[name].refuses(experts, dtype, device) for name in available_backends() if name in BACKENDS
-    }
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    request = Request(*request_fields)
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return _for_onnx(name, request.adapted)
+    if name == HF_MOE:
+        row, choice = _chosen(request)
+        while _load_error(row) is not None:  # a compiler is there but fails: again, knowing that
+            row, choice = _chosen(request)
+        _log_choice(type(request.experts).__name__, request.dtype, request.device.type, choice)
+        return row.name
+    for row in _ROWS_OF[name]:
+        reason = refusal(row, request) or _load_error(row)
+        if reason is None:
+            return row.name
+    raise ValueError(f"experts_implementation={name!r} cannot run {type(request.experts).__name__}: {reason}")
+
+
+def _load_error(row: Backend) -> str | None:
+    """Load a row's operators; why that fails, which `refusal` says from then on."""
+    if row.load is not None and row.name not in OPERATORS:
+        try:
+            OPERATORS[row.name] = row.load()
+        except RuntimeError as error:
+            _BROKEN[row.name] = str(error)
+    return _BROKEN.get(row.name)
+
+
+def _for_onnx(name: str, adapted: bool) -> str:
+    """The row that is exported in the place of `name`: ONNX knows no operator of ours."""
+    if name == HF_MOE and not adapted:
+        logger.info("ONNX gets the experts as 'batched_mm' computes them.")
+        return "batched_mm"
+    merge = " Merge the adapters before." if adapted else ""
+    raise ValueError(
+        f"experts_implementation={name!r} cannot be exported to ONNX: call "
+        f"model.set_experts_implementation('batched_mm') before torch.onnx.export.{merge}"
+    )
+
+
+@functools.cache  # once
+def _log_choice(experts_class: str, dtype: torch.dtype, device: str, choice: Choice) -> None:
+    level = logging.WARNING if choice.is_second_best else logging.INFO
+    logger.log(level, "%s (%s, %s): %s", experts_class, str(dtype).removeprefix("torch."), device, choice)
+
+
+# ---- the forward
+
+
+def has_many_rows(top_k_index: Tensor, num_experts: int, device: torch.device) -> bool:
+    """Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average, if that decides anything; never symbolic."""
+    # an exported program is one for all lengths
+    if not rows_matter(device) or torch.compiler.is_exporting():
+        return False
+    # a branch, so that torch.compile guards on which side of the threshold the number is, not on the number
+    if top_k_index.numel() >= MANY_ROWS_PER_EXPERT * num_experts:  # noqa: SIM103
+        return True
+    return False
+
+
+def forward_of(name: str) -> Callable[..., Tensor]:
+    """The experts forward of transformers' contract behind one of our names, which also takes low-rank factors."""
+
+    def forward(
+        experts: Any,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        low_rank: LowRankPair | None = None,
+    ) -> Tensor:
+        storage = storage_of(experts)
+        many_rows = name == HF_MOE and has_many_rows(top_k_index, storage.num_experts, storage.device)
+        facts = (storage.format, storage.dtype, storage.device, storage.shape("down"))
+        row = resolve(name, experts, *facts, many_rows, low_rank is not None)
+        return run_row(row, experts, storage, hidden_states, top_k_index, top_k_weights, low_rank)
+
+    forward.__name__ = f"{name}_forward"
+    return forward
+
+
+def run_row(
+    row: str,
+    experts: Any,
+    storage: ExpertStorage,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    low_rank: LowRankPair | None = None,
+) -> Tensor:
+    """Run experts on what `resolve` found; arguments and result as `run_experts`."""
+    if row in OPERATORS:
+        factors = None if low_rank is None else low_rank.to(storage.dtype)
+        return run_experts(OPERATORS[row], experts, storage, hidden_states, top_k_index, top_k_weights, factors)
+    if row == REFERENCE:
+        return run_reference(experts, storage, hidden_states, top_k_index, top_k_weights)
+    # here, because registration imports this file as soon as the registry is there
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS[row](experts, hidden_states, top_k_index, top_k_weights)

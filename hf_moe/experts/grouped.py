@@ -6,21 +6,13 @@ GPUs they are one `torch.nn.functional.grouped_mm`, so that nothing waits for th
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that the layer maps from and to.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _expert_rows(expert_end_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, with their rows."""
-    start = 0
-    for expert, end in enumerate(expert_end_E.tolist()):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+from hf_moe.layers.expert_rows import expert_rows
 
 
 def _matrix(weight: Tensor, expert: int, transposed: bool) -> Tensor:
@@ -34,7 +26,7 @@ def _grouped_linear(
 ) -> Tensor:
     width = weight.shape[2 if transposed else 1]
     out_NB = rows_NA.new_zeros(rows_NA.shape[0], width)
-    for expert, rows in _expert_rows(expert_end_E):
+    for expert, rows in expert_rows(expert_end_E):
         torch.mm(rows_NA[rows], _matrix(weight, expert, transposed), out=out_NB[rows])
         if bias is not None:
             out_NB[rows] += bias[expert]
@@ -61,7 +53,7 @@ def _grouped_linear_backward(
     grad_rows_NA = torch.zeros_like(rows_NA) if needs_rows else rows_NA.new_empty(0)
     grad_weight = _zeros_for(weight, expert_end_E) if needs_weight else weight.new_empty(0)
     grad_bias_EB = grad_NB.new_zeros(len(weight), grad_NB.shape[1]) if needs_bias else grad_NB.new_empty(0)
-    for expert, rows in _expert_rows(expert_end_E):
+    for expert, rows in expert_rows(expert_end_E):
         if needs_rows:
             torch.mm(grad_NB[rows], _matrix(weight, expert, transposed).T, out=grad_rows_NA[rows])
         if needs_weight:
@@ -139,4 +131,4 @@ def has_grouped_mm(widths: tuple[int, ...], dtype: torch.dtype, device: torch.de
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     whole = all(width * dtype.itemsize % 16 == 0 for width in widths)
-    return whole and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return len(widths) > 0 and whole and dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,7 +1,7 @@
-"""Find every Mixture-of-Experts layer of a model by the host's contracts, whatever the family and whatever wraps it.
+"""Find every Mixture-of-Experts layer of a model by transformers' contracts, whatever the family and what wraps it.
 
-*Experts* are a module whose class went through the host's `use_experts_implementation` decorator. The decorator leaves
-its marks on every instance (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, `config`; `_apply_gate` on the
+*Experts* are a module whose class went through transformers' decorator `use_experts_implementation`. It leaves its
+marks on every instance (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, `config`; `_apply_gate` on the
 class), and these marks survive PEFT, `torch.compile`, quantisation and parallel wrappers. No class name is known here.
 
 The *router* is a sibling of the experts in the same block. Every decorated family of transformers 5.23 has one: it
@@ -10,7 +10,7 @@ exceptions (5.17: Jamba's yields logits only, Granite's returns the indices firs
 of the experts, `(hidden_states, top_k_index, top_k_weights)`. Among the siblings the router is the one that, in this
 order:
 
-1. the model records as `router_logits` (the host's `_can_record_outputs`);
+1. the model records as `router_logits` (transformers' `_can_record_outputs`);
 2. declares an integer `top_k` (DeepSeek-V4's hash router, the routers of Ernie-VL and of Dots3's vision tower, which
    their models do not record);
 3. holds a matrix with a row for each expert (blocks that choose the top k themselves: this sibling yields logits).
@@ -21,12 +21,15 @@ Source: transformers 5.23, `integrations/moe.py::use_experts_implementation`, `u
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from hf_moe.layers.geometry import GeometryError, declared_size
+from hf_moe.layers.skipped_slots import may_skip_slots
+from hf_moe.layers.storage import storage_of
 
 _DECORATOR_MARKS = ("config", "has_gate", "has_bias", "is_transposed", "is_concatenated")
 # where PyTorch and PEFT wrappers keep the module they wrap
@@ -40,7 +43,7 @@ _WRAPPED_AS = (
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 )
-# the names that model configs of the host use for the experts of one token
+# the names that model configs of transformers use for the experts of one token
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
@@ -52,7 +55,7 @@ class MoeLayer:
         name: Path of the block in the model that was searched; the experts are one of its children.
         router: The child that the block calls to route, with whatever wraps it. None where no sibling qualifies: the
             block then routes by itself.
-        experts: The module that carries the host's marks and the weights, without what wraps it.
+        experts: The module that carries transformers' marks and the weights, without what wraps it.
         num_experts: Experts that the router chooses among, without null and shared experts.
         top_k: Experts per token, at most.
         hidden_size: Width of the rows that experts read and write. Less than the model's hidden size in families
@@ -100,7 +103,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     parallel wrapper, with quantised weights, on the meta device. No weight is read, only shapes.
 
     Returns:
-        One record for each experts module in use; an empty list for a dense model. MoE blocks outside of the host's
+        One record for each experts module in use; an empty list for a dense model. MoE blocks outside of transformers'
         experts interface (Switch, DBRX, Llama 4, experts as a ModuleList) are not found; `hf_moe.explain` names them.
 
     Raises:
@@ -114,13 +117,13 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         if is_experts(module):
             block, child = _block_of(path)
             siblings = _siblings(modules[block], child)
-            router = _find_router(siblings, recorded, _int(module, "num_experts"))
+            router = _find_router(siblings, recorded, declared_size(module, "num_experts"))
             found.setdefault(_join(block, child), _layer(block, router, _active(modules, path), modules))
     return list(found.values())
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether the host's `use_experts_implementation` decorator made this module's class."""
+    """Whether transformers' `use_experts_implementation` decorator made this module's class."""
     # instance attributes only: wrappers that forward attribute access are not the experts
     return all(mark in vars(module) for mark in _DECORATOR_MARKS) and hasattr(type(module), "_apply_gate")
 
@@ -166,7 +169,7 @@ def check_index_range(layer: MoeLayer, top_k_index: Tensor) -> None:
 
     Args:
         top_k_index: `[T, K]` or `[..., K]`, an integer dtype. Ids lie in `[0, num_experts)`; the id `num_experts`
-            (the host's "skip this slot") is in range only where the experts declare `_is_expert_parallel`.
+            ("skip this slot") is in range only where the experts declare it (`skipped_slots`).
 
     Raises:
         TypeError: If the ids are not integers.
@@ -176,14 +179,14 @@ def check_index_range(layer: MoeLayer, top_k_index: Tensor) -> None:
         raise TypeError(f"Expert ids of layer {layer.name!r} must be integers, got {top_k_index.dtype}.")
     if top_k_index.numel() == 0:
         return
-    may_skip = bool(getattr(layer.experts, "_is_expert_parallel", False))
+    may_skip = may_skip_slots(layer.experts)
     low, high = (int(bound) for bound in top_k_index.aminmax())
     last = layer.num_experts if may_skip else layer.num_experts - 1
     if low < 0 or high > last:
         skip = (
             f"{layer.num_experts} marks a skipped slot"
             if may_skip
-            else f"id {layer.num_experts} may mark a skipped slot only if the experts set `_is_expert_parallel = True`"
+            else f"id {layer.num_experts} may mark a skipped slot only if the experts set `may_skip_slots = True`"
         )
         raise ValueError(
             f"Expert ids of layer {layer.name!r} must lie in [0, {last}] ({layer.num_experts} experts; {skip}), "
@@ -264,7 +267,7 @@ def _find_router(siblings: dict[str, nn.Module], recorded: set[int], num_experts
     """Name of the one sibling that qualifies as router, by the first rule that exactly one sibling meets."""
     rules = (
         lambda module: id(module) in recorded,
-        lambda module: _int(module, "top_k") is not None,
+        lambda module: declared_size(module, "top_k") is not None,
         lambda module: any(p.dim() == 2 and p.shape[0] == num_experts for p in module.parameters()),
     )
     for meets in rules:
@@ -279,13 +282,19 @@ def _layer(block: str, router_child: str | None, experts_path: str, modules: dic
     router_name = None if router_child is None else _join(block, router_child)
     router = None if router_name is None else modules[block].get_submodule(router_child or "")
     inner = None if router is None else unwrapped(router)
-    num_experts, hidden_size, expert_width = _geometry(experts, experts_path)
+    try:
+        storage = storage_of(experts)
+        hidden_size, expert_width = storage.shape("down")
+    except GeometryError as error:
+        raise ValueError(f"Cannot tell the size of the experts at {experts_path!r}: {error}") from None
     return MoeLayer(
         name=block,
         router=router,
         experts=experts,
         # under expert parallelism the experts hold a part, the router chooses among all
-        num_experts=_int(inner, "num_experts") or num_experts,
+        num_experts=declared_size(inner, "num_experts")
+        or declared_size(experts, "num_experts")
+        or storage.num_experts,
         top_k=_top_k(inner, experts, block),
         hidden_size=hidden_size,
         expert_width=expert_width,
@@ -294,13 +303,8 @@ def _layer(block: str, router_child: str | None, experts_path: str, modules: dic
     )
 
 
-def _int(module: nn.Module | None, name: str) -> int | None:
-    value = None if module is None else vars(module).get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def _top_k(router: nn.Module | None, experts: nn.Module, block: str) -> int:
-    declared = _int(router, "top_k")
+    declared = declared_size(router, "top_k")
     if declared is not None:
         return declared
     config = experts.config
@@ -312,47 +316,3 @@ def _top_k(router: nn.Module | None, experts: nn.Module, block: str) -> int:
         f"Cannot tell how many experts a token of layer {block!r} takes: its router declares no integer `top_k`, and "
         f"{type(config).__name__} has none of {', '.join(_TOP_K_FIELDS)}. Set `top_k` on the router module."
     )
-
-
-def _geometry(experts: nn.Module, path: str) -> tuple[int, int, int]:
-    """`(num_experts, hidden_size, expert_width)` from the shapes of the weights, else from what the module declares.
-
-    Of each weight only dimension 1 is read: formats that pack several values into one element shorten the last.
-    """
-    up = _logical_shape(experts, "gate_up_proj" if experts.has_gate else "up_proj")
-    down = _logical_shape(experts, "down_proj")
-    num_experts = _int(experts, "num_experts")
-    if up and down and up[0] == down[0]:
-        hidden_size, expert_width = down[1], up[1] // (2 if experts.has_gate else 1)
-        if experts.is_transposed:
-            hidden_size, expert_width = up[1], down[1]
-        return up[0] if num_experts is None else num_experts, hidden_size, expert_width
-    declared_hidden = _int(experts, "hidden_dim") or _int(experts, "hidden_size")
-    declared_width = _int(experts, "intermediate_dim") or _int(experts, "intermediate_size")
-    if num_experts is None or declared_hidden is None or declared_width is None:
-        raise ValueError(
-            f"Cannot tell the size of the experts at {path!r}: their weights have no shape [experts, rows, columns] "
-            f"(found {up} and {down}), and the module lacks one of the integers num_experts, hidden_dim, "
-            f"intermediate_dim. Set them on the module that holds the quantised weights."
-        )
-    return num_experts, declared_hidden, declared_width
-
-
-def _logical_shape(experts: nn.Module, name: str) -> tuple[int, ...] | None:
-    """Shape `[E, rows, columns]` of a weight that may be parametrised or replaced; None if it is stored otherwise.
-
-    The attribute itself is not read where a parametrisation stands behind it: that may unpack gigabytes.
-    """
-    parametrizations: Any = experts._modules.get("parametrizations") or {}
-    if name in parametrizations:
-        stored, owners = getattr(parametrizations[name], "original", None), list(parametrizations[name])
-    else:
-        stored = experts._parameters.get(name)
-        stored = experts._buffers.get(name, vars(experts).get(name)) if stored is None else stored
-        owners = [stored]
-    # bitsandbytes flattens what it packs; its quantisation state keeps the shape
-    states = [getattr(owner, "quant_state", None) for owner in owners]
-    for shape in (getattr(item, "shape", None) for item in [*states, stored]):
-        if shape is not None and len(shape) == 3 and prod(shape) > 0:
-            return tuple(shape)
-    return None

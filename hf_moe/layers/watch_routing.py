@@ -1,4 +1,4 @@
-"""Hear every routing decision of a model while it runs, whatever the family, the backend, and what wraps it.
+"""Watch every routing decision of a model while it runs, whatever the family, the backend, and what wraps it.
 
 The decision is taken where the block hands it to its experts: `(hidden_states, top_k_index, top_k_weights)` is the one
 call that all families share. Under expert parallelism that call gets the ids of one process, so the router's own
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from hf_moe.layers.moe_layers import MoeLayer, inner_model
+from hf_moe.layers.skipped_slots import is_expert_parallel, may_skip_slots
 from hf_moe.layers.unseen_experts import required_layers
 from hf_moe.models.transformers_names import CACHE_NAMES
 
@@ -171,17 +172,11 @@ def _decision(layer: MoeLayer, args: Any, kwargs: Any, returned: Any) -> tuple[T
     index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
     weights = kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2]
     index = index.reshape(-1, index.shape[-1])
-    if getattr(layer.experts, "_is_expert_parallel", False) and _is_long(returned, 3):
+    if may_skip_slots(layer.experts) and _is_long(returned, 3):
         is_packed = index.shape != returned[2].shape
-        if is_packed or _is_split(layer):
+        if is_packed or is_expert_parallel(layer.experts, layer.router):
             return returned[2], returned[1]
     return index, weights
-
-
-def _is_split(layer: MoeLayer) -> bool:
-    """Whether this process holds a part of the experts. hf_moe also sets the flag where slots may be empty."""
-    is_flagged = getattr(layer.experts, "_is_expert_parallel", False)
-    return is_flagged and vars(layer.experts).get("num_experts") != getattr(layer.router, "num_experts", None)
 
 
 def _is_long(returned: Any, length: int) -> bool:
@@ -195,7 +190,7 @@ def _with(
     args_list, kwargs = list(args), dict(kwargs)
     for position, name, value in zip((1, 2), ("top_k_index", "top_k_weights"), instead, strict=True):
         old = kwargs[name] if name in kwargs else args[position]
-        if value.numel() != old.numel() or _is_split(layer):
+        if value.numel() != old.numel() or is_expert_parallel(layer.experts, layer.router):
             raise ValueError(
                 f"the experts of layer {layer.name!r} are called with {name} of shape {list(old.shape)}, not with one "
                 "row for each token (expert parallelism, or experts that choose their tokens): their routing cannot "

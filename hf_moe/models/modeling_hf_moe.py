@@ -113,6 +113,7 @@ class HfMoeExperts(nn.Module):
     # set by the decorator
     _apply_gate: Callable[[Tensor], Tensor]
     _is_expert_parallel: bool
+    may_skip_slots: bool
 
     def __init__(self, config: HfMoeConfig):
         super().__init__()
@@ -154,8 +155,8 @@ class HfMoeSparseMoeBlock(nn.Module):
         self.experts = HfMoeExperts(config)
         # with per_layer_config, `config` is a copy that a later set_experts_implementation() would not reach
         self.experts.config = model_config
-        # the host's flag for "the id num_experts is skipped"; its decorator sets it False after __init__
-        self.experts._is_expert_parallel = config.can_skip_slots
+        # the id num_experts is skipped: our flag, and the one that transformers' own implementations read
+        self.experts.may_skip_slots = self.experts._is_expert_parallel = config.can_skip_slots
         self.shared_experts: HfMoeMLP | None = None
         if config.num_shared_experts > 0:
             width = config.num_shared_experts * config.moe_intermediate_size

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hf_moe.experts.backends import BACKENDS, refusals
-from hf_moe.experts.contract import foreign_storage
-from hf_moe.experts.engines import choose
+from hf_moe.experts.backends import BACKENDS, choose, refusals
+from hf_moe.experts.request import request_for
 from hf_moe.layers.moe_layers import MoeLayer, inner_model, is_experts, moe_layers
+from hf_moe.layers.packed_storages import UnreadableStorage
 from hf_moe.layers.path_ranges import join_ranges, split_path
+from hf_moe.layers.storage import ExpertStorage, storage_of
 from hf_moe.layers.unseen_experts import unseen_experts
 from hf_moe.loading.config_files import config_errors
 from hf_moe.loading.pretrained import build_empty, read_config
@@ -239,18 +240,24 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     refused: dict[str, str] = {}
     warnings: dict[str, list[str]] = {}
     for layer in layers:
-        weight, backend = _storage(layer), _backend(layer)
-        if weight is None or weight.dtype not in PLAIN_DTYPES:
+        weight, backend, storage = _storage(layer), _backend(layer), storage_of(layer.experts)
+        is_attached = "expert_storage" in vars(layer.experts)
+        if not is_attached and (weight is None or weight.dtype not in PLAIN_DTYPES):
             kind = "in a form of their own" if weight is None else f"as {weight.dtype}"
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)
             continue
-        if (storage := foreign_storage(layer.experts)) is not None:
-            text = f"Expert weights are stored as {storage}: it decides which of transformers' own backends run them."
+        if storage.format != "dense":
+            who = (
+                "hf_moe's backends run them"
+                if is_attached
+                else "it decides which of transformers' own backends run them"
+            )
+            text = f"Expert weights are stored as {storage.format}: {who}."
             warnings.setdefault(text, []).append(layer.name)
-        reasons = refusals(layer.experts, weight.dtype, _device(weight))
+        reasons = refusals(request_for(layer.experts, storage, _device(storage)))
         refused = {**reasons, **refused}
-        if backend in reasons and weight.device.type != "meta":
+        if backend in reasons and storage.device.type != "meta":
             warnings.setdefault(f"The backend in use refuses: {reasons[backend]}", []).append(layer.name)
         if backend not in BACKENDS:
             text = f"Backend {backend!r} is not in hf_moe's table: what it refuses is not known."
@@ -258,16 +265,17 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     return refused, [f"{join_ranges(names)}: {text}" for text, names in warnings.items()]
 
 
-def _device(weight: torch.Tensor) -> torch.device:
-    """Device of the weight; of one on the meta device, that on which this machine would put it."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight.is_meta else weight.device
+def _device(storage: ExpertStorage) -> torch.device:
+    """Device of the weights; of those on the meta device, that on which this machine would put them."""
+    where = storage.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if where.type == "meta" else where
 
 
 def _choices(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
-    weight = _storage(layer)
-    if _backend(layer) == "hf_moe" and weight is not None:
+    storage = storage_of(layer.experts)
+    if _backend(layer) == "hf_moe" and not isinstance(storage, UnreadableStorage):
         adapted = getattr(_experts_child(model, layer), "runs_low_rank", False)  # as accelerate_adapters leaves it
-        yield str(choose(layer.experts, weight.dtype, _device(weight), adapted=adapted))
+        yield str(choose(request_for(layer.experts, storage, _device(storage), adapted=adapted)))
 
 
 def _groups(layers: list[MoeLayer]) -> Iterable[LayerGroup]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_moe.layers.moe_layers import MoeLayer
+from hf_moe.layers.storage import storage_of
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # integers of this size are indices and masks
@@ -89,15 +90,19 @@ def _of_config(method: str, config: Any, found: _Weights) -> str | None:
 
 
 def _weigh(model: nn.Module, layers: list[MoeLayer], *, buffers: bool) -> _Weights:
-    experts = {id(p): p for layer in layers for p in layer.experts.parameters() if _is_plain(p)}
-    weights: list[Tensor] = list(model.parameters())
+    # what a quantiser attached stores them, whatever stands in the parameters' places
+    attached = [layer.experts for layer in layers if "expert_storage" in vars(layer.experts)]
+    placeholders = {id(p) for experts in attached for p in experts.parameters()}
+    own_experts = [layer.experts for layer in layers if layer.experts not in attached]
+    experts = {id(p): p for module in own_experts for p in module.parameters() if _is_plain(p)}
+    weights: list[Tensor] = [p for p in model.parameters() if id(p) not in placeholders]
     # GPTQ and AWQ keep packed weights in buffers
     weights += [buffer for buffer in model.buffers() if buffers and _is_packed(buffer)]
     packed = [weight for weight in weights if _is_packed(weight)]
     own = {id(p) for layer in layers for p in layer.experts.parameters()}
     is_whole = all(id(p) in experts or not _is_packed(p) for layer in layers for p in layer.experts.parameters())
     return _Weights(
-        total=sum(map(stored_bytes, weights)),
+        total=sum(map(stored_bytes, weights)) + sum(sum(storage_of(each).nbytes().values()) for each in attached),
         experts=sum(map(stored_bytes, experts.values())) if is_whole else 0,
         expert_dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in experts.values()})),
         packed=sum(stored_bytes(weight) for weight in packed if id(weight) not in own),

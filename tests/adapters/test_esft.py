@@ -338,7 +338,7 @@ def unknown_implementation(model):
 
 
 REFUSED = {
-    quantised: "down_proj is a Parameter of torch.int8",
+    quantised: "stored as torch.int8",
     parametrised: "quantised or offloaded",
     offloaded: "quantised or offloaded",
     distributed: "has 4 slices for 8 experts",

@@ -22,9 +22,10 @@ from hf_moe.adapters import expert_lora, lora_options
 from hf_moe.adapters.expert_lora import MergeError, accelerate_adapters, expert_lora_config, merge_and_check
 from hf_moe.data.packing import PackedRows
 from hf_moe.experts import pipeline
-from hf_moe.experts.engines import choose
-from hf_moe.experts.host import HOST_REFUSALS
+from hf_moe.experts.backends import BACKENDS, choose
+from hf_moe.experts.request import Backend, request_for
 from hf_moe.kernels.layer_call import LowRank, LowRankPair
+from hf_moe.layers.storage import storage_of
 from tiny_lora import RANK, accelerated, adapted, assert_equal, build, fill, outputs, results
 from tiny_models import FAMILIES as NATIVE
 from tiny_models import build_tiny
@@ -653,16 +654,17 @@ def test_an_implementation_that_takes_no_factors_raises_in_the_forward():
         tuned(**inputs)
 
 
-def test_kernels_of_the_host_are_not_chosen_for_adapters(monkeypatch):
+def test_kernels_of_transformers_are_not_chosen_for_adapters(monkeypatch):
     model, _ = build("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     monkeypatch.setenv("HF_MOE_DELEGATE", "sonicmoe")
-    monkeypatch.setitem(HOST_REFUSALS, "sonicmoe", lambda *_: None)
+    monkeypatch.setitem(BACKENDS, "sonicmoe", Backend("sonicmoe"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     cuda = torch.device("cuda", 0)
-    assert choose(experts, torch.bfloat16, cuda).name == "sonicmoe"
-    assert choose(experts, torch.bfloat16, cuda, adapted=True).name != "sonicmoe"
+    request = request_for(experts.bfloat16(), storage_of(experts), cuda)
+    assert choose(request).name == "sonicmoe"
+    assert choose(request._replace(adapted=True)).name != "sonicmoe"
 
 
 def test_ranks_are_padded_for_torch_s_grouped_product():

@@ -9,24 +9,24 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_moe.experts.activation import Gate, find_gate
-from hf_moe.experts.contract import gate_of
+from hf_moe.experts.activation import ExpertActivation, find_activation
+from hf_moe.experts.contract import activation_of
 from tiny_models import FAMILIES, build_tiny, experts_class
 
 # all others compute silu(gate) * up
 SPECIAL = {
-    "deepseek_v4": Gate("silu", limit=10.0),
-    "diffusion_gemma": Gate("gelu_tanh"),
-    "gemma4": Gate("gelu_tanh"),
-    "glm5_next": Gate("silu", limit=10.0),
-    "gpt_oss": Gate("silu", alpha=1.702, limit=7.0, offset=1.0),
-    "hy_v4": Gate("silu", limit=10.0),
-    "hy_v4_vl": Gate("silu", limit=10.0),
+    "deepseek_v4": ExpertActivation("silu", limit=10.0),
+    "diffusion_gemma": ExpertActivation("gelu_tanh"),
+    "gemma4": ExpertActivation("gelu_tanh"),
+    "glm5_next": ExpertActivation("silu", limit=10.0),
+    "gpt_oss": ExpertActivation("silu", alpha=1.702, limit=7.0, offset=1.0),
+    "hy_v4": ExpertActivation("silu", limit=10.0),
+    "hy_v4_vl": ExpertActivation("silu", limit=10.0),
     "inkling2": None,  # soft caps
     "inkling2_loop": None,  # soft caps
-    "minimax_m3_vl": Gate("silu", alpha=1.702, limit=7.0, offset=1.0),
-    "nemotron_h": Gate("relu2"),
-    "openai_privacy_filter": Gate("silu", alpha=1.702, limit=7.0, offset=1.0),
+    "minimax_m3_vl": ExpertActivation("silu", alpha=1.702, limit=7.0, offset=1.0),
+    "nemotron_h": ExpertActivation("relu2"),
+    "openai_privacy_filter": ExpertActivation("silu", alpha=1.702, limit=7.0, offset=1.0),
 }
 
 
@@ -37,8 +37,8 @@ def meta_experts(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gate_of_every_native_family(family):
-    assert find_gate(meta_experts(family)) == SPECIAL.get(family, Gate("silu"))
+def test_activation_of_every_native_family(family):
+    assert find_activation(meta_experts(family)) == SPECIAL.get(family, ExpertActivation("silu"))
 
 
 class Experts(nn.Module):
@@ -62,23 +62,23 @@ def gated(function, interleaved=False):
 @pytest.mark.parametrize(
     "gate",
     [
-        Gate("silu"),
-        Gate("silu", alpha=1.702, limit=7.0, offset=1.0),
-        Gate("silu", alpha=0.5),
-        Gate("gelu", limit=3.5),
-        Gate("gelu_tanh", offset=0.25),
-        Gate("relu"),
-        Gate("relu2", limit=12.0),
+        ExpertActivation("silu"),
+        ExpertActivation("silu", alpha=1.702, limit=7.0, offset=1.0),
+        ExpertActivation("silu", alpha=0.5),
+        ExpertActivation("gelu", limit=3.5),
+        ExpertActivation("gelu_tanh", offset=0.25),
+        ExpertActivation("relu"),
+        ExpertActivation("relu2", limit=12.0),
     ],
     ids=str,
 )
 def test_parameters_are_read_off(gate, interleaved):
-    assert find_gate(gated(gate, interleaved)) == gate
+    assert find_activation(gated(gate, interleaved)) == gate
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "silu", "quick_gelu"])
 def test_activations_without_a_gate(name):
-    found = find_gate(Experts(None, has_gate=False, act_fn=ACT2FN[name]))
+    found = find_activation(Experts(None, has_gate=False, act_fn=ACT2FN[name]))
     x = torch.linspace(-4, 4, 41, dtype=torch.float64)
     torch.testing.assert_close(found.function(x), ACT2FN[name](x), rtol=1e-5, atol=1e-6)
 
@@ -100,50 +100,50 @@ def test_activations_without_a_gate(name):
     ],
 )
 def test_what_no_closed_form_predicts_is_unknown(function):
-    assert find_gate(gated(function)) is None
+    assert find_activation(gated(function)) is None
 
 
 def test_interleaved_code_under_a_concatenated_flag_is_unknown():
-    experts = gated(Gate("silu"), interleaved=True)
+    experts = gated(ExpertActivation("silu"), interleaved=True)
     experts.is_concatenated = True
-    assert find_gate(experts) is None
+    assert find_activation(experts) is None
 
 
 @pytest.mark.parametrize("name", ["prelu", "xielu"])
 def test_activations_that_learn_are_unknown(name):
-    assert find_gate(Experts(None, has_gate=False, act_fn=ACT2FN[name])) is None
+    assert find_activation(Experts(None, has_gate=False, act_fn=ACT2FN[name])) is None
 
 
 def test_a_gate_that_may_read_the_modules_tensors_is_unknown():
     experts = meta_experts("gpt_oss")
-    assert gate_of(experts) is not None
+    assert activation_of(experts) is not None
     experts.beta = nn.Parameter(torch.ones(()))
-    assert gate_of(experts) is None
+    assert activation_of(experts) is None
 
 
 def test_replaced_numbers_and_activations_are_seen():
     experts = meta_experts("gpt_oss")
-    assert gate_of(experts).limit == 7.0
+    assert activation_of(experts).limit == 7.0
     experts.limit = 5.0
-    assert gate_of(experts).limit == 5.0
+    assert activation_of(experts).limit == 5.0
     mixtral = meta_experts("mixtral")
-    assert gate_of(mixtral) == Gate("silu")
+    assert activation_of(mixtral) == ExpertActivation("silu")
     mixtral.act_fn = ACT2FN["gelu"]
-    assert gate_of(mixtral) == Gate("gelu")
+    assert activation_of(mixtral) == ExpertActivation("gelu")
 
 
 def test_asking_leaves_the_random_state_alone():
     state = torch.random.get_rng_state()
-    find_gate(gated(lambda gate, up: F.dropout(F.silu(gate)) * up))
+    find_activation(gated(lambda gate, up: F.dropout(F.silu(gate)) * up))
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_an_unknown_activation_name_is_an_error():
     with pytest.raises(ValueError, match=r"one of silu, gelu, gelu_tanh, relu, relu2, got 'mish'"):
-        Gate("mish").function(torch.ones(1))
+        ExpertActivation("mish").function(torch.ones(1))
 
 
 def test_defaults_are_the_plain_gate():
-    assert Gate("silu") == Gate("silu", 1.0, math.inf, 0.0)
+    assert ExpertActivation("silu") == ExpertActivation("silu", 1.0, math.inf, 0.0)
     namespace = SimpleNamespace(gate=torch.randn(5), up=torch.randn(5))
-    assert torch.equal(Gate("silu")(namespace.gate, namespace.up), F.silu(namespace.gate) * namespace.up)
+    assert torch.equal(ExpertActivation("silu")(namespace.gate, namespace.up), F.silu(namespace.gate) * namespace.up)

@@ -1,15 +1,13 @@
-"""The refusals are true: what is refused raises in the host, what is not refused runs."""
+"""The refusals are true: what is refused raises in transformers, what is not refused runs."""
 
 import pytest
 import torch
 
-from hf_moe.experts.backends import (
-    BACKENDS,
-    ExpertBackend,
-    available_backends,
-    refusals,
-)
-from hf_moe.experts.contract import expert_shape, has_custom_gate
+from hf_moe.experts.backends import BACKENDS, available_backends, refusal, refusals
+from hf_moe.experts.contract import has_custom_gate
+from hf_moe.experts.grouped import has_grouped_mm
+from hf_moe.experts.request import Backend, request_for
+from hf_moe.layers.storage import storage_of
 from tiny_models import FAMILIES, build_tiny, experts_class
 
 CPU = torch.device("cpu")
@@ -25,6 +23,10 @@ SIZES = {
 }
 
 
+def request(experts):
+    return request_for(experts, storage_of(experts), CPU)
+
+
 def run(model, inputs):
     model(**inputs)[0].float().sum().backward()
 
@@ -36,7 +38,7 @@ def test_refusals_are_true_on_the_cpu(case, dtype):
     model, inputs = build_tiny(family, **overrides)
     model.to(dtype)
     experts = next(module for module in model.modules() if type(module) is experts_class(family))
-    refused = refusals(experts, dtype, CPU)
+    refused = refusals(request(experts))
     for name in ("eager", "batched_mm", "grouped_mm"):
         model.set_experts_implementation(name)
         if name in refused:
@@ -49,15 +51,21 @@ def test_refusals_are_true_on_the_cpu(case, dtype):
 def test_reasons_name_value_rule_and_way_out():
     model, _ = build_tiny("mixtral", intermediate_size=23)
     experts = model.model.layers[0].mlp.experts
-    assert expert_shape(experts) == (32, 23)
-    reason = refusals(experts, torch.bfloat16, CPU)["grouped_mm"]
+    assert storage_of(experts).shape("down") == (32, 23)
+    reason = refusals(request(experts.bfloat16()))["grouped_mm"]
     assert "23 torch.bfloat16 values are 46 bytes" in reason
     assert "multiple of 8" in reason
-    assert "float64" in refusals(experts, torch.float64, CPU)["grouped_mm"]
-    assert "on cpu" in refusals(experts, torch.bfloat16, CPU)["deepgemm"]
+    assert "on cpu" in refusals(request(experts))["deepgemm"]
+    assert "float64" in refusals(request(experts.double()))["grouped_mm"]
 
 
-def test_the_table_covers_the_hosts_registry():
+def test_experts_of_unknown_widths_have_no_grouped_product(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert has_grouped_mm((32, 24), torch.bfloat16, torch.device("cuda", 0))
+    assert not has_grouped_mm((), torch.bfloat16, torch.device("cuda", 0))
+
+
+def test_the_table_covers_transformers_registry():
     assert set(available_backends()) == set(BACKENDS)
 
 
@@ -68,7 +76,7 @@ def test_sonicmoe_refuses_gates_that_it_would_ignore():
             custom.add(family)
     assert {"gpt_oss", "deepseek_v4"} <= custom
     assert not custom & {"mixtral", "olmoe", "qwen3_moe"}
-    reason = refusals(_on_meta("gpt_oss"), torch.bfloat16, CPU)["sonicmoe"]
+    reason = refusals(request(_on_meta("gpt_oss")))["sonicmoe"]
     assert "ignores the gate that GptOssExperts defines" in reason
 
 
@@ -79,5 +87,4 @@ def _on_meta(family):
 
 
 def test_a_backend_accepts_by_default():
-    backend = ExpertBackend("mine")
-    assert backend.refuses(_on_meta("mixtral"), torch.float64, CPU) is None
+    assert refusal(Backend("mine"), request(_on_meta("mixtral"))) is None

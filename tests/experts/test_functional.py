@@ -1,12 +1,12 @@
-"""Gated experts given as tensors run through the same engines as modules, with the same results."""
+"""Gated experts given as tensors run through the same backends as modules, with the same results."""
 
 import pytest
 import torch
 
 import hf_moe
-from hf_moe.experts import engines
+from hf_moe.experts import backends
 from hf_moe.experts.functional import GatedExperts, run_gated_experts
-from hf_moe.experts.host import HOST_REFUSALS
+from hf_moe.experts.request import Backend, Request
 from kernel_cases import DTYPES, assert_right, layer, layer_results, layer_sizes, rounding
 from numerics import ROUTINGS
 
@@ -16,9 +16,8 @@ IMPLEMENTATIONS = ("eager", None, "grouped_mm", "hf_moe", "hf_moe_grouped")
 def results(case, cotangent_TH, implementation):
     """Output and gradients of every tensor."""
     case = case.differentiable()
-    experts = GatedExperts(case.down_weight.shape[1], case.down_weight.shape[2])
     out_TH = run_gated_experts(
-        implementation, experts, case.up_weight, case.down_weight, case.hidden, case.index, case.weights
+        implementation, GatedExperts(), case.up_weight, case.down_weight, case.hidden, case.index, case.weights
     )
     gradients = torch.autograd.grad(out_TH, list(case.tensors().values()), cotangent_TH.to(out_TH.dtype))
     return {"out": out_TH.detach(), **dict(zip(case.tensors(), gradients, strict=True))}
@@ -38,7 +37,7 @@ def test_close_to_float64(routing, dtype, implementation):
 
 
 def test_the_models_implementation_decides():
-    experts, down = GatedExperts(16, 24), torch.zeros(4, 16, 24)
+    experts, down = GatedExperts(), torch.zeros(4, 16, 24)
     hidden, index, weights = torch.zeros(3, 16), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     call = (experts, torch.zeros(4, 48, 16), down, hidden, index, weights)
     with pytest.raises(ValueError, match=r"'hf_moe_cpu' cannot run GatedExperts: .* on meta: use 'hf_moe'"):
@@ -47,20 +46,20 @@ def test_the_models_implementation_decides():
         run_gated_experts("hf_moe", *call[:4], index + 4, weights)
 
 
-def test_kernels_of_the_host_are_never_chosen(monkeypatch):
-    """They read an experts module of the host, which this is not."""
+def test_kernels_of_transformers_are_never_chosen(monkeypatch):
+    """They read an experts module of transformers, which this is not."""
     monkeypatch.setenv("HF_MOE_DELEGATE", "sonicmoe,deepgemm")
     for name in ("sonicmoe", "deepgemm"):
-        monkeypatch.setitem(HOST_REFUSALS, name, lambda *_: None)
-    monkeypatch.setattr(engines, "triton_refuses", lambda *_: "a test")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    cuda = torch.device("cuda", 0)
-    assert engines.choose(GatedExperts(16, 24), torch.bfloat16, cuda).name == "sonicmoe"
-    assert engines.resolve("hf_moe", GatedExperts(16, 24), torch.bfloat16, cuda, False, True) == "hf_moe_grouped"
+        monkeypatch.setitem(backends.BACKENDS, name, Backend(name))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    request = Request(GatedExperts(), "dense", torch.bfloat16, torch.device("cuda", 0), (16, 24))
+    assert backends.choose(request).name == "sonicmoe"
+    assert backends.resolve("hf_moe", *request._replace(adapted=True)) == "hf_moe_grouped"
 
 
 def test_they_are_no_layer_of_a_model():
     module = torch.nn.Module()
-    module.experts = GatedExperts(16, 24)
+    module.experts = GatedExperts()
     assert hf_moe.moe_layers(module) == []
     assert list(module.parameters()) == []

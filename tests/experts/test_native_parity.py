@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_interpreter
-from hf_moe.experts.activation import find_gate
+from hf_moe.experts.activation import find_activation
 from hf_moe.experts.contract import has_post_expert_norm
 from numerics import assert_as_good_as
 from tiny_models import FAMILIES, build_tiny, experts_class
@@ -241,7 +241,7 @@ def test_table_of_families(capsys):
         exact = exact_run(experts, call)
         actual = run(experts, "hf_moe", call, torch.float64)
         error = max((actual[name] - exact[name]).abs().max().item() for name in exact)
-        gate = find_gate(experts)
+        gate = find_activation(experts)
         runs = "steps" if gate is None or has_post_expert_norm(experts) else f"fused, {gate}"
         rows.append(f"{family:52s} {error:8.1e}  {runs}")
     with capsys.disabled():

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, Qwen3MoeConfig
 
 import hf_moe
-from hf_moe.experts import engines
+from hf_moe.experts import backends
 from hf_moe.experts.backends import OURS, refusals
+from hf_moe.experts.request import request_for
+from hf_moe.layers.storage import storage_of
 from hf_moe.observability.explain import explain_config
 from tiny_models import FAMILIES as NATIVE
 from tiny_models import build_tiny, experts_class, tiny_config
@@ -85,7 +87,7 @@ def test_registered_in_either_order_of_imports(first):
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         hf_moe.register()
         ours = [name for name in ALL_EXPERTS_FUNCTIONS.keys() if name.startswith("hf_moe")]
-        assert ours == {[backend.name for backend in OURS]}
+        assert ours == {list(OURS)}
         import sys, importlib
         assert not [f for f in sys.meta_path if getattr(f, "module", None) == "transformers.integrations.moe"]
         spec = sys.modules["transformers.integrations.moe"].__spec__
@@ -121,7 +123,7 @@ def test_generates_with_a_static_cache_under_compile(name):
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     model.set_experts_implementation(name)
     compiled = CompileConfig(fullgraph=True, backend="inductor", mode="default", dynamic=False)
-    compiled._compile_all_devices = True  # the host compiles on accelerators only
+    compiled._compile_all_devices = True  # transformers compiles on accelerators only
     torch.compiler.reset()
     tokens = model.generate(
         ids,
@@ -221,15 +223,16 @@ def test_a_name_that_cannot_serve_raises_with_the_reason(monkeypatch):
     with pytest.raises(ValueError, match=r"'hf_moe_triton' cannot run MixtralExperts: .* on cpu: use 'hf_moe'"):
         model(**inputs)
     experts = model.model.layers[0].mlp.experts
-    assert "needs a GPU" in refusals(experts, torch.float32, CPU)["hf_moe_triton"]
-    assert not refusals(experts, torch.float32, CPU).keys() & {"hf_moe", "hf_moe_grouped", "hf_moe_reference"}
+    refused = refusals(request_for(experts, storage_of(experts), CPU))
+    assert "needs a GPU" in refused["hf_moe_triton"]
+    assert not refused.keys() & {"hf_moe", "hf_moe_grouped", "hf_moe_reference"}
     with pytest.raises(ValueError, match="hf_moe"):
         model.set_experts_implementation("hf_moe_trition")
 
 
 def test_the_choice_is_said_once_and_explained(monkeypatch, caplog):
-    monkeypatch.setattr(engines, "cpu_refuses", lambda *_: "no C++ compiler (g++) was found.")
-    engines._say.cache_clear()
+    monkeypatch.setattr(backends, "_BROKEN", {"hf_moe_cpu": "no C++ compiler (g++) was found."})
+    backends._log_choice.cache_clear()
     model, inputs = build_tiny("mixtral")
     model.set_experts_implementation("hf_moe")
     with caplog.at_level(logging.INFO, logger="hf_moe"):

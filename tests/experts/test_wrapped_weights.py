@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import hf_moe
-from hf_moe.experts import engines
+from hf_moe.adapters.expert_lora import MergeError, merge_and_check
+from hf_moe.experts import backends
 from tiny_lora import fill
 from tiny_models import build_tiny
 from tiny_moe import with_expert_lora
@@ -56,30 +57,36 @@ def models():
 @pytest.mark.parametrize("name", ["eager", "hf_moe", "hf_moe_reference"])
 def test_runs_and_is_explained(models, name, caplog):
     wrapped, plain, inputs = models
-    engines._say.cache_clear()
+    backends._log_choice.cache_clear()
     wrapped.set_experts_implementation(name)
     torch.testing.assert_close(wrapped(**inputs).logits, plain(**inputs).logits)
     explained = hf_moe.explain(wrapped)
     assert "Expert weights are stored as Int8Values" in str(explained)
-    said = "hf_moe runs hf_moe_reference: Int8Values holds the expert weights in a form"
+    said = "hf_moe runs hf_moe_grouped: hf_moe_cpu has no operators for weights stored as Int8Values"
     assert (said in str(explained)) == (said in caplog.text) == (name == "hf_moe")
-    assert explained.refusals.keys() >= {"hf_moe_cpu", "hf_moe_triton", "hf_moe_grouped"}
-    assert not explained.refusals.keys() & {"eager", "hf_moe", "hf_moe_reference"}
+    assert explained.refusals.keys() >= {"hf_moe_cpu", "hf_moe_triton"}
+    assert not explained.refusals.keys() & {"eager", "hf_moe", "hf_moe_grouped", "hf_moe_reference"}
 
 
-@pytest.mark.parametrize("name", ["hf_moe_cpu", "hf_moe_grouped", "hf_moe_triton"])
+@pytest.mark.parametrize("name", ["hf_moe_cpu", "hf_moe_triton"])
 def test_asked_for_by_name_it_is_refused(models, name):
     wrapped, _, inputs = models
     wrapped.set_experts_implementation(name)
-    with pytest.raises(ValueError, match=f"'{name}' cannot run .*: Int8Values holds .* use 'hf_moe_reference'"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' cannot run .*: {name} has no operators for .* Int8Values: use 'hf_moe_grouped'"
+    ):
         wrapped(**inputs)
     assert f"The backend in use refuses: {hf_moe.explain(wrapped).refusals[name]}" in str(hf_moe.explain(wrapped))
 
 
-def test_adapters_on_them_are_not_accelerated(models):
-    tuned = fill(with_expert_lora(models[0]))
-    with pytest.raises(ValueError, match="cannot be accelerated: the weights are stored as Int8Values: run them as"):
-        hf_moe.accelerate_adapters(tuned)
+def test_adapters_on_them_are_accelerated_and_not_merged(models):
+    tuned, plain = (fill(with_expert_lora(model)) for model in models[:2])
+    for model in (tuned, plain):
+        hf_moe.accelerate_adapters(model)
+    torch.testing.assert_close(tuned(**models[2]).logits, plain(**models[2]).logits)
+    with pytest.raises(MergeError, match="stored as Int8Values cannot be merged into"):
+        merge_and_check(tuned, **models[2])
+    torch.testing.assert_close(tuned(**models[2]).logits, plain(**models[2]).logits)
 
 
 def test_torchao(models):
@@ -91,5 +98,7 @@ def test_torchao(models):
     config = quantization.FqnToConfig(dict.fromkeys(names, quantization.Int8WeightOnlyConfig()))
     quantization.quantize_(model, config, filter_fn=None)
     model.set_experts_implementation("hf_moe")
-    assert "hf_moe runs hf_moe_reference: Int8Tensor holds" in str(hf_moe.explain(model))
+    assert "hf_moe runs hf_moe_grouped: hf_moe_cpu has no operators for weights stored as Int8Tensor" in str(
+        hf_moe.explain(model)
+    )
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0.05)

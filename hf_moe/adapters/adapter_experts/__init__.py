@@ -3,6 +3,10 @@
     experts(x) + sum_j p_j(x) * adapter_expert_j(x)
 
 The base, its router included, stays as it is.
+
+    config.py   what they are made of, checked when it is built and when it is attached
+    layer.py    the experts of one layer with adapter experts beside them
+    tuner.py    how PEFT attaches them to a model, and learns of them
 """
 
 # PEFT first: `import hf_moe` makes its import register this method, which needs the modules below

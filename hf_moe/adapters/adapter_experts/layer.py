@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from hf_moe.adapters.adapter_experts.config import AdapterExpertsConfig
 from hf_moe.experts.functional import GatedExperts, run_gated_experts
+from hf_moe.layers.storage import DENSE_DTYPES, storage_of
+
+_EXPERTS = GatedExperts()
 
 # why, and the ways out
 NO_MERGE = (
@@ -25,14 +28,14 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
     """Calls the experts as they are, then adds the adapter experts of the active adapters.
 
     Args:
-        base_layer: An experts module of the host's contract, with whatever wraps it.
+        base_layer: An experts module of transformers' contract, with whatever wraps it.
         adapter_name: Of the first adapter.
         config: Of the first adapter.
         hidden_size: Width of the rows that the experts read and write.
     """
 
     adapter_layer_names = ("adapter_experts_gate", "adapter_experts_up", "adapter_experts_down")
-    other_param_names = ("adapter_experts_top_k", "adapter_experts_shape")
+    other_param_names = ("adapter_experts_top_k",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdapterExpertsConfig, hidden_size: int):
         super().__init__()
@@ -42,7 +45,6 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         self.adapter_experts_up = nn.ParameterDict()  # [A, 2W, H], the rows under silu first
         self.adapter_experts_down = nn.ParameterDict()  # [A, H, W]
         self.adapter_experts_top_k: dict[str, int] = {}
-        self.adapter_experts_shape: dict[str, GatedExperts] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -66,7 +68,6 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         self.adapter_experts_up[adapter_name] = nn.Parameter(up_AJH.to(device, dtype))
         self.adapter_experts_down[adapter_name] = nn.Parameter(down_AHW.to(device, dtype))
         self.adapter_experts_top_k[adapter_name] = config.top_k
-        self.adapter_experts_shape[adapter_name] = GatedExperts(hidden, width)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,7 +87,7 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         index_TK, weights_TK = route(rows_TH, self.adapter_experts_gate[name], self.adapter_experts_top_k[name])
         return run_gated_experts(
             self.get_base_layer().config._experts_implementation,
-            self.adapter_experts_shape[name],
+            _EXPERTS,
             self.adapter_experts_up[name].to(dtype),
             self.adapter_experts_down[name].to(dtype),
             rows_TH,
@@ -108,10 +109,9 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         return next(self.get_base_layer().parameters()).device
 
     def _compute_dtype(self, rows: torch.dtype) -> torch.dtype:
-        """The dtype of the base's experts; that of the rows where they are stored in something else (4-bit, fp8)."""
-        down = self.get_base_layer()._parameters.get("down_proj")
-        is_computed_with = down is not None and down.is_floating_point() and down.dtype.itemsize >= 2
-        return down.dtype if is_computed_with else rows
+        """The dtype that the base's experts compute in; that of the rows where their storage does not tell (fp8)."""
+        dtype = storage_of(self.get_base_layer()).dtype
+        return dtype if dtype in DENSE_DTYPES else rows
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT calls it after loading. Its own looks for a `weight`, which experts lack; dtypes stay as loaded."""

@@ -14,7 +14,7 @@ from hf_moe.adapters.adapter_experts.layer import NO_MERGE, AdapterExpertsLayer
 from hf_moe.layers.moe_layers import MoeLayer
 from hf_moe.layers.unseen_experts import required_layers
 
-PREFIX = "adapter_experts_"  # the host builds it from the type's name when it deletes an adapter
+PREFIX = "adapter_experts_"  # transformers builds it from the type's name when it deletes an adapter
 
 
 def register_peft_method() -> None:
@@ -106,7 +106,7 @@ def _place(layer: MoeLayer) -> str:
 
 def _refuse_unfit(model: nn.Module, layers: list[MoeLayer]) -> None:
     """Refuse layers whose experts do not get each token once, or compute only a part of its sum."""
-    processes = getattr(model, "_tp_size", None) or 1  # the host sets it on models that it has split
+    processes = getattr(model, "_tp_size", None) or 1  # transformers sets it on models that it has split
     for layer in layers:
         if getattr(layer.experts.config, "routing", None) == "expert_choice":
             raise ValueError(
@@ -117,5 +117,6 @@ def _refuse_unfit(model: nn.Module, layers: list[MoeLayer]) -> None:
         if processes > 1 or getattr(layer.experts, "num_experts", layer.num_experts) != layer.num_experts:
             raise ValueError(
                 "adapter experts do not run under tensor or expert parallelism: each process would add their whole "
-                "output, and the host then sums over processes. Load the base whole on each process (without tp_plan)."
+                "output, and transformers then sums over processes. Load the base whole on each process (without "
+                "tp_plan)."
             )

@@ -1,4 +1,4 @@
-"""The experts implementations that transformers brings, what each refuses, and which may be delegated to.
+"""The backends that transformers brings, what each refuses, and which of them `hf_moe` may choose.
 
 Source: transformers 5.23, `integrations/{moe,sonicmoe,deepgemm}.py`, and runs on the CPU.
 """
@@ -6,34 +6,42 @@ Source: transformers 5.23, `integrations/{moe,sonicmoe,deepgemm}.py`, and runs o
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
 
-from hf_moe.experts.contract import expert_shape, has_custom_gate, has_post_expert_norm
-
-Refusal = Callable[[nn.Module, torch.dtype, torch.device], str | None]
+from hf_moe.experts.contract import has_custom_gate, has_post_expert_norm
+from hf_moe.experts.request import Backend, Refusal, Request, refuses_nothing
 
 DELEGATE = "HF_MOE_DELEGATE"
 
 
-def accepts(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuses nothing."""
+def _own_tensors(refuses: Refusal) -> Refusal:
+    """`refuses`, and what the module's tensors do not hold: transformers reads those alone."""
+
+    def refusal(request: Request) -> str | None:
+        if vars(request.experts).get("expert_storage") is not None:
+            return (
+                f"transformers reads the module's own tensors, but the weights are stored as {request.format}: use "
+                "'hf_moe'."
+            )
+        return refuses(request)
+
+    return refusal
 
 
-def _grouped_mm_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Outside of `torch.compile`; on CUDA devices before SM80 the host runs a loop that accepts everything.
+def _grouped_mm_refuses(request: Request) -> str | None:
+    """Outside of `torch.compile`; on CUDA devices before SM80 transformers runs a loop that accepts everything.
 
     Source: run on torch 2.13 CPU; transformers 5.23, `integrations/moe.py::_can_use_grouped_mm`.
     """
+    dtype, device = request.dtype, request.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return None
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return (
             f"torch's grouped_mm multiplies float32, bfloat16 and float16, not {dtype}: use 'eager' or 'batched_mm'."
         )
-    for width in expert_shape(experts):
+    for width in request.widths:
         if width * dtype.itemsize % 16:
             return (
                 f"torch's grouped_mm needs rows of a multiple of 16 bytes; {width} {dtype} values are "
@@ -43,28 +51,29 @@ def _grouped_mm_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.de
     return None
 
 
-def _sonicmoe_refuses(experts: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+def _sonicmoe_refuses(request: Request) -> str | None:
     """Source: transformers 5.23, `integrations/sonicmoe.py`."""
+    experts = request.experts
     if not experts.has_gate:
         return "sonicmoe runs gated experts only: use 'grouped_mm'."
     if has_post_expert_norm(experts):
         return "sonicmoe has no norm after the experts: use 'grouped_mm'."
     if has_custom_gate(experts):
-        # the host does not check this and returns wrong values
+        # transformers does not check this and returns wrong values
         return f"sonicmoe ignores the gate that {type(experts).__name__} defines: use 'grouped_mm'."
     activation = getattr(experts.config, "hidden_act", "silu").lower()
     if activation not in ("silu", "gelu", "relu"):
         return f"sonicmoe has the activations silu, gelu and relu, not {activation}: use 'grouped_mm'."
-    return _needs_kernel("sonicmoe", device, "a GPU from SM90 on", lambda major: major >= 9)
+    return _needs_kernel("sonicmoe", request.device, "a GPU from SM90 on", lambda major: major >= 9)
 
 
-def _deepgemm_refuses(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+def _deepgemm_refuses(request: Request) -> str | None:
     """Source: transformers 5.23, `integrations/deepgemm.py`."""
-    if dtype is not torch.bfloat16:
-        return f"deepgemm runs bfloat16 only, not {dtype}: load the model in bfloat16, or use 'grouped_mm'."
-    if has_post_expert_norm(experts):
+    if request.dtype is not torch.bfloat16:
+        return f"deepgemm runs bfloat16 only, not {request.dtype}: load the model in bfloat16, or use 'grouped_mm'."
+    if has_post_expert_norm(request.experts):
         return "deepgemm has no norm after the experts: use 'grouped_mm'."
-    return _needs_kernel("deepgemm", device, "a GPU with SM90 or SM100", lambda major: major in (9, 10))
+    return _needs_kernel("deepgemm", request.device, "a GPU with SM90 or SM100", lambda major: major in (9, 10))
 
 
 def _needs_kernel(name: str, device: torch.device, gpu: str, runs_on: Callable[[int], bool]) -> str | None:
@@ -78,17 +87,17 @@ def _needs_kernel(name: str, device: torch.device, gpu: str, runs_on: Callable[[
     return None
 
 
-HOST_REFUSALS: dict[str, Refusal] = {
-    "eager": accepts,  # the forward of the experts class itself
-    "batched_mm": accepts,
-    "grouped_mm": _grouped_mm_refuses,
-    "sonicmoe": _sonicmoe_refuses,
-    "deepgemm": _deepgemm_refuses,
-}
+TRANSFORMERS = (
+    Backend("eager", _own_tensors(refuses_nothing)),  # the forward of the experts class itself
+    Backend("batched_mm", _own_tensors(refuses_nothing)),
+    Backend("grouped_mm", _own_tensors(_grouped_mm_refuses)),
+    Backend("sonicmoe", _own_tensors(_sonicmoe_refuses)),
+    Backend("deepgemm", _own_tensors(_deepgemm_refuses)),
+)
 
 
 def delegates() -> list[str]:
-    """GPU kernels of the host that the user lets `hf_moe` choose, best first: `HF_MOE_DELEGATE=sonicmoe,deepgemm`.
+    """GPU kernels of transformers that the user lets `hf_moe` choose, best first: `HF_MOE_DELEGATE=sonicmoe,deepgemm`.
 
     Raises:
         ValueError: If the variable names something else.

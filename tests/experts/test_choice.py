@@ -1,17 +1,23 @@
 """What `hf_moe` chooses, by device, dtype, rows and what is installed; and what a failing compiler leads to."""
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
 
 import hf_moe
-from hf_moe.experts import engines
-from hf_moe.experts.engines import choose, triton_refuses
-from hf_moe.experts.host import HOST_REFUSALS
+from hf_moe.experts import backends
+from hf_moe.experts.backends import BACKENDS, choose, refusal
+from hf_moe.experts.request import Backend, Request, request_for
+from hf_moe.layers.storage import storage_of
 from tiny_models import build_tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def request(experts, dtype, device, **facts) -> Request:
+    return request_for(experts.to(dtype), storage_of(experts), device, **facts)
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def gpu(monkeypatch):
     def pretend(capability):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
     return pretend
 
@@ -46,17 +52,21 @@ def gpu(monkeypatch):
 )
 def test_choice_on_a_gpu(experts, gpu, capability, many_rows, expected):
     gpu(capability)
-    choice = choose(experts, torch.bfloat16, CUDA, many_rows)
+    choice = choose(request(experts, torch.bfloat16, CUDA, many_rows=many_rows))
     assert choice.name == expected
     assert choice.is_second_best == (capability == (7, 5))
 
 
 def test_choice_without_triton_or_in_float64(experts, gpu, monkeypatch):
     gpu((9, 0))
-    double = choose(experts, torch.float64, CUDA)
-    assert double == ("hf_moe_grouped", triton_refuses(experts, torch.float64, CUDA), True)
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    choice = choose(experts, torch.bfloat16, CUDA)
+    double = choose(request(experts, torch.float64, CUDA))
+    assert double == (
+        "hf_moe_grouped",
+        refusal(BACKENDS["hf_moe_triton"], request(experts, torch.float64, CUDA)),
+        True,
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choice = choose(request(experts, torch.bfloat16, CUDA))
     assert choice.name == "hf_moe_grouped"
     assert 'pip install "hf-moe[triton]"' in str(choice)
 
@@ -64,40 +74,41 @@ def test_choice_without_triton_or_in_float64(experts, gpu, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_choice_on_the_cpu(experts, dtype, monkeypatch):
     monkeypatch.setattr(importlib.import_module("hf_moe.kernels.cpu.build"), "unavailable_reason", lambda: None)
-    assert choose(experts, dtype, CPU).name == "hf_moe_cpu"
+    assert choose(request(experts, dtype, CPU)).name == "hf_moe_cpu"
 
 
-def test_a_kernel_of_the_host_is_used_only_where_the_user_allows_it(experts, gpu, monkeypatch):
+def test_a_kernel_of_transformers_is_used_only_where_the_user_allows_it(experts, gpu, monkeypatch):
     gpu((9, 0))
-    monkeypatch.setitem(HOST_REFUSALS, "sonicmoe", lambda *_: None)
-    assert choose(experts, torch.bfloat16, CUDA).name == "hf_moe_triton"
+    monkeypatch.setitem(BACKENDS, "sonicmoe", Backend("sonicmoe"))
+    assert choose(request(experts, torch.bfloat16, CUDA)).name == "hf_moe_triton"
     monkeypatch.setenv("HF_MOE_DELEGATE", "deepgemm, sonicmoe")
-    monkeypatch.setitem(HOST_REFUSALS, "deepgemm", lambda *_: "no")
-    assert choose(experts, torch.bfloat16, CUDA).name == "sonicmoe"
+    monkeypatch.setitem(BACKENDS, "deepgemm", Backend("deepgemm", lambda request: "no"))
+    assert choose(request(experts, torch.bfloat16, CUDA)).name == "sonicmoe"
     monkeypatch.setenv("HF_MOE_DELEGATE", "sonic")
     with pytest.raises(ValueError, match=r"HF_MOE_DELEGATE may hold 'sonicmoe' and 'deepgemm'.*got 'sonic'"):
-        choose(experts, torch.bfloat16, CUDA)
+        choose(request(experts, torch.bfloat16, CUDA))
 
 
-def test_delegation_calls_the_hosts_function(experts, monkeypatch):
+def test_delegation_calls_transformers_function(experts, monkeypatch):
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     called = []
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "sonicmoe", lambda *arguments: called.append(arguments))
-    monkeypatch.setattr(engines, "choose", lambda *_: engines.Choice("sonicmoe", "a test"))
+    chosen = (BACKENDS["sonicmoe"], backends.Choice("sonicmoe", "a test"))
+    monkeypatch.setattr(backends, "_chosen", lambda request: chosen)
     call = (torch.randn(3, 32), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
-    engines.forward_of("hf_moe")(experts, *call)
+    backends.forward_of("hf_moe")(experts, *call)
     assert called == [(experts, *call)]
 
 
 @pytest.fixture
-def no_engine_yet(monkeypatch):
-    monkeypatch.setattr(engines, "ENGINES", {"hf_moe_grouped": engines.ENGINES["hf_moe_grouped"]})
-    monkeypatch.setattr(engines, "_BROKEN", {})
-    engines._say.cache_clear()
+def nothing_loaded_yet(monkeypatch):
+    monkeypatch.setattr(backends, "OPERATORS", {})
+    monkeypatch.setattr(backends, "_BROKEN", {})
+    backends._log_choice.cache_clear()
 
 
-def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(no_engine_yet, monkeypatch, caplog):
+def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(nothing_loaded_yet, monkeypatch, caplog):
     build = importlib.import_module("hf_moe.kernels.cpu.build")
 
     def fail():
@@ -116,7 +127,7 @@ def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(no_engine_ye
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_kernels_asked_for_by_name_that_cannot_be_built_are_an_error(experts, no_engine_yet, monkeypatch, known):
+def test_kernels_asked_for_by_name_that_cannot_be_built_are_an_error(experts, nothing_loaded_yet, monkeypatch, known):
     """Whether this is the first that is heard of it or not."""
     build = importlib.import_module("hf_moe.kernels.cpu.build")
 
