@@ -317,6 +317,8 @@ def run_row(
     if row in OPERATORS:
         factors = None if low_rank is None else low_rank.to(storage.dtype)
         return run_experts(OPERATORS[row], experts, storage, hidden_states, top_k_index, top_k_weights, factors)
+    if low_rank is not None:
+        raise ValueError(f"{row} takes no low-rank factors: use 'hf_moe'.")
     if row == REFERENCE:
         return run_reference(experts, storage, hidden_states, top_k_index, top_k_weights)
     # here, because registration imports this file as soon as the registry is there

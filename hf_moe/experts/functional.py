@@ -46,7 +46,7 @@ def run_gated_experts(
 
     Args:
         implementation: The model's `experts_implementation`. One of ours runs these experts too; beside those of
-            transformers (eager, grouped_mm, ...) `hf_moe_grouped` runs them.
+            transformers (eager, grouped_mm, ...) and the reference `hf_moe_grouped` runs them.
         gate_up: `[E, 2I, H]`, the gate's rows first, in the dtype to compute in.
         down: `[E, H, I]`, the same dtype.
         hidden_states: `[T, H]`.
@@ -61,9 +61,10 @@ def run_gated_experts(
         IndexError: On the CPU, for an expert id out of range.
     """
     storage = DenseStorage(ExpertWeights(gate_up, None, down, None), transposed=False)
-    name = implementation if implementation in backends.OURS else PORTABLE
+    # like factors of adapters, these tensors go to operators of ours, not to modules' kernels (HF_MOE_DELEGATE)
+    known = backends.BACKENDS.get(implementation or "eager")
+    name = known.name if known is not None and known.takes_low_rank else PORTABLE
     many_rows = backends.has_many_rows(top_k_index, storage.num_experts, storage.device)
-    # like factors of adapters, these tensors cannot go to transformers' kernels (HF_MOE_DELEGATE)
     request = request_for(experts, storage, storage.device, many_rows, adapted=True)
     row = backends.resolve(name, *request)
     return backends.run_row(row, experts, storage, hidden_states, top_k_index, top_k_weights)

@@ -654,6 +654,15 @@ def test_an_implementation_that_takes_no_factors_raises_in_the_forward():
         tuned(**inputs)
 
 
+def test_the_reference_refuses_factors():
+    model, _ = build("gpt_oss")
+    model.set_experts_implementation("hf_moe_reference")
+    up = LowRank(torch.randn(8, 3, 32).double(), torch.randn(8, 48, 3).double(), 0.3)
+    call = (torch.randn(6, 32).double(), torch.arange(12).view(6, 2) % 8, torch.rand(6, 2).double())
+    with pytest.raises(ValueError, match="hf_moe_reference takes no low-rank factors: use 'hf_moe'"):
+        model.model.layers[0].mlp.experts(*call, low_rank=LowRankPair(up, None))
+
+
 def test_kernels_of_transformers_are_not_chosen_for_adapters(monkeypatch):
     model, _ = build("qwen3_moe")
     experts = model.model.layers[0].mlp.experts

@@ -10,7 +10,7 @@ from hf_moe.experts.request import Backend, Request
 from kernel_cases import DTYPES, assert_right, layer, layer_results, layer_sizes, rounding
 from numerics import ROUTINGS
 
-IMPLEMENTATIONS = ("eager", None, "grouped_mm", "hf_moe", "hf_moe_grouped")
+IMPLEMENTATIONS = ("eager", None, "grouped_mm", "hf_moe", "hf_moe_grouped", "hf_moe_reference")
 
 
 def results(case, cotangent_TH, implementation):
