@@ -508,7 +508,7 @@ class HfMoeClassifier(HfMoeHeadModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> HfMoeSequenceClassifierOutputWithPast | HfMoeTokenClassifierOutput:
-        """Classify; arguments and results are told by the class, all others are as in `HfMoeModel.forward`."""
+        """Classify: the class describes labels and logits, `HfMoeModel.forward` all other arguments."""
         outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self._classify(outputs.last_hidden_state, input_ids, attention_mask)
         loss = None if labels is None else self._task_loss(logits, labels)
