@@ -1,4 +1,4 @@
-"""Which parameters and modules a LoRA config names: experts, attention, shared experts, and never a router."""
+"""Parameters and modules that a LoRA config names: experts, attention, shared experts, and never a router."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ def plain_path(path: str) -> str:
 
 
 class LayerFilter:
-    """Whether `layers_to_transform`, `layers_pattern` and `exclude_modules` take a path, as PEFT reads them.
+    """The paths that `layers_to_transform`, `layers_pattern` and `exclude_modules` take, as PEFT reads them.
 
     PEFT reads them for modules alone, so that of parameters is asked here.
 

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_moe.experts import backends
-from hf_moe.experts.own_backends import has_many_rows
 from hf_moe.experts.request import request_for
 from hf_moe.kernels.layer_call import ExpertWeights
 from hf_moe.layers.storage import DenseStorage
@@ -63,7 +62,7 @@ def run_gated_experts(
     """
     storage = DenseStorage(ExpertWeights(gate_up, None, down, None), transposed=False)
     name = implementation if implementation in backends.OURS else PORTABLE
-    many_rows = has_many_rows(top_k_index, storage.num_experts, storage.device)
+    many_rows = backends.has_many_rows(top_k_index, storage.num_experts, storage.device)
     # like factors of adapters, these tensors cannot go to transformers' kernels (HF_MOE_DELEGATE)
     request = request_for(experts, storage, storage.device, many_rows, adapted=True)
     row = backends.resolve(name, *request)

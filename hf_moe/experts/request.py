@@ -1,4 +1,4 @@
-"""Record of what backends are chosen by, and one row of their table."""
+"""Request, the record that a backend is chosen by, and Backend, one row of their table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
