@@ -464,7 +464,8 @@ class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
 
         Returns:
             `logits` `[B, L, V]` in the model's dtype, `loss` (a float32 scalar) with labels, the cache, and where
-            routers were recorded `aux_loss`, `z_loss` (scalars) and `router_logits` (`[T, X]` of each MoE layer).
+            routers were recorded `aux_loss`, `z_loss` (scalars) and `router_logits` (`[T, X]` of each MoE layer, over
+            experts and null experts).
         """
         # no parameters: the Trainer takes every name with "label" in it for a label that each batch must have
         shift_labels, num_items_in_batch = (kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch"))
