@@ -238,9 +238,6 @@ def description() -> dict[str, Any]:
     }
 
 
-# ---- report
-
-
 def table(results: dict[str, Any]) -> str:
     """Markdown, for the README."""
     lines = [

@@ -153,7 +153,7 @@ def test_a_refusal_has_its_reason_and_hf_moe_may_not_refuse(tmp_path, monkeypatc
     assert command.run(run) == 1
 
 
-def test_what_is_not_registered_is_said_to_be_absent(monkeypatch):
+def test_what_is_not_registered_is_reported_as_absent(monkeypatch):
     monkeypatch.delitem(ExpertsInterface._global_mapping, "hf_moe_grouped")
     names, missing = command.present("cuda", None)
     assert "hf_moe_grouped" not in names

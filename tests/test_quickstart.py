@@ -1,6 +1,5 @@
 """The main job at smoke size: the effects that it promises, the numbers twice the same, interruptions, refusals."""
 
-import json
 import os
 import signal
 import subprocess
@@ -34,10 +33,6 @@ def test_loaded_weights_lie_as_trained_ones_do(tmp_path):
     hf_moe_model().save_pretrained(tmp_path / "model")
     loaded = quickstart.load_model(SimpleNamespace(output=tmp_path))
     assert {parameter.data_ptr() % 64 for parameter in loaded.parameters()} == {0}
-
-
-def load_report(output):
-    return json.loads((Path(output) / "report.json").read_text(encoding="utf-8"))
 
 
 def start(output, *arguments, **kwargs):

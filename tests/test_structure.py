@@ -96,3 +96,10 @@ def test_most_kernel_functions_take_at_most_12_parameters():
     kernels = {place: node for place, node in functions().items() if place.startswith("hf_moe/kernels/")}
     sizes = {place: number_of_parameters(node) for place, node in kernels.items()}
     assert percentile_95(sizes) <= 12, f"Pass records where these take many: {longest(sizes, most=12)}"
+
+
+def test_no_banner_divides_a_file():
+    """Two subjects are two files; recipes, which are read from top to bottom, may number their steps."""
+    files = {path_of(module): file for module, file in MODULES.items() if not module.startswith("hf_moe.recipes")}
+    banners = [place for place, file in files.items() if re.search(r"(?m)^ *# ?[-=]{3,}", file.read_text())]
+    assert not banners, f"Divide by subject, or leave the banner out: {banners}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_moe.experts import backends
+from hf_moe.experts import backends, own_backends
 from hf_moe.experts.backends import BACKENDS
 from hf_moe.experts.request import request_for
 from hf_moe.layers.storage import storage_of
@@ -99,7 +99,7 @@ def refusal(name: str, experts: Any, case: Case) -> str | None:
 def chosen(experts: Any, case: Case) -> dict[str, str]:
     """The backend that `hf_moe` runs, and the reason."""
     rows_per_expert = case.tokens * case.layer.top_k / case.layer.num_experts
-    many = rows_per_expert >= backends.MANY_ROWS_PER_EXPERT
+    many = rows_per_expert >= own_backends.MANY_ROWS_PER_EXPERT
     choice = backends.choose(request_for(experts, storage_of(experts), many_rows=many))
     return {"runs": choice.name, "because": choice.reason}
 

@@ -182,7 +182,7 @@ def sum_k(shape: Shape) -> None:
     launch_sum_k(rows_NH, K, shape.dtype, shape.routing_weights())
 
 
-def glue(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False) -> None:
+def between_products(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False) -> None:
     """The kernels around torch's grouped product, forward and backward."""
     order, weights_TK = shape.order(), shape.routing_weights()
     pre_NP = shape.tensor(shape.num_rows, pre_width(shape.k, form))
@@ -246,11 +246,11 @@ TILED: dict[str, list[Case]] = {
 # kernels whose sizes are no tile table's
 OTHERS: dict[str, list[Case]] = {
     "routing": [Case("int64 ids", routing)],
-    "glue": [
-        Case("gated", glue),
-        Case("gpt-oss", lambda shape: glue(shape, GPT_OSS, bias=True)),
-        Case("ungated relu2", lambda shape: glue(shape, RELU2)),
-        Case("gelu", lambda shape: glue(shape, GELU)),
+    "between_products": [
+        Case("gated", between_products),
+        Case("gpt-oss", lambda shape: between_products(shape, GPT_OSS, bias=True)),
+        Case("ungated relu2", lambda shape: between_products(shape, RELU2)),
+        Case("gelu", lambda shape: between_products(shape, GELU)),
     ],
     "combine": [Case("sum over slots", sum_k)],
     "bias_gradient": [

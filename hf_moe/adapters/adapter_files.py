@@ -107,9 +107,6 @@ def _read_weights(folder: Path) -> list[StoredTensor]:
     return stored
 
 
-# ---- one rule for each field of a config
-
-
 @dataclass(frozen=True)
 class _Limits:
     """Sizes that the tensors of the file explain: `size`, the largest in a shape, and `entries`, the longest list."""

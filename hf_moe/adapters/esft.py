@@ -219,9 +219,6 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-# ---- expert LoRA
-
-
 class SlicedFactor(nn.Module):
     """Stands for one of PEFT's factors: `weight` is the whole factor, of which the chosen experts' slices train.
 

@@ -64,7 +64,7 @@ def expert_lora_config(
         )
     model = lora_targets.base_model(model)
     layers = required_layers(model)
-    chosen = lora_targets.Choice(model, kwargs, named)
+    chosen = lora_targets.LayerFilter(model, kwargs, named)
     experts = lora_targets.expert_parameters(model, layers, chosen)
     wanted = lora_targets.attention_modules(model, layers) if attention else set()
     wanted |= lora_targets.shared_expert_modules(model, layers) if shared_experts else set()

@@ -40,7 +40,8 @@ def freeze_router(model: nn.Module, *, keep_aux_loss: bool = False) -> str:
 
     The auxiliary losses can balance nothing through a frozen router; they would only move attention and experts. So
     they are turned off, in the model and in its configs (and so in saved ones), with a line in the log. TRL's trainers
-    take the coefficient from the config when they are built: call this before.
+    take the coefficient from the config when they are built: call this before. An adapter may be attached before or
+    after.
 
     Args:
         model: The model, with or without adapters; with sharded routers every process calls this.
@@ -84,7 +85,7 @@ def verify_router_frozen(model: nn.Module, expected_hash: str | None = None) -> 
             if tensor.requires_grad:
                 raise RouterNotFrozenError(
                     f"router parameter {layer.name}.{name} requires a gradient; a frozen router has none. Call "
-                    "freeze_router(model) after the adapter is attached."
+                    "freeze_router(model) before the training, and leave its routers frozen."
                 )
     actual = router_hash(model)
     if expected_hash is not None and not _has_hash(model, actual, expected_hash):

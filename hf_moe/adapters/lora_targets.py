@@ -1,4 +1,4 @@
-"""Which parameters and modules a LoRA config names: experts, attention, shared experts, and never a router."""
+"""Parameters and modules that a LoRA config names: experts, attention, shared experts, and never a router."""
 
 import copy
 import re
@@ -25,8 +25,8 @@ def plain_path(path: str) -> str:
     return path.replace(".base_layer", "")
 
 
-class Choice:
-    """Whether `layers_to_transform`, `layers_pattern` and `exclude_modules` take a path, as PEFT reads them.
+class LayerFilter:
+    """The paths that `layers_to_transform`, `layers_pattern` and `exclude_modules` take, as PEFT reads them.
 
     PEFT reads them for modules alone, so that of parameters is asked here.
 
@@ -70,7 +70,7 @@ class Choice:
         return bool(check_target_module_exists(probe, path))
 
 
-def expert_parameters(model: nn.Module, layers: list[MoeLayer], chosen: Choice | None = None) -> list[str]:
+def expert_parameters(model: nn.Module, layers: list[MoeLayer], chosen: LayerFilter | None = None) -> list[str]:
     """Names for `target_parameters` that match both projections of the chosen layers' experts, and nothing else.
 
     Short names (`mlp.experts.down_proj`) where they are unambiguous. PEFT finds parametrised weights by their full
@@ -79,7 +79,7 @@ def expert_parameters(model: nn.Module, layers: list[MoeLayer], chosen: Choice |
     Raises:
         ValueError: If experts are not stored as parameters, or none is chosen.
     """
-    chosen = chosen or Choice(model, {})
+    chosen = chosen or LayerFilter(model, {})
     wanted: set[str] = set()
     parametrised_paths: set[str] = set()
     for layer in layers:

@@ -162,9 +162,6 @@ def _words(tensor: Tensor) -> Tensor:
     return octets.view(torch.int32)
 
 
-# ---- outputs of the base
-
-
 class BaseOutputs:
     """Outputs of a base for a few token ids in evaluation mode, to compare bit by bit.
 

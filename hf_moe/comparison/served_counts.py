@@ -176,9 +176,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
             yield number, text.rstrip("\r\n"), data.endswith(b"\n")
 
 
-# ---- JSON lines
-
-
 def _read_json_lines(path: Path, found: ServedCounts, totals: _Totals) -> None:
     for number, line, is_whole in _lines(path):
         if not line.strip():
@@ -239,9 +236,6 @@ def _count(value: Any, where: str) -> int:
     if not is_number or not 0 <= value <= LARGEST_COUNT or value != math.floor(value):
         raise CountsError(f"{where}: a count must be a whole number from 0 to 2**53, got {str(value)[:40]}.")
     return int(value)
-
-
-# ---- Prometheus text
 
 
 def _read_scrape(path: Path, metric: str, found: ServedCounts, totals: _Totals) -> None:

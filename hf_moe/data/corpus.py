@@ -137,7 +137,7 @@ def _blocks(text: str) -> Iterator[str]:
             yield block
 
 
-# ---- the embedded domains: each function returns documents, in any order
+# The embedded domains: each function returns documents, in any order.
 
 
 def _code() -> list[str]:

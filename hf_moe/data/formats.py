@@ -186,9 +186,6 @@ def _unknown(record: Mapping[str, Any], layouts: Sequence[Layout], where: str) -
     )
 
 
-# ---- the layouts
-
-
 def _text(record: Mapping[str, Any]) -> Text:
     return Text(_filled(record, "text"))
 
@@ -262,9 +259,6 @@ PREFERENCES = tuple(
     Layout(names, _FOR_CHATS, partial(_preference, names=names))
     for names in (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 )
-
-
-# ---- values
 
 
 def _filled(record: Mapping[str, Any], name: str) -> str:

@@ -119,9 +119,6 @@ def pad_examples(examples: Sequence[Example], *, row_length: int, padding: int) 
     return Rows(columns)
 
 
-# ---- mixtures
-
-
 class Mixture(Dataset):
     """Rows of several domains in a given order, as `draw` gives it."""
 

@@ -41,9 +41,9 @@ def read_file(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     kind = kind_of(path)
     if kind == ".csv":
         return _csv(text, path, bad)
-    if kind == ".json" and (records := _whole(text, path)) is not None:
+    if kind == ".json" and (records := _json_records(text, path)) is not None:
         return _checked(records, bad)
-    return _lines(text, bad)
+    return _json_lines(text, bad)
 
 
 def read_passages(path: Path) -> list[str]:
@@ -81,10 +81,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-# ---- .jsonl
-
-
-def _lines(text: str, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(text: str, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _numbered(text):
         with bad.at(number):
             yield number, _record(line)
@@ -118,10 +115,7 @@ def _refuse_surrogates(record: dict[str, Any]) -> None:
         raise RowError("the text holds a lone surrogate, which no UTF-8 file can. Remove that escape.") from error
 
 
-# ---- .json
-
-
-def _whole(text: str, path: Path) -> list[Any] | None:
+def _json_records(text: str, path: Path) -> list[Any] | None:
     """The records of a JSON file; None if it holds one record a line."""
     try:
         value = json.loads(text)
@@ -154,9 +148,6 @@ def _checked(records: list[Any], bad: BadRows) -> Iterator[tuple[int, dict[str, 
             yield number, record
 
 
-# ---- .csv
-
-
 def _csv(text: str, path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     (_, columns), *rows = _csv_lines(text, path)
     for line, cells in rows:
@@ -177,9 +168,6 @@ def _csv_lines(text: str, path: Path) -> list[tuple[int, list[str]]]:
         raise DataError(f"the data file {str(path)!r} cannot be read: line {reader.line_num}: {error}.") from error
     finally:
         csv.field_size_limit(before)
-
-
-# ---- the user's own text, by domain
 
 
 def read_domains(paths: Iterable[Path], *, train_bytes: int, held_out_bytes: int) -> dict[str, Domain]:

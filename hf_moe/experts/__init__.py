@@ -3,7 +3,8 @@
 A call goes from `backends` (what runs it) through `pipeline` (order and weights of rows) to a backend's operators.
 
     backends.py                every backend in one table, what `hf_moe` chooses of it, the forward of each
-    request.py                 what backends are chosen by, and one row of their table
+    request.py                 the record that a backend is chosen by, and one row of their table
+    own_backends.py            the backends of hf_moe: what each refuses, what it suits, its operators
     transformers_backends.py   the backends that transformers brings, and what each refuses
     pipeline.py                the steps of a layer over a backend's operators and any storage
     dispatch.py                the order of routed rows, and their weighted sum

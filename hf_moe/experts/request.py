@@ -1,4 +1,4 @@
-"""Record of what backends are chosen by, and one row of their table."""
+"""Request, the record that a backend is chosen by, and Backend, one row of their table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Request(NamedTuple):
         dtype: That its storage computes in.
         device: Where it runs.
         widths: Of one expert's down projection, out and in.
-        many_rows: Whether an expert gets `backends.MANY_ROWS_PER_EXPERT` or more on average.
+        many_rows: Whether an expert gets `own_backends.MANY_ROWS_PER_EXPERT` or more on average.
         adapted: Whether low-rank factors come with the call; transformers' kernels cannot take them.
     """
 

@@ -76,7 +76,7 @@ def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> int:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measured:
     """Held-out metrics and chosen experts by domain; `health` is the verdict on the routing of all."""
 
     metrics: dict[str, HeldOut]
@@ -84,7 +84,7 @@ class Measurement:
     health: Health
 
 
-def measure(job: Job[Data], model: nn.Module) -> Measurement:
+def measure(job: Job[Data], model: nn.Module) -> Measured:
     """Held-out loss of every domain, and the experts chosen for its held-out tokens, with the routing's health."""
     batch_size, domains = job.training.per_device_eval_batch_size, job.data.domains
     metrics = {
@@ -96,4 +96,4 @@ def measure(job: Job[Data], model: nn.Module) -> Measurement:
             name: record_choices(model, domain.probe(job.data.longest), batch_size=batch_size)
             for name, domain in domains.items()
         }
-    return Measurement(metrics, choices, trace.health())
+    return Measured(metrics, choices, trace.health())

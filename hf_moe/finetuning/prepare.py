@@ -24,7 +24,7 @@ from hf_moe.finetuning.other_towers import freeze_what_text_does_not_reach, has_
 from hf_moe.finetuning.packing_check import check_packing
 from hf_moe.io.names import without_folders
 from hf_moe.io.run_lock import LOCK, hold_until_the_end
-from hf_moe.loading import pretrained as loading
+from hf_moe.loading import pretrained
 from hf_moe.loading.pretrained import ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
 
@@ -135,7 +135,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         OSError: If it cannot be found.
     """
     try:
-        tokenizer = loading.load_tokenizer(arguments.model)
+        tokenizer = pretrained.load_tokenizer(arguments.model)
     except ValueError as error:
         raise RecipeError(f"the tokenizer of {arguments.model!r} cannot be loaded: {error}") from error
     if arguments.chat_template is not None:

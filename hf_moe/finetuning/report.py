@@ -11,7 +11,7 @@ from rich.table import Table
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.comparison.routing_agreement import routing_agreement
 from hf_moe.finetuning.domains import Data
-from hf_moe.finetuning.measure import Measurement
+from hf_moe.finetuning.measure import Measured
 from hf_moe.finetuning.prepare import Job
 from hf_moe.finetuning.surroundings import machine, versions
 from hf_moe.finetuning.train import Trained, rows_per_step
@@ -30,7 +30,7 @@ SETTINGS = (
 )
 
 
-def report(job: Job[Data], before: Measurement, trained: Trained, after: Measurement, *, saved: str) -> dict[str, Any]:
+def report(job: Job[Data], before: Measured, trained: Trained, after: Measured, *, saved: str) -> dict[str, Any]:
     """The JSON values of `report.json`.
 
     Args:
@@ -75,7 +75,7 @@ def run_report(job: Job[Any], trained: Trained, *, saved: str, libraries: tuple[
     }
 
 
-def domain_report(data: Data, before: Measurement, after: Measurement) -> dict[str, Any]:
+def domain_report(data: Data, before: Measured, after: Measured) -> dict[str, Any]:
     """JSON values by domain: its share of the data, metrics before and after, routing agreement per layer."""
     return {
         name: {

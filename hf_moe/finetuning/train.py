@@ -105,9 +105,6 @@ def trained_rows(arguments: TrainingArguments, data: Data) -> int:
     return max(per_step, round(arguments.num_train_epochs * data.num_rows) // per_step * per_step)
 
 
-# ---- the plan
-
-
 def _print_plan(job: Job[Data], model: nn.Module) -> None:
     data, arguments = job.data, job.training
     per_step, steps = rows_per_step(arguments), trained_rows(arguments, data) // rows_per_step(arguments)

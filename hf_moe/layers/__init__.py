@@ -7,7 +7,7 @@ No model class is known by name here.
     watch_routing.py     every routing decision while the model runs, and another in its place
     router_scores.py     the rule by which a router's logits become weights, recognised from what it computed
     skipped_slots.py     slots without an expert, and whether experts are spread over processes
-    storage.py           where the matrices of one layer's experts are: `ExpertStorage`, `storage_of`, dense tensors
+    storage.py           storage of one layer's experts: the protocol, `storage_of`, dense tensors
     packed_storages.py   storages of weights that are computed when they are read: parametrisations, tensor classes
     expert_rows.py       rows in expert order times one expert's matrix after the other
     geometry.py          names and logical shapes of an experts module's matrices

@@ -1,4 +1,4 @@
-"""What a router's logits mean: the rule by which they become weights, recognised by what the router computed.
+"""Rules by which a router's logits become weights, recognised by what the router computed.
 
 Families differ in the scores (softmax, sigmoid, the square root of softplus), in normalising those of the chosen
 experts, and in a factor on top; no attribute tells. The logits, ids and weights of one forward do.

@@ -3,9 +3,9 @@
 `may_skip_slots` is ours: a router's null experts, capacity, experts of which a part is trained. `_is_expert_parallel`
 is transformers' and means that another process computes the slot. Transformers' own implementations read no other word
 than theirs: where slots may be empty it is set too (without it `batched_mm` fails on such an id, and `grouped_mm`
-returns rows that nobody wrote), so whether experts are distributed is told by their number.
+returns rows that nobody wrote), so it takes the number of experts to know whether they are distributed.
 
-Checkpoints that carry their own code of hf_moe 0.2 set `_is_expert_parallel` alone.
+Checkpoints that carry older code of hf_moe, without `may_skip_slots`, set `_is_expert_parallel` alone.
 
 Source: transformers 5.23, `integrations/moe.py`, `distributed/expert_parallel.py`.
 """

@@ -1,4 +1,4 @@
-"""Where the matrices of one layer's experts are, and how rows are multiplied by them.
+"""Storage of the matrices of one layer's experts, and products of rows with them.
 
 The pipeline owns tokens: their order, their weights, adapters. A storage owns matrices: dense tensors of the module, 4
 bits, a file. A quantiser or an offloader attaches one, `experts.expert_storage = ...`; without it the module's own

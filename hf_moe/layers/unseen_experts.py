@@ -1,4 +1,4 @@
-"""Mixture-of-Experts blocks that do not go through transformers' experts interface, and what is said of them.
+"""Mixture-of-Experts blocks that do not go through transformers' experts interface, and a sentence that names them.
 
 Llama 4, Switch, NLLB-MoE, DBRX, JetMoe, LongCat-Flash, Doge and Step 3.7 (transformers 5.23) compute their experts
 themselves, as most code from the Hub does: no backend can be chosen for them, and `moe_layers` does not find them.

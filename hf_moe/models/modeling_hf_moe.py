@@ -464,7 +464,8 @@ class HfMoeForCausalLM(HfMoeHeadModel, GenerationMixin):
 
         Returns:
             `logits` `[B, L, V]` in the model's dtype, `loss` (a float32 scalar) with labels, the cache, and where
-            routers were recorded `aux_loss`, `z_loss` (scalars) and `router_logits` (`[T, X]` of each MoE layer).
+            routers were recorded `aux_loss`, `z_loss` (scalars) and `router_logits` (`[T, X]` of each MoE layer, over
+            experts and null experts).
         """
         # no parameters: the Trainer takes every name with "label" in it for a label that each batch must have
         shift_labels, num_items_in_batch = (kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch"))
@@ -508,7 +509,7 @@ class HfMoeClassifier(HfMoeHeadModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> HfMoeSequenceClassifierOutputWithPast | HfMoeTokenClassifierOutput:
-        """Classify; arguments and results are told by the class, all others are as in `HfMoeModel.forward`."""
+        """Classify: the class describes labels and logits, `HfMoeModel.forward` all other arguments."""
         outputs = self._run_model(output_router_logits, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self._classify(outputs.last_hidden_state, input_ids, attention_mask)
         loss = None if labels is None else self._task_loss(logits, labels)

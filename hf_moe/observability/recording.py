@@ -56,9 +56,9 @@ def record_routing(
         or uint16 and `weights` `[N, K]` float16, N tokens without padding.
 
     Raises:
-        ValueError: If the model has no MoE layer, or `detail` is unknown. From inside a forward, if a layer's top-k
-            has changed; in tokens mode also if the model is called without token ids, a layer sees other rows than
-            the tokens, or texts do not fit the tokens.
+        ValueError: If the model has no MoE layer, `detail` is unknown, or `audit` comes with counts. From inside a
+            forward, if a layer's top-k has changed; in tokens mode also if the model is called without token ids, a
+            layer sees other rows than the tokens, or texts do not fit the tokens.
         TypeError: From inside a forward, as `watch_routing`.
         RuntimeError: At the end of the block, if no token reached a router.
         ImportError: In tokens mode without pyarrow.

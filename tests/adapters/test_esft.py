@@ -128,7 +128,7 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "hf_moe", "hf_moe_groupe
 def test_every_implementation_skips_the_others_rows(family, implementation):
     assert implementation in BACKENDS
     if implementation == "eager" and (family == "gpt_oss" or is_before_5_23()):
-        pytest.skip("the host's loop cannot skip slots: refused, see below")
+        pytest.skip("transformers' loop cannot skip slots: refused, see below")
     model, _ = build_tiny(family)
     model.set_experts_implementation("eager")
     selection = selection_of(model)

@@ -217,9 +217,9 @@ def test_accelerating_is_idempotent_says_what_it_did_and_returns_the_layers(capl
     tuned = adapted(model)
     with caplog.at_level(logging.INFO, logger="hf_moe.adapters"):
         names = accelerate_adapters(tuned)
-        said = len(caplog.records)
+        logged = len(caplog.records)
         assert accelerate_adapters(tuned) == names == [f"base_model.model.model.layers.{i}.mlp" for i in range(3)]
-    assert len(caplog.records) == said
+    assert len(caplog.records) == logged
     assert "adapters of 3 MoE layers run through their low-rank factors" in caplog.text
     assert "'hf_moe' instead of 'grouped_mm'" in caplog.text
     assert "experts backend: hf_moe\n" in str(hf_moe.explain(tuned))

@@ -383,9 +383,9 @@ def test_a_frozen_router_turns_the_auxiliary_losses_off(family, wrapped, caplog)
         freeze_router(tuned)
     after = losses(tuned)
     assert after[0] == after[1] < min(before) - 0.4
-    said = [record.message for record in caplog.records if record.name.startswith("hf_moe")]
-    assert [message[:25] for message in said] == ["auxiliary losses are off,"]
-    assert "a trainer of TRL that is built already keeps its own" in said[0]
+    logged = [record.message for record in caplog.records if record.name.startswith("hf_moe")]
+    assert [message[:25] for message in logged] == ["auxiliary losses are off,"]
+    assert "a trainer of TRL that is built already keeps its own" in logged[0]
     assert "router_aux_loss_coef=0.5" in caplog.text
     assert model.config.get_text_config().router_aux_loss_coef == 0
     assert not report_auxiliary_losses(tuned)
@@ -400,7 +400,7 @@ def test_the_auxiliary_losses_stay_if_asked_for(family, caplog):
     assert "auxiliary losses are on with a frozen router" in caplog.text
 
 
-def test_nothing_is_said_where_no_auxiliary_loss_is_on(caplog):
+def test_nothing_is_logged_where_no_auxiliary_loss_is_on(caplog):
     model, _ = build_tiny("qwen3_moe", router_aux_loss_coef=0.0)
     freeze_router(model)
     assert caplog.text == ""

@@ -81,7 +81,7 @@ def test_openmetrics_parts_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [b'{"layer": "a", "coun', '{"layer": "aé'.encode()[:-1]])
-def test_a_cut_last_record_is_left_out_and_said(tmp_path, cut):
+def test_a_cut_last_record_is_left_out_and_reported(tmp_path, cut):
     found = read(tmp_path, json_line("a", [1, 2]).encode() + cut)
     assert found.counts == {"a": {0: 1, 1: 2}}
     assert "line 2: the last line is cut off; it is left out." in found.notes[0]

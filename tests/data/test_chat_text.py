@@ -87,7 +87,7 @@ def test_the_models_own_words_in_a_message_change_nothing():
         "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}",
     ],
 )
-def test_turns_that_cannot_be_told_are_refused(template):
+def test_turns_that_cannot_be_found_are_refused(template):
     with pytest.raises(RowError, match=r"message 2 cannot be told.*assistant_only: false"):
         turns(chat_tokenizer(template), TALK)
 

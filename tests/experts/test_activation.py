@@ -1,4 +1,4 @@
-"""Gates are recognised by what they compute: every closed form in use, and nothing that only resembles one."""
+"""Activations are recognised by what they compute: every closed form in use, and nothing that only resembles one."""
 
 import math
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def test_activation_of_every_native_family(family):
 
 
 class Experts(nn.Module):
-    """As much of the host's contract as a gate needs."""
+    """As much of transformers' contract as an activation needs."""
 
     def __init__(self, apply_gate, has_gate=True, is_concatenated=True, act_fn=F.silu):
         super().__init__()
@@ -60,7 +60,7 @@ def gated(function, interleaved=False):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    "gate",
+    "activation",
     [
         ExpertActivation("silu"),
         ExpertActivation("silu", alpha=1.702, limit=7.0, offset=1.0),
@@ -72,8 +72,8 @@ def gated(function, interleaved=False):
     ],
     ids=str,
 )
-def test_parameters_are_read_off(gate, interleaved):
-    assert find_activation(gated(gate, interleaved)) == gate
+def test_parameters_are_read_off(activation, interleaved):
+    assert find_activation(gated(activation, interleaved)) == activation
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "silu", "quick_gelu"])
@@ -114,7 +114,7 @@ def test_activations_that_learn_are_unknown(name):
     assert find_activation(Experts(None, has_gate=False, act_fn=ACT2FN[name])) is None
 
 
-def test_a_gate_that_may_read_the_modules_tensors_is_unknown():
+def test_an_activation_that_may_read_the_modules_tensors_is_unknown():
     experts = meta_experts("gpt_oss")
     assert activation_of(experts) is not None
     experts.beta = nn.Parameter(torch.ones(()))

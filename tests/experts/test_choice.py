@@ -108,7 +108,7 @@ def nothing_loaded_yet(monkeypatch):
     backends._log_choice.cache_clear()
 
 
-def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(nothing_loaded_yet, monkeypatch, caplog):
+def test_a_compiler_that_fails_leads_to_the_next_best_which_is_logged(nothing_loaded_yet, monkeypatch, caplog):
     build = importlib.import_module("hf_moe.kernels.cpu.build")
 
     def fail():
@@ -119,9 +119,9 @@ def test_a_compiler_that_fails_leads_to_the_next_best_which_is_said(nothing_load
     model, inputs = build_tiny("mixtral")
     model.set_experts_implementation("hf_moe")
     out = model(**inputs).logits
-    said = "hf_moe runs hf_moe_grouped: building failed: cc1plus: out of memory."
-    assert caplog.text.count(said) == 1
-    assert said in str(hf_moe.explain(model))
+    sentence = "hf_moe runs hf_moe_grouped: building failed: cc1plus: out of memory."
+    assert caplog.text.count(sentence) == 1
+    assert sentence in str(hf_moe.explain(model))
     model.set_experts_implementation("eager")
     torch.testing.assert_close(out, model(**inputs).logits)
 

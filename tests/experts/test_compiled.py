@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_moe.experts import backends
+from hf_moe.experts import backends, own_backends
 from hf_moe.experts.request import Request
 from hf_moe.kernels.cpu import unavailable_reason
 from tiny_lora import accelerated, adapted, build
@@ -63,9 +63,9 @@ def test_where_the_rows_decide_there_is_a_graph_for_few_and_one_for_many(experts
         asked.append(Request(*request).many_rows)
         return "hf_moe_grouped"
 
-    monkeypatch.setattr(backends, "rows_matter", lambda device: True)
+    monkeypatch.setattr(own_backends, "rows_matter", lambda device: True)
     monkeypatch.setattr(backends, "resolve", resolve)
-    monkeypatch.setattr(backends, "MANY_ROWS_PER_EXPERT", 3)
+    monkeypatch.setattr(own_backends, "MANY_ROWS_PER_EXPERT", 3)
     compiled = torch.compile(experts_on("hf_moe"), fullgraph=True, backend="eager", dynamic=True)
     for tokens in (5, 11, 12, 64, 6):  # 2 slots of 12 tokens: 3 rows for each of 8 experts
         compiled(*call(tokens))

@@ -133,7 +133,7 @@ def test_every_family_in_every_dtype(family, implementation):
         assert_close(actual, baseline[name], exact[name], terms, name, torch.bfloat16)
 
 
-# one of each variant of the host's contract, as far as the installed transformers has it
+# one of each variant of transformers' contract, as far as the installed transformers has it
 VARIANTS = [
     family for family in ("mixtral", "gpt_oss", "nemotron_h", "muse_spark", "inkling2", "aria") if family in FAMILIES
 ]
@@ -241,8 +241,8 @@ def test_table_of_families(capsys):
         exact = exact_run(experts, call)
         actual = run(experts, "hf_moe", call, torch.float64)
         error = max((actual[name] - exact[name]).abs().max().item() for name in exact)
-        gate = find_activation(experts)
-        runs = "steps" if gate is None or has_post_expert_norm(experts) else f"fused, {gate}"
+        activation = find_activation(experts)
+        runs = "steps" if activation is None or has_post_expert_norm(experts) else f"fused, {activation}"
         rows.append(f"{family:52s} {error:8.1e}  {runs}")
     with capsys.disabled():
         print(f"\n{len(rows)} of {len(FAMILIES)} native families covered: largest difference to eager in float64")

@@ -230,7 +230,7 @@ def test_a_name_that_cannot_serve_raises_with_the_reason(monkeypatch):
         model.set_experts_implementation("hf_moe_trition")
 
 
-def test_the_choice_is_said_once_and_explained(monkeypatch, caplog):
+def test_the_choice_is_logged_once_and_explained(monkeypatch, caplog):
     monkeypatch.setattr(backends, "_BROKEN", {"hf_moe_cpu": "no C++ compiler (g++) was found."})
     backends._log_choice.cache_clear()
     model, inputs = build_tiny("mixtral")
@@ -241,9 +241,9 @@ def test_the_choice_is_said_once_and_explained(monkeypatch, caplog):
     lines = [record for record in caplog.records if record.name.startswith("hf_moe.experts")]
     assert len(lines) == 1
     assert lines[0].levelno == logging.WARNING
-    said = "hf_moe runs hf_moe_grouped: no C++ compiler (g++) was found."
-    assert lines[0].getMessage() == f"MixtralExperts (float32, cpu): {said}"
-    assert said in str(hf_moe.explain(model))
+    sentence = "hf_moe runs hf_moe_grouped: no C++ compiler (g++) was found."
+    assert lines[0].getMessage() == f"MixtralExperts (float32, cpu): {sentence}"
+    assert sentence in str(hf_moe.explain(model))
 
 
 def test_explain_of_a_config_makes_no_choice():

@@ -62,8 +62,8 @@ def test_runs_and_is_explained(models, name, caplog):
     torch.testing.assert_close(wrapped(**inputs).logits, plain(**inputs).logits)
     explained = hf_moe.explain(wrapped)
     assert "Expert weights are stored as Int8Values" in str(explained)
-    said = "hf_moe runs hf_moe_grouped: hf_moe_cpu has no operators for weights stored as Int8Values"
-    assert (said in str(explained)) == (said in caplog.text) == (name == "hf_moe")
+    sentence = "hf_moe runs hf_moe_grouped: hf_moe_cpu has no operators for weights stored as Int8Values"
+    assert (sentence in str(explained)) == (sentence in caplog.text) == (name == "hf_moe")
     assert explained.refusals.keys() >= {"hf_moe_cpu", "hf_moe_triton"}
     assert not explained.refusals.keys() & {"eager", "hf_moe", "hf_moe_grouped", "hf_moe_reference"}
 

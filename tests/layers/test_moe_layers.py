@@ -35,9 +35,9 @@ GEOMETRY = {
     "muse_spark": {(EXPERTS, TOP_K, HIDDEN // 2, WIDTH)},  # experts work in a narrower space
     "zaya": {(EXPERTS, 1, HIDDEN, WIDTH)},
 }
-HOST = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # before 5.23: Jamba's router is a linear layer (logits only), Granite's returns (indices, weights, logits)
-OTHER_ROUTERS = {"granitemoe", "granitemoehybrid", "granitemoeshared", "jamba"} if HOST < (5, 23) else set()
+OTHER_ROUTERS = {"granitemoe", "granitemoehybrid", "granitemoeshared", "jamba"} if TRANSFORMERS < (5, 23) else set()
 COVERED: dict[str, str] = {}
 NOT_COVERED: dict[str, str] = {}
 
@@ -84,7 +84,7 @@ def test_family(family):
         assert hidden_states.shape[-1] == layer.hidden_size
         assert top_k_index.shape == (hidden_states.shape[0], layer.top_k) == top_k_weights.shape
         if family not in OTHER_ROUTERS:
-            # the host's contract: these very tensors reach the experts
+            # transformers' contract: these very tensors reach the experts
             assert returned[1] is top_k_weights
             assert returned[2] is top_k_index
             assert returned[0].shape[-1] >= layer.num_experts
@@ -103,8 +103,8 @@ def test_every_family_is_covered(capsys, request):
         for family in FAMILIES:
             print(f"  {family:48s}{COVERED.get(family) or 'NOT COVERED: ' + NOT_COVERED.get(family, 'not run')}")
     assert sorted(COVERED) == sorted(FAMILIES)
-    known = max(version for version in CLASSES if version <= HOST)
-    assert CLASSES[known] == NUM_CLASSES if known == HOST else CLASSES[known] <= NUM_CLASSES
+    known = max(version for version in CLASSES if version <= TRANSFORMERS)
+    assert CLASSES[known] == NUM_CLASSES if known == TRANSFORMERS else CLASSES[known] <= NUM_CLASSES
 
 
 def test_the_layout_of_the_weights_does_not_matter():
@@ -344,7 +344,7 @@ def test_int8_weights():
 
 @pytest.mark.parametrize("expert_dtype", ["fp8", "fp4"])
 def test_the_hosts_quantised_experts(expert_dtype):
-    """The host's FP8 experts replace the module; its FP4 keeps two values of the last dimension in one int8."""
+    """transformers' FP8 experts replace the module; its FP4 keeps two values of the last dimension in one int8."""
     model = build_tiny("qwen3_moe")[0]
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     fields = {} if expert_dtype == "fp8" else {"expert_dtype": expert_dtype}

@@ -77,7 +77,7 @@ def test_a_damaged_config_is_one_line_of_the_command(case, ours, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["trace", "compare", "evaluate"])
-def test_a_damaged_config_is_said_before_the_tokenizer_reads_it(command, tmp_path):
+def test_a_damaged_config_is_reported_before_the_tokenizer_reads_it(command, tmp_path):
     """Conversations need the tokenizer first, and transformers reads the config for it: a traceback."""
     if command == "evaluate":
         pytest.importorskip("lm_eval", reason="needs lm-eval: pip install hf-moe[eval]")

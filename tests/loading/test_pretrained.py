@@ -50,7 +50,7 @@ def test_trace_and_compare_name_experts_that_they_do_not_see(build, tmp_path):
     assert "Mixture-of-Experts model" not in str(raised.value)
 
 
-def test_a_config_without_a_model_is_said_in_a_sentence(tmp_path):
+def test_a_config_without_a_model_is_reported_in_a_sentence(tmp_path):
     """5,000 characters of configuration classes until now."""
     transformers.VitPoseBackboneConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no model for the model type 'vitpose_backbone'") as raised:

@@ -57,11 +57,11 @@ def test_an_argument_that_nothing_reads_is_an_error(model_class, name):
         model(input_ids=ids, **{name: ids})
 
 
-def test_the_rows_of_a_pack_may_be_told_twice():
+def test_the_rows_of_a_pack_may_be_marked_twice():
     model, ids = HfMoeModel(tiny_config()).eval(), random_ids()[:1]
     positions = torch.arange(ids.shape[1])[None] % 6
-    told_twice = model(input_ids=ids, position_ids=positions, seq_idx=(positions == 0).cumsum(-1))
-    assert torch.equal(told_twice[0], model(input_ids=ids, position_ids=positions)[0])
+    marked_twice = model(input_ids=ids, position_ids=positions, seq_idx=(positions == 0).cumsum(-1))
+    assert torch.equal(marked_twice[0], model(input_ids=ids, position_ids=positions)[0])
 
 
 def test_what_continuous_batching_passes_is_read():

@@ -90,7 +90,7 @@ def test_training_stops_after_failures_in_a_row(tmp_path):
     assert failures[-1] == ["line 1: agreement.min >= 0.5: measured 0.1"]
 
 
-def test_nothing_to_go_back_to_is_said(tmp_path, caplog):
+def test_nothing_to_go_back_to_is_logged(tmp_path, caplog):
     probe = Script((0.1, 0), (0.1, 0), (0.1, 0))
     callback = RollbackCallback(RoutingThresholds.parse(CHECKS), probe)
     trainer = trainer_of(tmp_path, callback, steps=2)

@@ -30,6 +30,6 @@ def test_an_evaluation_before_training_changes_nothing_or_is_an_error(tmp_path):
     own = first.pop("own steps")
     assert "different weights ('lm_head.weight'): they train apart. Their gradients are the same" in own
     assert first.keys() == {"stock", "stock frozen", "stock bias"}
-    for kind, said in first.items():
-        assert "have different gradients ('" in said, kind
-        assert "evaluate() or predict() came before train()" in said, kind
+    for kind, sentence in first.items():
+        assert "have different gradients ('" in sentence, kind
+        assert "evaluate() or predict() came before train()" in sentence, kind

@@ -4,9 +4,9 @@
 
 The base, its router included, stays as it is.
 
-    config.py   what they are made of, checked when it is built and when it is attached
+    config.py   AdapterExpertsConfig, checked when it is built and when it is attached
     layer.py    the experts of one layer with adapter experts beside them
-    tuner.py    how PEFT attaches them to a model, and learns of them
+    tuner.py    attach them to a model through PEFT, and make PEFT know the method
 """
 
 # PEFT first: `import hf_moe` makes its import register this method, which needs the modules below

@@ -1,4 +1,4 @@
-"""What adapter experts are made of, checked when it is built and when it is attached to a model."""
+"""Configuration of adapter experts, checked when it is built and when it is attached to a model."""
 
 import difflib
 import enum

@@ -1,4 +1,4 @@
-"""How PEFT attaches adapter experts to a model, and how it learns of them."""
+"""Attach adapter experts to a model through PEFT, and make PEFT know them as a method."""
 
 import copy
 from collections.abc import Iterator

@@ -43,9 +43,6 @@ class CheckpointError(OSError):
     """A checkpoint cannot be written or used; says why, what is still there, and what to do."""
 
 
-# ---- the manifest
-
-
 def seal(folder: Path) -> None:
     """Flush every file to disk, then write the manifest that marks the checkpoint as complete.
 
@@ -165,9 +162,6 @@ def refuse_one_checkpoint(save_total_limit: int | None) -> None:
         )
 
 
-# ---- what to resume from
-
-
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first, whatever state they are in."""
     found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
@@ -241,9 +235,6 @@ def clean_up(output_dir: str | Path) -> None:
             move_into_place(folder, Path(output_dir, folder.name))
     shutil.rmtree(unfinished, ignore_errors=True)
     remove_temporaries(Path(output_dir))
-
-
-# ---- room to write
 
 
 def free_bytes(folder: Path) -> int:

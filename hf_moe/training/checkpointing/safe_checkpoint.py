@@ -135,8 +135,6 @@ class SafeCheckpointMixin(
         one_node = self.args.world_size <= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return one_node if self.checkpoint_rename is None else self.checkpoint_rename
 
-    # ---- resume
-
     def _checkpoint_to_resume(self, wanted: str | bool | None, held: ExitStack) -> str | None:
         """The folder, chosen by the main process for all. It holds the output folder from here on."""
         from accelerate.utils import broadcast_object_list
@@ -153,8 +151,6 @@ class SafeCheckpointMixin(
         if isinstance(choice[0], Exception):
             raise choice[0]
         return choice[0]
-
-    # ---- save
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
@@ -212,8 +208,6 @@ class SafeCheckpointMixin(
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # in the background it would upload a folder that is about to be sealed and renamed
         self._push_waits = True
-
-    # ---- at the end of a step
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args: Any, **kwargs: Any) -> None:
         comes_again = self._is_called_again()
@@ -274,8 +268,6 @@ class SafeCheckpointMixin(
         inner = getattr(dataloader, "base_dataloader", dataloader)  # accelerate's wrapper passes no settings on
         inner.worker_init_fn = partial(outlive_group_signal, self._termination.listening, inner.worker_init_fn)
         return dataloader
-
-    # ---- refusals
 
     def _refuse_non_finite(self) -> None:
         self.check_finite()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernel_cases
-from hf_moe.kernels.triton import between_products as glue
+from hf_moe.kernels.triton import between_products
 from hf_moe.kernels.triton.routing import RowOrder, sort_rows
 from kernel_cases import DTYPES, FORMS, Layer, assert_right
 
@@ -31,12 +31,12 @@ def poisoned(rows: Tensor, order: RowOrder) -> Tensor:
 def test_gather_copies_rows_and_zeroes_those_of_no_expert(routing, dtype, device):
     case = kernel_cases.layer(routing).to(dtype, device)
     order, top_k = order_of(case), case.index.shape[1]
-    rows_NH = glue.launch_gather_rows(case.hidden, order, top_k)
+    rows_NH = between_products.launch_gather_rows(case.hidden, order, top_k)
     expected = case.hidden[order.order_N.long() // top_k]
     expected[order.expert_end_E[-1] :] = 0
     assert torch.equal(rows_NH, expected)
     strided = case.hidden.T.contiguous().T
-    assert torch.equal(glue.launch_gather_rows(strided, order, top_k), expected)
+    assert torch.equal(between_products.launch_gather_rows(strided, order, top_k), expected)
 
 
 @pytest.mark.parametrize("routing", ["sentinels", "odd_sizes", "no_tokens"])
@@ -46,7 +46,7 @@ def test_row_of_slot_inverts_the_order(routing, device):
     expected = torch.full_like(order.order_N, -1)
     end = int(order.expert_end_E[-1])
     expected[order.order_N[:end].long()] = torch.arange(end, dtype=torch.int32, device=device)
-    assert torch.equal(glue.launch_row_of_slot(order), expected)
+    assert torch.equal(between_products.launch_row_of_slot(order), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,7 +58,9 @@ def test_combine_matches_float64(routing, weighted, dtype, device):
     slots_NH = torch.randn(tokens * top_k, case.hidden.shape[1]).to(device, dtype)
     options = {"weights_TK": case.weights, "index_TK": case.index, "bias": case.down_bias} if weighted else {}
     rows_NH = poisoned(slots_NH[order.order_N.long()], order)
-    actual = glue.launch_combine_rows(rows_NH, glue.launch_row_of_slot(order), top_k, **options)
+    actual = between_products.launch_combine_rows(
+        rows_NH, between_products.launch_row_of_slot(order), top_k, **options
+    )
 
     def plain(to: torch.dtype, absolute: bool = False) -> Tensor:
         values, bias, weights = (x.to(to) for x in (slots_NH, case.down_bias, case.weights.reshape(-1, 1)))
@@ -80,7 +82,7 @@ def test_activation_matches_float64_and_keeps_the_biased_product(form, dtype, de
     P = case.up_weight.shape[2 if case.form.transposed else 1]
     product_NP = torch.randn(case.index.numel(), P).to(device, dtype)
     pre_NP = poisoned(product_NP, order)
-    act_NI = glue.launch_activation(pre_NP, order, case.form, case.up_bias)
+    act_NI = between_products.launch_activation(pre_NP, order, case.form, case.up_bias)
     expert_N = case.index.reshape(-1)[order.order_N.long()][:end]
 
     def plain(to: torch.dtype, absolute: bool = False) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import kernel_cases
 from hf_moe.kernels.layer_call import flatten
-from hf_moe.kernels.triton import between_products as glue
-from hf_moe.kernels.triton import hybrid
+from hf_moe.kernels.triton import between_products, hybrid
 from hf_moe.kernels.triton.routing import TileMap
 from kernel_cases import DTYPES, FORMS, Layer, assert_right
 from numerics import ROUTINGS
@@ -25,8 +24,8 @@ PAIRS.remove(next(pair for pair in PAIRS if pair[0] == "nan_token"))
 def test_programs_may_run_in_any_order(monkeypatch, device):
     """No tile writes rows of another."""
     case = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
-    forwards, tiles = run(case, torch.ones_like(case.hidden)), glue.tile_map
-    monkeypatch.setattr(glue, "tile_map", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args))))
+    forwards, tiles = run(case, torch.ones_like(case.hidden)), between_products.tile_map
+    monkeypatch.setattr(between_products, "tile_map", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args))))
     backwards = run(case, torch.ones_like(case.hidden))
     assert all(torch.equal(backwards[name], forwards[name]) for name in forwards)
 

@@ -11,7 +11,7 @@ import kernel_cases
 from hf_moe.kernels.layer_call import flatten
 from hf_moe.kernels.layer_op import AdapterWants
 from hf_moe.kernels.triton import layer as layer_steps
-from hf_moe.kernels.triton import low_rank as lora
+from hf_moe.kernels.triton import low_rank
 from hf_moe.kernels.triton.ops import triton_experts_lora
 from kernel_cases import DTYPES, FORMS, Layer, assert_right
 from numerics import ROUTINGS
@@ -207,9 +207,9 @@ def test_no_tensor_of_the_weights_size_ever_exists(device):
     factors = cast(random_factors(layer, rank), torch.float32, device)
     call = layer.call(kernel_cases.low_rank_of(factors, SCALES))
     with LargestResult() as forward:
-        _, kept = lora._forward(call, True)
+        _, kept = low_rank._forward(call, True)
     with LargestResult() as backward:
-        gradients = lora._backward(torch.ones_like(layer.hidden), call, kept, AdapterWants(*[True] * 6))
+        gradients = low_rank._backward(torch.ones_like(layer.hidden), call, kept, AdapterWants(*[True] * 6))
     assert len(gradients) == 6
     assert 0 < forward.elements < min(up.numel(), down.numel())
     assert 0 < backward.elements < min(up.numel(), down.numel())

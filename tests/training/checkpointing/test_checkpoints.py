@@ -171,7 +171,7 @@ def test_the_oldest_go_first_and_never_those_to_keep(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
 
 
-def test_an_old_one_that_cannot_be_deleted_is_said_and_no_longer_valid(tmp_path, monkeypatch, caplog):
+def test_an_old_one_that_cannot_be_deleted_is_reported_and_no_longer_valid(tmp_path, monkeypatch, caplog):
     folders = [checkpoint(tmp_path, step) for step in (2, 4)]
 
     def busy(path):
