@@ -37,7 +37,15 @@ class TextProbe:
 
     Raises:
         EvaluationError: If there is no text, or a domain has none.
+        TypeError: Of a subclass that overrides `figures`, the old name of `metrics`, which nothing calls.
     """
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "figures" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}.figures would never be called: rename it, and super().figures, to metrics."
+            )
 
     def __init__(
         self,

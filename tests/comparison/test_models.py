@@ -143,6 +143,13 @@ def test_old_names_still_work(probe, measured, comparison):
         assert found["agreement.min"] == comparison.metrics()["agreement.min"]
 
 
+def test_a_subclass_that_overrides_the_old_name_is_refused():
+    """The rollback callback called `metrics`, and the override had no effect."""
+    with pytest.raises(TypeError, match=r"Mine\.figures would never be called: rename it"):
+        type("Mine", (TextProbe,), {"figures": lambda self, base, new: {}})
+    type("Renamed", (TextProbe,), {"metrics": lambda self, base, new: {}})
+
+
 def test_different_texts_are_refused(tokenizer, measured):
     other = TextProbe({"one": TEXTS["one"]}, tokenizer, window=WINDOW, time_it=False, take_weights=False)
     with pytest.raises(EvaluationError, match="measured on different texts"):
