@@ -23,7 +23,7 @@ from hf_moe.layers.packed_storages import (
     is_subclass_with_own_values,
 )
 
-__all__ = ["DenseStorage", "ExpertStorage", "Plan", "Projection", "storage_of"]
+__all__ = ["DenseStorage", "ExpertStorage", "Plan", "Projection", "attached_storage", "storage_of"]
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -70,6 +70,12 @@ class ExpertStorage(Protocol):
     def tensors(self) -> ExpertWeights | None:
         """All matrices as they are stored, for fused operators and merges; None if they are not stored densely."""
 
+    def operands(self) -> Any:
+        """What fused operators for `format` read, the `experts` of their `LayerCall`; asked where there is one alone.
+
+        None: nothing at present, so that the layer runs step by step over `linear`. Dense ones read `tensors()`.
+        """
+
     def prefetch(self, plan: Plan) -> None:
         """Begin to fetch what `linear` will read, if it is elsewhere."""
 
@@ -85,6 +91,15 @@ class DenseStorage(Stacks):
 
     def tensors(self) -> ExpertWeights:
         return self.weights
+
+    def operands(self) -> ExpertWeights:
+        return self.weights
+
+
+def attached_storage(experts: nn.Module) -> Any:
+    """The storage that a quantiser or an offloader attached, an object or a module of its own; None without one."""
+    found = experts.__dict__.get("expert_storage")
+    return experts._modules.get("expert_storage") if found is None else found
 
 
 def storage_of(experts: Any) -> ExpertStorage:
@@ -102,7 +117,7 @@ def storage_of(experts: Any) -> ExpertStorage:
         ValueError: If something parametrises the module's own tensors while a storage is attached, as PEFT does in the
             forward of an adapter that is not accelerated: it would have no effect.
     """
-    attached = vars(experts).get("expert_storage")
+    attached = attached_storage(experts)
     up, down = up_name(experts), "down_proj"
     if "parametrizations" in experts._modules:
         if attached is not None and any(parametrization_of(experts, name) is not None for name in (up, down)):
