@@ -4,6 +4,11 @@ The pipeline owns tokens: their order, their weights, adapters. A storage owns m
 bits, a file. A quantiser or an offloader attaches one, `experts.expert_storage = ...`; without it the module's own
 tensors are the storage, as they are in this call: parallel wrappers and PEFT change them between calls.
 
+Who attaches one answers for the rest of the module too. `to`, `state_dict` and `save_pretrained` see the parameters
+that stand in the weights' places, and the storage only if it is a module. Transformers' own backends read those
+parameters whatever they hold. torch.compile traces `linear` and `prefetch`: loops over the experts that have rows must
+be kept out of it, as `linear_by_expert` is.
+
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that a projection maps from and to.
 """
 
