@@ -12,6 +12,7 @@ from hf_moe.adapters.esft import train_selected_experts
 from hf_moe.adapters.expert_lora import MergeError, accelerate_adapters, merge_and_check
 from hf_moe.adapters.expert_selection import ExpertSelection
 from hf_moe.experts import backends
+from hf_moe.experts.grouped import grouped_linear
 from hf_moe.experts.pipeline import Operators
 from hf_moe.kernels.cpu import low_rank as cpu_low_rank
 from hf_moe.kernels.cpu import ops as cpu_ops
@@ -236,13 +237,12 @@ def fused_over_four_bits(kernel, calls):
 def test_a_fused_operator_for_a_format_reads_what_its_storage_gives(family, lora, tmp_path, monkeypatch):
     model, inputs = build(family)
     calls = []
-    grouped = backends._grouped_operators().grouped_linear
     backends.BACKENDS["hf_moe_cpu"].load()
     fused = {
         ("four bits", False): fused_over_four_bits(cpu_ops.cpu_experts, calls),
         ("four bits", True): fused_over_four_bits(cpu_low_rank.cpu_experts_lora, calls),
     }
-    monkeypatch.setitem(backends.OPERATORS, "hf_moe_grouped", Operators(grouped, fused))
+    monkeypatch.setitem(backends.OPERATORS, "hf_moe_grouped", Operators(grouped_linear, fused))
     stored, dense = stored_as(model, FourBits, tmp_path)
     if lora:
         stored, dense = (accelerated(adapted(each)) for each in (stored, dense))
