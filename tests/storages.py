@@ -1,4 +1,4 @@
-"""Two small storages of experts that are no dense tensors: values rounded to eight bits, and values in a file."""
+"""Three small storages of experts that are no dense tensors: eight bits, four bits in a module, and a file."""
 
 import copy
 
@@ -37,6 +37,9 @@ class _Stored:
         return linear_by_expert(rows_NA, plan, matrices, self.shapes[projection][0], self.biases[projection])
 
     def tensors(self):
+        return None
+
+    def operands(self):
         return None
 
     def prefetch(self, plan):
@@ -85,7 +88,58 @@ class InAFile(_Stored):
         return {"disk": self.bytes}
 
 
-STORAGES = (EightBits, InAFile)
+class FourBits(nn.Module):
+    """Two values in a byte with a scale for each group of eight, in buffers of a module."""
+
+    format = "four bits"
+    tensors, prefetch, linear = _Stored.tensors, _Stored.prefetch, _Stored.linear
+    group = 8
+
+    def __init__(self, experts, folder):
+        super().__init__()
+        like = _Stored(experts)
+        self.num_experts, self.shapes, self.touched = like.num_experts, like.shapes, []
+        for projection in PROJECTIONS:
+            groups = stack_of(experts, projection).unflatten(-1, (-1, self.group))
+            scales = groups.abs().amax(-1, keepdim=True) / 7
+            nibbles = ((groups / scales).round() + 8).to(torch.uint8).flatten(-2)
+            self.register_buffer(f"{projection}_packed", nibbles[..., ::2] | nibbles[..., 1::2] << 4)
+            self.register_buffer(f"{projection}_scales", scales)
+            self.register_buffer(f"{projection}_bias", like.biases[projection])
+
+    @property
+    def dtype(self):
+        return self.down_scales.dtype
+
+    @property
+    def device(self):
+        return self.down_scales.device
+
+    @property
+    def biases(self):
+        return {projection: getattr(self, f"{projection}_bias") for projection in PROJECTIONS}
+
+    def shape(self, projection):
+        return self.shapes[projection]
+
+    def matrix(self, projection, expert):
+        return self.unpack(*(values[expert] for values in self.operands()[projection][:2]))
+
+    @classmethod
+    def unpack(cls, packed, scales):
+        nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(scales.dtype) - 8
+        return (nibbles.unflatten(-1, (-1, cls.group)) * scales).flatten(-2)
+
+    def operands(self):
+        """Packed values, scales and biases of both projections."""
+        kinds = ("packed", "scales", "bias")
+        return {projection: [getattr(self, f"{projection}_{kind}") for kind in kinds] for projection in PROJECTIONS}
+
+    def nbytes(self):
+        return {"cpu": sum(buffer.nbytes for buffer in self.buffers())}
+
+
+STORAGES = (EightBits, FourBits, InAFile)
 
 
 def stack_of(experts, projection):

@@ -21,7 +21,7 @@ from hf_moe.adapters.expert_selection import ExpertSelection, LayerSelection
 from hf_moe.experts.backends import BACKENDS
 from hf_moe.layers.moe_layers import MoeLayer
 from hf_moe.layers.skipped_slots import let_skip_slots, restore_skip_flags
-from hf_moe.layers.storage import storage_of
+from hf_moe.layers.storage import attached_storage, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def _refusal(model: nn.Module, layer: MoeLayer) -> str | None:
     if called is not experts:
         return f"they are wrapped by {type(called).__name__}; merge or unload the adapter, or use mask_expert_lora."
     storage = storage_of(experts)
-    if storage.tensors() is None or "forward" in vars(experts) or "expert_storage" in vars(experts):
+    if storage.tensors() is None or "forward" in vars(experts) or attached_storage(experts) is not None:
         form = "" if storage.format == "dense" else f" (stored as {storage.format})"
         return f"their weights are quantised or offloaded{form}; load the model in bfloat16 or float32 on one device."
     for name, weight in experts._parameters.items():

@@ -84,11 +84,11 @@ def _run(
     low_rank: LowRankPair | None,
 ) -> Tensor:
     num_ids = num_expert_ids(experts, storage.num_experts)
-    fused, weights = operators.fused.get((storage.format, low_rank is not None)), storage.tensors()
-    if fused is not None and weights is not None:
+    fused = operators.fused.get((storage.format, low_rank is not None))
+    if fused is not None and (operands := storage.operands()) is not None:
         form = _fused_form(experts)
-        if form is not None and (low_rank is None or not _is_trained(weights)):
-            return fused(LayerCall(hidden_TH, index_TK, weights_TK, weights, num_ids, form, low_rank))
+        if form is not None and (low_rank is None or not _is_trained(storage.tensors())):
+            return fused(LayerCall(hidden_TH, index_TK, weights_TK, operands, num_ids, form, low_rank))
     return _run_steps(operators, experts, storage, hidden_TH, index_TK, weights_TK, num_ids, low_rank)
 
 
@@ -108,8 +108,8 @@ def _fused_form(experts: Any) -> ExpertForm | None:
     )
 
 
-def _is_trained(weights: ExpertWeights) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in weights)
+def _is_trained(weights: ExpertWeights | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in weights or ())
 
 
 def _product(operators: Operators, storage: ExpertStorage, transposed: bool) -> Product:

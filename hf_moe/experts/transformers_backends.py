@@ -11,6 +11,7 @@ import torch
 
 from hf_moe.experts.contract import has_custom_gate, has_post_expert_norm
 from hf_moe.experts.request import Backend, Refusal, Request, refuses_nothing
+from hf_moe.layers.storage import attached_storage
 
 DELEGATE = "HF_MOE_DELEGATE"
 
@@ -19,7 +20,7 @@ def _own_tensors(refuses: Refusal) -> Refusal:
     """`refuses`, and what the module's tensors do not hold: transformers reads those alone."""
 
     def refusal(request: Request) -> str | None:
-        if vars(request.experts).get("expert_storage") is not None:
+        if attached_storage(request.experts) is not None:
             return (
                 f"transformers reads the module's own tensors, but the weights are stored as {request.format}: use "
                 "'hf_moe'."

@@ -85,7 +85,7 @@ class LayerCall(NamedTuple):
         hidden_TH: In the dtype of the weights.
         index_TK: int32 or int64 ids in `[0, num_ids)`; the id E marks a slot that computes nothing.
         weights_TK: Routing weights, of any floating dtype.
-        experts: Their tensors.
+        experts: Their tensors; for another format than dense, what its storage and its operators agree on.
         num_ids: E, or E + 1 where slots without an expert are allowed.
         form: How they compute.
         low_rank: Adapters over them, in their dtype; the base is then frozen.

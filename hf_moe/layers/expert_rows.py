@@ -37,6 +37,7 @@ def expert_rows(expert_end_E: Tensor) -> Iterator[tuple[int, slice]]:
         start = end
 
 
+@torch.compiler.disable(reason="hf_moe loops over the experts that have rows, which are known when it runs")
 def linear_by_expert(
     rows_NA: Tensor, plan: Plan, matrices: Matrices, width: int, bias_EB: Tensor | None = None
 ) -> Tensor:

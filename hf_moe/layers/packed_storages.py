@@ -2,7 +2,8 @@
 
 `torch.nn.utils.parametrize` computes a whole stack whenever it is read (so do PEFT and bitsandbytes,
 `replace_parameter_4bit`, with it). Where a parametrisation computes every expert from that expert's own slices, one is
-computed at a time, and only those that have rows; that this gives the same bits is tried once for each parameter.
+computed at a time, and only those that have rows; that this gives the same bits is tried on the whole stack, once for
+each parameter, and again if anything that it is computed by was changed.
 
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that a projection maps from and to.
 """
@@ -67,6 +68,9 @@ class _OwnWeights:
     def tensors(self) -> None:
         return None
 
+    def operands(self) -> None:
+        return None
+
     def prefetch(self, plan: Plan) -> None:
         pass
 
@@ -76,7 +80,7 @@ class ParametrizedStorage(_OwnWeights):
 
     Frozen experts that can be computed singly are: those with rows, in the forward and again in the backward. Where
     the parametrisation can only give the whole stack, it does so once for each projection in a forward, and once in a
-    backward. One that is trained gives the whole stack, which autograd keeps.
+    backward. One that is trained, or gives another stack each time, gives the whole one, which autograd keeps.
     """
 
     @property
@@ -103,7 +107,7 @@ class ParametrizedStorage(_OwnWeights):
         name, transposed = projection_name(self.experts, projection), self.experts.is_transposed
         bias = getattr(self.experts, f"{name}_bias") if self.experts.has_bias else None
         entry, (width, _) = self._entry(projection), self.shape(projection)
-        if entry is None or (torch.is_grad_enabled() and any(p.requires_grad for p in entry.parameters())):
+        if entry is None or _is_kept(entry, self.num_experts):
             # unbind's backward writes one gradient; an index for each expert would write one for each
             stack = getattr(self.experts, name).unbind()
             return linear_by_matrix(rows_NA, plan, stack, bias, width, transposed)
@@ -126,11 +130,13 @@ class _Way(NamedTuple):
     Attributes:
         key: What it was found for.
         dtype: Of the result.
+        repeats: Whether it gives the same when it is asked twice (dropout does not).
         one: One expert's matrix; None if only the whole stack can be had.
     """
 
     key: tuple[Any, ...]
     dtype: torch.dtype
+    repeats: bool
     one: Callable[[int], Tensor] | None
 
 
@@ -139,22 +145,59 @@ _ways: "weakref.WeakKeyDictionary[nn.Module, _Way]" = weakref.WeakKeyDictionary(
 
 @torch.no_grad()
 def _way(entry: Any, num_experts: int) -> _Way:
-    """Found once for each parameter; again if its parametrisations or its stored values were exchanged."""
-    stored = _stored(entry)
-    version = None if stored.is_inference() else stored._version
-    key = (num_experts, *entry, stored.shape, stored.dtype, stored.device, version)
+    """Found once for each parameter; again if anything that computes it was exchanged, changed or set to train."""
     known = _ways.get(entry)
-    if known is None or known.key != key:
-        stack, weak = entry(), weakref.ref(entry)
-        # the table must not keep what it is a table of
-        one = (lambda expert: _one(weak(), expert, num_experts)) if _is_sliced(entry, stack, num_experts) else None
-        known = _ways[entry] = _Way(key, stack.dtype, one)
+    if known is None or known.key != _state(entry, num_experts):
+        known = _ways[entry] = _find_way(entry, num_experts)
     return known
+
+
+def _is_kept(entry: Any, num_experts: int) -> bool:
+    """Whether autograd keeps the stack: it is trained, or the backward could not compute the same again."""
+    # what PEFT adds for a forward holds its factors as plain attributes
+    attributes = (value for each in entry for value in vars(each).values() if isinstance(value, Tensor))
+    is_trained = torch.is_grad_enabled() and any(each.requires_grad for each in (*entry.parameters(), *attributes))
+    return is_trained or not _way(entry, num_experts).repeats
+
+
+def _find_way(entry: Any, num_experts: int) -> _Way:
+    stored, weak = _stored(entry), weakref.ref(entry)
+    with torch.autocast(stored.device.type, enabled=False), torch.random.fork_rng([stored.device] * stored.is_cuda):
+        before, stack = _state(entry, num_experts), entry()
+        key = _state(entry, num_experts)
+        is_unchanged = key == before  # by being asked, as spectral norms are
+        is_sliced = is_unchanged and _is_sliced(entry, stack, num_experts)
+        repeats = is_sliced or stack.is_meta or (is_unchanged and torch.equal(entry(), stack))
+    # the table must not keep what it is a table of
+    one = (lambda expert: _one(weak(), expert, num_experts)) if is_sliced else None
+    return _Way(key, stack.dtype, repeats, one)
+
+
+def _state(entry: Any, num_experts: int) -> tuple[Any, ...]:
+    """What a stack is computed by, to be compared with what it was."""
+    tensors = [
+        (id(each), each.shape, each.dtype, each.device, None if each.is_inference() else each._version)
+        for each in _tensors(entry)
+    ]
+    return num_experts, [(each, each.training) for each in entry], tensors
+
+
+def _tensors(entry: Any) -> Iterator[Tensor]:
+    yield from entry.parameters()
+    yield from entry.buffers()
+
+
+_dtypes: "weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], torch.dtype]]" = weakref.WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result
 def _dtype(entry: Any, num_experts: int) -> torch.dtype:
-    return _way(entry, num_experts).dtype
+    """Dtype of the stack; other values do not change it, so one that is trained is computed for it once."""
+    kinds = [*entry, *(each.dtype for each in _tensors(entry))]
+    known = _dtypes.get(entry)
+    if known is None or known[0] != kinds:
+        known = _dtypes[entry] = (kinds, _way(entry, num_experts).dtype)
+    return known[1]
 
 
 def _is_sliced(entry: Any, stack: Tensor, num_experts: int) -> bool:
@@ -273,6 +316,9 @@ class SubclassStorage(Stacks):
         return super().linear(rows_NA, projection, plan)
 
     def tensors(self) -> None:
+        return None
+
+    def operands(self) -> None:
         return None
 
 

@@ -4,6 +4,11 @@ The pipeline owns tokens: their order, their weights, adapters. A storage owns m
 bits, a file. A quantiser or an offloader attaches one, `experts.expert_storage = ...`; without it the module's own
 tensors are the storage, as they are in this call: parallel wrappers and PEFT change them between calls.
 
+Who attaches one answers for the rest of the module too. `to`, `state_dict` and `save_pretrained` see the parameters
+that stand in the weights' places, and the storage only if it is a module. Transformers' own backends read those
+parameters whatever they hold. torch.compile traces `linear` and `prefetch`: loops over the experts that have rows must
+be kept out of it, as `linear_by_expert` is.
+
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that a projection maps from and to.
 """
 
@@ -23,7 +28,7 @@ from hf_moe.layers.packed_storages import (
     is_subclass_with_own_values,
 )
 
-__all__ = ["DenseStorage", "ExpertStorage", "Plan", "Projection", "storage_of"]
+__all__ = ["DenseStorage", "ExpertStorage", "Plan", "Projection", "attached_storage", "storage_of"]
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -70,6 +75,12 @@ class ExpertStorage(Protocol):
     def tensors(self) -> ExpertWeights | None:
         """All matrices as they are stored, for fused operators and merges; None if they are not stored densely."""
 
+    def operands(self) -> Any:
+        """What fused operators for `format` read, the `experts` of their `LayerCall`; asked where there is one alone.
+
+        None: nothing at present, so that the layer runs step by step over `linear`. Dense ones read `tensors()`.
+        """
+
     def prefetch(self, plan: Plan) -> None:
         """Begin to fetch what `linear` will read, if it is elsewhere."""
 
@@ -85,6 +96,15 @@ class DenseStorage(Stacks):
 
     def tensors(self) -> ExpertWeights:
         return self.weights
+
+    def operands(self) -> ExpertWeights:
+        return self.weights
+
+
+def attached_storage(experts: nn.Module) -> Any:
+    """The storage that a quantiser or an offloader attached, an object or a module of its own; None without one."""
+    found = experts.__dict__.get("expert_storage")
+    return experts._modules.get("expert_storage") if found is None else found
 
 
 def storage_of(experts: Any) -> ExpertStorage:
@@ -102,7 +122,7 @@ def storage_of(experts: Any) -> ExpertStorage:
         ValueError: If something parametrises the module's own tensors while a storage is attached, as PEFT does in the
             forward of an adapter that is not accelerated: it would have no effect.
     """
-    attached = vars(experts).get("expert_storage")
+    attached = attached_storage(experts)
     up, down = up_name(experts), "down_proj"
     if "parametrizations" in experts._modules:
         if attached is not None and any(parametrization_of(experts, name) is not None for name in (up, down)):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_moe.layers.moe_layers import MoeLayer
-from hf_moe.layers.storage import storage_of
+from hf_moe.layers.storage import attached_storage, storage_of
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # integers of this size are indices and masks
@@ -91,13 +91,13 @@ def _of_config(method: str, config: Any, found: _Weights) -> str | None:
 
 def _weigh(model: nn.Module, layers: list[MoeLayer], *, buffers: bool) -> _Weights:
     # what a quantiser attached stores them, whatever stands in the parameters' places
-    attached = [layer.experts for layer in layers if "expert_storage" in vars(layer.experts)]
-    placeholders = {id(p) for experts in attached for p in experts.parameters()}
+    attached = [layer.experts for layer in layers if attached_storage(layer.experts) is not None]
+    counted = {id(tensor) for experts in attached for tensor in [*experts.parameters(), *experts.buffers()]}
     own_experts = [layer.experts for layer in layers if layer.experts not in attached]
     experts = {id(p): p for module in own_experts for p in module.parameters() if _is_plain(p)}
-    weights: list[Tensor] = [p for p in model.parameters() if id(p) not in placeholders]
+    weights: list[Tensor] = [p for p in model.parameters() if id(p) not in counted]
     # GPTQ and AWQ keep packed weights in buffers
-    weights += [buffer for buffer in model.buffers() if buffers and _is_packed(buffer)]
+    weights += [buffer for buffer in model.buffers() if buffers and id(buffer) not in counted and _is_packed(buffer)]
     packed = [weight for weight in weights if _is_packed(weight)]
     own = {id(p) for layer in layers for p in layer.experts.parameters()}
     is_whole = all(id(p) in experts or not _is_packed(p) for layer in layers for p in layer.experts.parameters())

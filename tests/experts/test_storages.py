@@ -14,8 +14,14 @@ from hf_moe.adapters.esft import train_selected_experts
 from hf_moe.adapters.expert_lora import MergeError, accelerate_adapters, merge_and_check
 from hf_moe.adapters.expert_selection import ExpertSelection
 from hf_moe.experts import backends
+from hf_moe.experts.grouped import grouped_linear
+from hf_moe.experts.pipeline import Operators
+from hf_moe.kernels.cpu import low_rank as cpu_low_rank
+from hf_moe.kernels.cpu import ops as cpu_ops
+from hf_moe.kernels.layer_call import ExpertWeights
+from hf_moe.layers.storage import storage_of
 from hf_moe.layers.watch_routing import watch_routing
-from storages import STORAGES, EightBits, InAFile, stored_as, touched
+from storages import STORAGES, EightBits, FourBits, InAFile, stored_as, touched
 from tiny_lora import accelerated, adapted, assert_equal, build, outputs, results
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "nemotron_h", "hf_moe")  # biases and transposed; ungated
@@ -213,3 +219,55 @@ def test_slices_of_it_are_not_trained(tmp_path):
         train_selected_experts(stored, selection)
     assert [p.requires_grad for p in stored.parameters()] == trainable
     accelerate_adapters(adapted(stored))  # but their LoRA is
+
+
+def fused_over_four_bits(kernel, calls):
+    """An operator of a whole layer that reads packed values; a real one would not unpack them before."""
+
+    def fused(call):
+        calls.append(call.low_rank is not None)
+        (up, up_scales, up_bias), (down, down_scales, down_bias) = call.experts["up"], call.experts["down"]
+        matrices = [FourBits.unpack(up, up_scales), FourBits.unpack(down, down_scales)]
+        if call.form.transposed:
+            matrices = [stack.transpose(1, 2) for stack in matrices]
+        return kernel(call._replace(experts=ExpertWeights(matrices[0], up_bias, matrices[1], down_bias)))
+
+    return fused
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_fused_operator_for_a_format_reads_what_its_storage_gives(family, lora, tmp_path, monkeypatch):
+    model, inputs = build(family)
+    calls = []
+    backends.BACKENDS["hf_moe_cpu"].load()
+    fused = {
+        ("four bits", False): fused_over_four_bits(cpu_ops.cpu_experts, calls),
+        ("four bits", True): fused_over_four_bits(cpu_low_rank.cpu_experts_lora, calls),
+    }
+    monkeypatch.setitem(backends.OPERATORS, "hf_moe_grouped", Operators(grouped_linear, fused))
+    stored, dense = stored_as(model, FourBits, tmp_path)
+    if lora:
+        stored, dense = (accelerated(adapted(each)) for each in (stored, dense))
+    else:
+        stored = on(stored, "hf_moe")
+    read = results if lora else gradients
+    assert_equal(read(stored, inputs), read(dense, inputs))
+    assert calls == [lora] * len(hf_moe.moe_layers(stored))
+    assert not any(touched(stored))
+    experts = hf_moe.moe_layers(stored)[0].experts
+    hidden, index, weights = torch.randn(5, 32).double(), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2)
+    torch.compiler.reset()
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden, index, weights), experts(hidden, index, weights))
+
+
+def test_a_storage_that_is_a_module_moves_and_is_saved_with_the_model(tmp_path):
+    model, inputs = build("qwen3_moe")
+    stored, dense = (on(each, "hf_moe") for each in stored_as(model, FourBits, tmp_path))
+    assert any("expert_storage.up_packed" in name for name in stored.state_dict())
+    stored.float()
+    experts = hf_moe.moe_layers(stored)[0].experts
+    assert storage_of(experts).dtype is torch.float32
+    torch.testing.assert_close(outputs(stored, inputs), outputs(dense.float(), inputs), rtol=1e-4, atol=1e-5)
+    assert "transformers reads the module's own tensors" in hf_moe.explain(stored).refusals["eager"]

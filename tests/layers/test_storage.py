@@ -164,6 +164,109 @@ def test_a_trained_parametrisation_gets_its_gradient():
     assert_equal(gradients[1], gradients[0])
 
 
+class Shifted(Counting):
+    """Of the whole stack, as one sees only once `share` is no longer zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("share", torch.zeros(()))
+
+    def forward(self, values):
+        return values + self.share * values.mean()
+
+    @classmethod
+    def pack(cls, weight):
+        return weight, cls()
+
+
+@pytest.mark.parametrize("form", [Shifted, RowScales])
+def test_what_a_parametrisation_is_made_of_may_change_between_calls(form):
+    model, inputs = build("mixtral")
+    stored, _ = packed(model, form)
+    found = []
+    for implementation in ("eager", "hf_moe"):
+        each = copy.deepcopy(stored)
+        each.set_experts_implementation(implementation)
+        outputs(each, inputs)
+        for buffer in (b for module in each.modules() if isinstance(module, form) for b in module.buffers()):
+            buffer.add_(0.5)
+        found.append(outputs(each, inputs))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_cast_of_scales_alone_is_seen():
+    model, inputs = build("mixtral")
+    stored, dense = (each for each in packed(model, RowScales))
+    for each in (stored, dense):
+        each.set_experts_implementation("hf_moe_grouped")
+        outputs(each, inputs)
+        each.to(torch.float32)  # int8 stays
+    assert storage_of(moe_layers(stored)[0].experts).dtype is torch.float32
+    torch.testing.assert_close(outputs(stored, inputs), outputs(dense, inputs), rtol=1e-4, atol=1e-5)
+
+
+class Dropout(nn.Module):
+    def forward(self, values):
+        return nn.functional.dropout(values, 0.5, self.training)
+
+
+def _spectral_norm(weight):
+    return nn.utils.parametrizations._SpectralNorm(weight)
+
+
+@pytest.mark.parametrize("make", [lambda weight: Dropout(), _spectral_norm], ids=["dropout", "spectral norm"])
+def test_one_that_gives_another_stack_each_time_is_differentiated_as_it_was(make):
+    model, _ = build("mixtral")
+    model.set_experts_implementation("hf_moe")
+    experts = moe_layers(model)[0].experts.requires_grad_(False).train()
+    parametrization = make(experts.down_proj.detach())
+    parametrize.register_parametrization(experts, "down_proj", parametrization)
+    experts.parametrizations.requires_grad_(False)
+    before = {name: buffer.clone() for name, buffer in parametrization.named_buffers()}
+    hidden, index, weights = torch.randn(5, 32).double(), torch.arange(10).view(5, 2) % EXPERTS, torch.rand(5, 2)
+
+    def loss(hidden):
+        torch.manual_seed(0)
+        for name, buffer in before.items():
+            setattr(parametrization, name, buffer.clone())
+        return experts(hidden, index, weights).square().sum()
+
+    loss(hidden)
+    assert torch.autograd.gradcheck(loss, hidden.requires_grad_(), fast_mode=True)
+
+
+def test_peft_adds_to_parametrised_experts_with_gradients():
+    """Not accelerated, PEFT parametrises the same parameter once more for a forward."""
+    model, inputs = build("mixtral")
+    stored, _ = packed(model, RowScales)
+    tuned = adapted(stored, attention=True)
+    found = []
+    for implementation in ("batched_mm", "hf_moe_grouped"):
+        each = copy.deepcopy(tuned)
+        each.get_base_model().set_experts_implementation(implementation)
+        out = outputs(each, inputs)
+        out.square().sum().backward()
+        gradients = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
+        assert any("experts" in name for name in gradients)
+        found.append({"out": out.detach(), **gradients})
+    assert_equal(found[1], found[0], 1e-10)
+
+
+def test_a_trained_parametrisation_is_computed_once_a_step():
+    model, inputs = build("mixtral")
+    stored, _ = packed(model, RowScales)
+    stored.set_experts_implementation("hf_moe")
+    for module in list(stored.modules()):
+        if isinstance(module, RowScales):
+            module.scale = nn.Parameter(module._buffers.pop("scale"))
+    optimizer = torch.optim.SGD(stored.parameters(), 1e-3)
+    for step in range(3):
+        unpacked(stored)
+        outputs(stored, inputs).sum().backward()
+        optimizer.step()
+        assert step == 0 or unpacked(stored) == len(moe_layers(stored)) * 2 * EXPERTS
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("form", [RowScales, Centered])
 def test_parametrised_experts_under_torch_compile(form, lora):
