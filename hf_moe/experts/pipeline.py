@@ -34,7 +34,7 @@ class Operators:
         grouped_linear: `(rows_NA, weight, bias, expert_end_E, transposed) -> rows_NB`, differentiable; rows in expert
             order, zeros for rows after the last expert's. For dense weights and for the factors of adapters.
         fused: The whole layer, `LayerCall -> out_TH`, by the format of the storage and whether adapters come with the
-            call; only where the storage has `tensors()`, which are what a LayerCall carries. Differentiable, under
+            call; only where the storage has `operands()`, which the LayerCall then carries. Differentiable, under
             adapters but for the weights and biases: where these are trained too, the steps run.
     """
 
