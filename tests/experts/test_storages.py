@@ -135,8 +135,8 @@ def test_gradient_checkpointing_changes_no_bit(storage, reentrant, lora, tmp_pat
         assert torch.equal(value, plain[name]), name
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "lora"])
+@pytest.mark.parametrize("storage", [EightBits, FourBits, pytest.param(InAFile, marks=pytest.mark.long)])
 def test_torch_compile(storage, lora, tmp_path):
     model, _ = build("mixtral", torch.float32)
     stored, _ = stored_as(model, storage, tmp_path)

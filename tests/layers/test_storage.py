@@ -267,7 +267,7 @@ def test_a_trained_parametrisation_is_computed_once_a_step():
         assert step == 0 or unpacked(stored) == len(moe_layers(stored)) * 2 * EXPERTS
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "lora"])
 @pytest.mark.parametrize("form", [RowScales, Centered])
 def test_parametrised_experts_under_torch_compile(form, lora):
     stored, _ = packed(build("mixtral", torch.float32)[0], form)
