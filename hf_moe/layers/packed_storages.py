@@ -107,11 +107,13 @@ class ParametrizedStorage(_OwnWeights):
         name, transposed = projection_name(self.experts, projection), self.experts.is_transposed
         bias = getattr(self.experts, f"{name}_bias") if self.experts.has_bias else None
         entry, (width, _) = self._entry(projection), self.shape(projection)
-        if entry is None or _is_kept(entry, self.num_experts):
+        # found once: to know that it still holds, everything that computes the stack is looked at
+        way = None if entry is None or _is_trained(entry) else _way(entry, self.num_experts)
+        if way is None or not way.repeats:  # autograd keeps the stack: the backward could not compute it again
             # unbind's backward writes one gradient; an index for each expert would write one for each
             stack = getattr(self.experts, name).unbind()
             return linear_by_matrix(rows_NA, plan, stack, bias, width, transposed)
-        one = _way(entry, self.num_experts).one
+        one = way.one
 
         def matrices(experts: list[int]) -> Iterator[Tensor]:
             of: Callable[[int], Tensor] = entry().__getitem__ if one is None else one
@@ -152,12 +154,11 @@ def _way(entry: Any, num_experts: int) -> _Way:
     return known
 
 
-def _is_kept(entry: Any, num_experts: int) -> bool:
-    """Whether autograd keeps the stack: it is trained, or the backward could not compute the same again."""
+def _is_trained(entry: Any) -> bool:
+    """Whether a gradient is wanted of anything that computes the stack."""
     # what PEFT adds for a forward holds its factors as plain attributes
     attributes = (value for each in entry for value in vars(each).values() if isinstance(value, Tensor))
-    is_trained = torch.is_grad_enabled() and any(each.requires_grad for each in (*entry.parameters(), *attributes))
-    return is_trained or not _way(entry, num_experts).repeats
+    return torch.is_grad_enabled() and any(each.requires_grad for each in (*entry.parameters(), *attributes))
 
 
 def _find_way(entry: Any, num_experts: int) -> _Way:
