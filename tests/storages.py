@@ -172,3 +172,18 @@ def touched(model):
         found.append(list(layer.experts.expert_storage.touched))
         layer.experts.expert_storage.touched.clear()
     return found
+
+
+def assert_compiles(experts):
+    """A layer of hidden size 32 and 8 experts gives the same compiled as run, for two lengths; its gradient too."""
+    torch.compiler.reset()
+    compiled = torch.compile(experts, backend="aot_eager")
+    for tokens in (5, 7):
+        index, weights = torch.arange(2 * tokens).view(tokens, 2) % 8, torch.rand(tokens, 2)
+        hidden = torch.randn(tokens, 32, requires_grad=True)
+        found = []
+        for function in (experts, compiled):
+            out = function(hidden, index, weights)
+            found.append([out, *torch.autograd.grad(out.square().sum(), hidden)])
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected)

@@ -9,6 +9,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from hf_moe.data.tokenizer import train_tokenizer
 from hf_moe.models.modeling_hf_moe import HfMoeForCausalLM
 from tiny_hf_moe import tiny_config
+from tiny_models import build_tiny
 
 EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -60,3 +61,14 @@ def words(count: int, seed: int = 0) -> str:
 
 def tiny_tokenizer(vocab_size: int = 300):
     return train_tokenizer([words(400)], vocab_size=vocab_size, max_length=64)
+
+
+def save_tiny_models(folder, families):
+    """Models by family with the tiny tokenizer, each in a folder of its family's name; returns `folder`."""
+    tokenizer = tiny_tokenizer()
+    for family in families:
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+        model = hf_moe_model(**sizes) if family == "hf_moe" else build_tiny(family, **sizes)[0]
+        model.save_pretrained(folder / family)
+        tokenizer.save_pretrained(folder / family)
+    return folder

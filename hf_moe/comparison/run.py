@@ -16,9 +16,7 @@ from hf_moe.comparison.models import Measurement, ModelComparison, compare_measu
 from hf_moe.comparison.text_probe import WINDOW, TextProbe
 from hf_moe.data.encoding import context_of
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.loading.pretrained import ModelError, load_language_model, load_tokenizer, read_config
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from hf_moe.loading.pretrained import DTYPES, ModelError, load_language_model, load_tokenizer, read_config
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from transformers.utils import is_peft_available
 
 from hf_moe.adapters.esft import SelectedExperts
 from hf_moe.layers.moe_layers import MoeLayer, moe_layers
+from hf_moe.layers.storage import DENSE_DTYPES
 
 SAMPLE = 32_768
 _SEED = 0
-_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnreadableWeightsError(ValueError):
@@ -167,7 +167,7 @@ def _with_deltas(tensor: Tensor, deltas: list[Tensor]) -> Tensor:
 def _checked(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise UnreadableWeightsError("the weights are not in memory (offloaded)")
-    if tensor.dtype not in _PLAIN_DTYPES:
+    if tensor.dtype not in DENSE_DTYPES:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UnreadableWeightsError(f"they are stored as {kind}, quantised")
     return tensor

@@ -25,12 +25,11 @@ from hf_moe.finetuning.packing_check import check_packing
 from hf_moe.io.names import without_folders
 from hf_moe.io.run_lock import LOCK, hold_until_the_end
 from hf_moe.loading import pretrained
-from hf_moe.loading.pretrained import ModelError, check_language_model, load_language_model
+from hf_moe.loading.pretrained import DTYPES, ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 AnyData = TypeVar("AnyData")
 

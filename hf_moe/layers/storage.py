@@ -28,7 +28,7 @@ from hf_moe.layers.packed_storages import (
     is_subclass_with_own_values,
 )
 
-__all__ = ["DenseStorage", "ExpertStorage", "Plan", "Projection", "attached_storage", "storage_of"]
+__all__ = ["DENSE_DTYPES", "DenseStorage", "ExpertStorage", "Plan", "Projection", "attached_storage", "storage_of"]
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

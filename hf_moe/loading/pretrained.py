@@ -20,6 +20,8 @@ from hf_moe.loading.auto_classes import is_language_model, whole_auto_class
 from hf_moe.loading.config_files import ConfigError, ModelError, check_config, config_errors, load_config
 from hf_moe.loading.errors import HUB_ERRORS, hub_sentence
 
+# that a model may be loaded in; "auto": as it is saved
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SECONDS = 10.0
 
 

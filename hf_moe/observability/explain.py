@@ -13,12 +13,12 @@ from hf_moe.experts.request import request_for
 from hf_moe.layers.moe_layers import MoeLayer, inner_model, is_experts, moe_layers
 from hf_moe.layers.packed_storages import UnreadableStorage
 from hf_moe.layers.path_ranges import join_ranges, split_path
-from hf_moe.layers.storage import ExpertStorage, attached_storage, storage_of
+from hf_moe.layers.storage import DENSE_DTYPES, ExpertStorage, attached_storage, storage_of
 from hf_moe.layers.unseen_experts import unseen_experts
 from hf_moe.loading.config_files import config_errors
 from hf_moe.loading.pretrained import build_empty, read_config
 from hf_moe.models.configuration_hf_moe import refuse_huge
-from hf_moe.observability.unquantised_experts import PLAIN_DTYPES, unquantised_experts
+from hf_moe.observability.unquantised_experts import unquantised_experts
 
 ACTIVE_RULE = (
     "active = all parameters outside of the routed experts (embeddings and output head counted whole, tied ones once) "
@@ -242,7 +242,7 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     for layer in layers:
         weight, backend, storage = _storage(layer), _backend(layer), storage_of(layer.experts)
         is_attached = attached_storage(layer.experts) is not None
-        if not is_attached and (weight is None or weight.dtype not in PLAIN_DTYPES):
+        if not is_attached and (weight is None or weight.dtype not in DENSE_DTYPES):
             kind = "in a form of their own" if weight is None else f"as {weight.dtype}"
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)

@@ -14,9 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_moe.layers.moe_layers import MoeLayer
-from hf_moe.layers.storage import attached_storage, storage_of
+from hf_moe.layers.storage import DENSE_DTYPES, attached_storage, storage_of
 
-PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # integers of this size are indices and masks
 _INDICES = (torch.int64, torch.bool)
 # quantisers of transformers 5.23 whose code knows nn.Linear and no experts (`tests/observability` reads it)
@@ -119,11 +118,11 @@ def _inner_tensors(weight: Tensor) -> Iterable[Tensor] | None:
 
 
 def _is_packed(weight: Tensor) -> bool:
-    return _inner_tensors(weight) is not None or (weight.dtype not in PLAIN_DTYPES and weight.dtype not in _INDICES)
+    return _inner_tensors(weight) is not None or (weight.dtype not in DENSE_DTYPES and weight.dtype not in _INDICES)
 
 
 def _is_plain(weight: Tensor) -> bool:
-    return weight.dtype in PLAIN_DTYPES and not _is_packed(weight)
+    return weight.dtype in DENSE_DTYPES and not _is_packed(weight)
 
 
 def stored_bytes(weight: Tensor) -> int:

@@ -17,8 +17,7 @@ import hf_moe  # noqa: F401 (registers)
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.data.bad_rows import DataError
 from hf_moe.finetuning.arguments import RecipeError
-from tiny_models import build_tiny
-from tiny_moe import hf_moe_model, tiny_tokenizer, words
+from tiny_moe import save_tiny_models, tiny_tokenizer, words
 from tiny_multimodal import build_multimodal
 
 FAMILIES = ("hf_moe", "qwen3_moe")
@@ -34,14 +33,7 @@ def _whole_trackio(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = tiny_tokenizer()
-    for family in FAMILIES:
-        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
-        model = hf_moe_model(**sizes) if family == "hf_moe" else build_tiny(family, **sizes)[0]
-        model.save_pretrained(folder / family)
-        tokenizer.save_pretrained(folder / family)
-    return folder
+    return save_tiny_models(tmp_path_factory.mktemp("models"), FAMILIES)
 
 
 @pytest.fixture(scope="module")
