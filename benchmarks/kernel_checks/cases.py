@@ -26,7 +26,7 @@ from hf_moe.kernels.triton.between_products import (
 from hf_moe.kernels.triton.combine import launch_sum_k
 from hf_moe.kernels.triton.decode import launch_decode
 from hf_moe.kernels.triton.grouped_linear import LowRankTerm, launch_grouped_linear
-from hf_moe.kernels.triton.routing import RowOrder, require_ids, sort_rows
+from hf_moe.kernels.triton.routing import RowOrder, require_ids, size_of_maps, sort_rows
 from hf_moe.kernels.triton.up import launch_up
 from hf_moe.kernels.triton.weight_gradient import launch_bias_gradient, launch_weight_gradient
 
@@ -59,7 +59,8 @@ class Shape:
         return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
 
     def order(self) -> RowOrder:
-        return RowOrder(self.tensor(self.num_rows, dtype=torch.int32), self.tensor(E, dtype=torch.int32))
+        sizes = (self.num_rows, E, size_of_maps(self.num_rows, E))
+        return RowOrder(*(self.tensor(size, dtype=torch.int32) for size in sizes))
 
     def routing_weights(self) -> Tensor:
         return self.tensor(self.num_tokens, K, dtype=torch.float32)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..layer_call import ExpertForm
 from .activation import activate_backward, form_constants, glu_backward
 from .grouped_linear import ROW_TILES_PER_GROUP, LowRankTerm, add_low_rank, term_arguments, tile_of_program
-from .routing import RowOrder, TileMap, tile_map
+from .routing import RowOrder
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
 
@@ -256,7 +256,7 @@ def grad_weights_kernel(
 
 
 def launch_grad_weights(
-    partial_NC: Tensor, grad_out_TH: Tensor, order: RowOrder, tiles: TileMap, block_m: int, *, top_k: int,
+    partial_NC: Tensor, grad_out_TH: Tensor, order: RowOrder, block_m: int, *, top_k: int,
     down_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient of the routing weights, float32 [T, K], from partial sums of rows in expert order.
@@ -264,15 +264,15 @@ def launch_grad_weights(
     Args:
         partial_NC: float32; rows past the last expert's end are not read.
         grad_out_TH: Read with `down_bias` only.
-        tiles: `tile_map(order.expert_end_E, N, block_m)`.
         down_bias: [E, H].
     """
     (num_rows, C), (T, H) = partial_NC.shape, grad_out_TH.shape
     grad_weights_TK = torch.empty(T, top_k, dtype=torch.float32, device=partial_NC.device)
     grad_out_TH = unit_stride_rows(grad_out_TH)
-    grad_weights_kernel[(tiles.row_M.numel(),)](
+    arguments = order.arguments(block_m)
+    grad_weights_kernel[(arguments[-1].numel(),)](
         partial_NC, grad_out_TH, partial_NC if down_bias is None else down_bias.contiguous(), grad_weights_TK,
-        *order, *tiles, num_rows, H, C, grad_out_TH.stride(0),
+        *arguments, num_rows, H, C, grad_out_TH.stride(0),
         TOP_K=top_k, HAS_BIAS=down_bias is not None, BLOCK_C=triton.next_power_of_2(C), BLOCK_M=block_m,
         BLOCK_K=SUM_STEP,
     )  # fmt: skip
@@ -325,12 +325,13 @@ def launch_backward_activation(
     def run(tile: Tile) -> Tensor | None:
         block_n = block_of(width, tile.block_n)
         column_tiles = triton.cdiv(width, block_n)
-        tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
+        arguments = order.arguments(tile.block_m)
+        num_tiles = arguments[-1].numel()
         partial_NC = torch.empty(num_rows, column_tiles, dtype=torch.float32, device=pre_NP.device)
-        backward_activation_kernel[(tiles.row_M.numel() * column_tiles,)](
+        backward_activation_kernel[(num_tiles * column_tiles,)](
             grad_out_TH, down_weight, pre_NP, weights_TK.contiguous(),
-            grad_pre_NP, grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *order, *tiles,
-            num_rows, tiles.row_M.numel(), H, width, grad_out_TH.stride(0), *weight_EHI.stride(),
+            grad_pre_NP, grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *arguments,
+            num_rows, num_tiles, H, width, grad_out_TH.stride(0), *weight_EHI.stride(),
             **term_arguments(term, down_weight), TOP_K=top_k, **form_constants(form),
             STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights, EVEN_K=H % tile.block_k == 0,
             BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
@@ -338,9 +339,7 @@ def launch_backward_activation(
         )  # fmt: skip
         if not need_grad_weights:
             return None
-        return launch_grad_weights(
-            partial_NC, grad_out_TH, order, tiles, tile.block_m, top_k=top_k, down_bias=down_bias
-        )
+        return launch_grad_weights(partial_NC, grad_out_TH, order, tile.block_m, top_k=top_k, down_bias=down_bias)
 
     if not num_rows:
         nothing_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.float32) if need_grad_weights else None

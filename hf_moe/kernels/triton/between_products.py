@@ -24,7 +24,7 @@ from .backward_activation import (
     store_zeros,
 )
 from .grouped_linear import rows_of_tile
-from .routing import RowOrder, tile_map
+from .routing import RowOrder
 from .weight_gradient import block_of, unit_stride_rows
 
 BLOCK_ROWS = 16
@@ -165,7 +165,15 @@ def launch_gather_rows(values_TH: Tensor, order: RowOrder, top_k: int) -> Tensor
     values_TH, block = unit_stride_rows(values_TH), block_of(H, WIDE_BLOCK)
     if num_rows:
         gather_rows_kernel[(num_rows, triton.cdiv(H, block))](
-            values_TH, *order, rows_NH, order.expert_end_E.numel(), H, values_TH.stride(0), TOP_K=top_k, BLOCK=block
+            values_TH,
+            order.order_N,
+            order.expert_end_E,
+            rows_NH,
+            order.expert_end_E.numel(),
+            H,
+            values_TH.stride(0),
+            TOP_K=top_k,
+            BLOCK=block,
         )
     return rows_NH
 
@@ -176,7 +184,7 @@ def launch_row_of_slot(order: RowOrder) -> Tensor:
     row_N = torch.empty_like(order.order_N)
     if num_rows:
         row_of_slot_kernel[(triton.cdiv(num_rows, WIDE_BLOCK),)](
-            *order, row_N, num_rows, order.expert_end_E.numel(), BLOCK=WIDE_BLOCK
+            order.order_N, order.expert_end_E, row_N, num_rows, order.expert_end_E.numel(), BLOCK=WIDE_BLOCK
         )
     return row_N
 
@@ -218,7 +226,7 @@ def launch_activation(pre_NP: Tensor, order: RowOrder, form: ExpertForm, bias: T
     width = P // 2 if form.gated else P
     act_NI = pre_NP.new_empty(num_rows, width)
     block_n = block_of(width, BLOCK_COLUMNS)
-    tiles = tile_map(order.expert_end_E, num_rows, BLOCK_ROWS)
+    tiles = order.tiles(BLOCK_ROWS)
     if num_rows:
         activation_kernel[(tiles.row_M.numel(), triton.cdiv(width, block_n))](
             pre_NP, pre_NP if bias is None else bias.contiguous(), act_NI, order.expert_end_E, *tiles,
@@ -241,17 +249,17 @@ def launch_activation_backward(
     grad_pre_NP = torch.empty_like(pre_NP)
     weighted_act_NI = torch.empty_like(grad_act_NI) if need_act else None
     block_n = block_of(width, BLOCK_COLUMNS)
-    tiles, column_tiles = tile_map(order.expert_end_E, num_rows, BLOCK_ROWS), triton.cdiv(width, block_n)
+    arguments, column_tiles = order.arguments(BLOCK_ROWS), triton.cdiv(width, block_n)
     partial_NC = grad_act_NI.new_empty(num_rows, column_tiles, dtype=torch.float32)
-    activation_backward_kernel[(tiles.row_M.numel(), column_tiles)](
+    activation_backward_kernel[(arguments[-1].numel(), column_tiles)](
         grad_act_NI, pre_NP, weights_TK.contiguous(), grad_pre_NP,
-        grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *order, *tiles,
+        grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *arguments,
         num_rows, width, **form_constants(form), STORE_ACT=need_act, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n,
     )  # fmt: skip
     grad_weights_TK = None
     if need_grad_weights:
         top_k = weights_TK.shape[1]
         grad_weights_TK = launch_grad_weights(
-            partial_NC, grad_out_TH, order, tiles, BLOCK_ROWS, top_k=top_k, down_bias=down_bias
+            partial_NC, grad_out_TH, order, BLOCK_ROWS, top_k=top_k, down_bias=down_bias
         )
     return ActivationGradients(grad_pre_NP, weighted_act_NI, grad_weights_TK)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .routing import RowOrder, require_gpu, tile_map
+from .routing import RowOrder, require_gpu
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
 
@@ -188,11 +188,11 @@ def launch_grouped_linear(
 
     def run(tile: Tile) -> None:
         block_n, block_k = block_of(B, tile.block_n), block_of(A, tile.block_k)
-        tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
-        num_tiles = tiles.expert_M.numel()
+        arguments = order.arguments(tile.block_m)
+        num_tiles = arguments[-1].numel()
         grouped_linear_kernel[(num_tiles * triton.cdiv(B, block_n),)](
             rows, weight, weight if bias is None else bias.contiguous(),  # an absent operand's pointer is never read
-            weight if row_weights_N is None else row_weights_N.contiguous(), out_NB, *order, *tiles,
+            weight if row_weights_N is None else row_weights_N.contiguous(), out_NB, *arguments,
             num_rows, num_tiles, A, B, scale, rows.stride(0), *weight_EBA.stride(), **term_arguments(term, weight),
             TOP_K=top_k, GATHER=gather, SCATTER=scatter, HAS_BIAS=bias is not None,
             HAS_ROW_WEIGHTS=row_weights_N is not None, EVEN_K=A % block_k == 0,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layer_call import LayerCall
 from .combine import launch_sum_k
 from .grouped_linear import LowRankTerm, launch_grouped_linear
-from .routing import RowOrder
+from .routing import RowOrder, size_of_maps
 from .weight_gradient import launch_bias_gradient, launch_weight_gradient
 
 
@@ -24,10 +24,11 @@ class Kept(NamedTuple):
     pre_NP: Tensor
     order_N: Tensor
     expert_end_E: Tensor
+    tile_maps_X: Tensor
 
     @property
     def order(self) -> RowOrder:
-        return RowOrder(self.order_N, self.expert_end_E)
+        return RowOrder(self.order_N, self.expert_end_E, self.tile_maps_X)
 
 
 def gpu_op(name: str, function: Callable, schema: str) -> torch.library.CustomOpDef:
@@ -46,7 +47,7 @@ def kept_like(call: LayerCall, keep: bool) -> Kept:
     num_rows, num_experts = (call.index_TK.numel(), call.num_experts) if keep else (0, 0)
     pre_NP = call.hidden_TH.new_empty((num_rows, call.pre_width) if keep else 0)
     ints = functools.partial(call.hidden_TH.new_empty, dtype=torch.int32)
-    return Kept(pre_NP, ints(num_rows), ints(num_experts))
+    return Kept(pre_NP, ints(num_rows), ints(num_experts), ints(size_of_maps(num_rows, num_experts)))
 
 
 def require_layer(call: LayerCall) -> None:

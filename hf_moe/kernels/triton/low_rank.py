@@ -27,6 +27,7 @@ class Kept(NamedTuple):
     up_low_NR: Tensor
     order_N: Tensor
     expert_end_E: Tensor
+    tile_maps_X: Tensor
 
 
 def triton_experts_lora(call: LayerCall) -> Tensor:
@@ -89,7 +90,7 @@ def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
 def _backward(grad_out_TH: Tensor, call: LayerCall, kept: Kept, wants: AdapterWants) -> list[Tensor]:
     if not kept.pre_NP.shape[0]:
         return [gradient.zero_() for gradient in gradients_like(call, wants)]
-    order, top_k = RowOrder(kept.order_N, kept.expert_end_E), call.top_k
+    order, top_k = RowOrder(kept.order_N, kept.expert_end_E, kept.tile_maps_X), call.top_k
     up, down = _adapters(call)
     term = _through_b(grad_out_TH, down, order, top_k, gather=True)
     grad_pre_NP, weighted_act_NI, grad_weights_TK = launch_backward_activation(

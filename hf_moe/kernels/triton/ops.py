@@ -29,7 +29,7 @@ from .layer import (
     weight_gradient,
 )
 from .low_rank import triton_experts_lora
-from .routing import RowOrder, require_ids, sort_rows
+from .routing import RowOrder, require_ids, rows_in_order, sort_rows
 from .up import launch_up
 
 __all__ = ["triton_experts", "triton_experts_lora", "triton_grouped_linear"]
@@ -123,7 +123,7 @@ def triton_grouped_linear(
 
 def _rows_in_place(rows_NA: Tensor, expert_end_E: Tensor) -> RowOrder:
     """The order of rows that are in expert order already: launchers without gather or scatter read its ends only."""
-    return RowOrder(rows_NA.new_empty(rows_NA.shape[0], dtype=torch.int32), expert_end_E)
+    return rows_in_order(rows_NA.new_empty(rows_NA.shape[0], dtype=torch.int32), expert_end_E)
 
 
 def _linear(rows_NA, weight, bias, expert_end_E, transposed):

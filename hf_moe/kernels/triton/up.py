@@ -21,7 +21,7 @@ from .grouped_linear import (
     term_arguments,
     tile_of_program,
 )
-from .routing import RowOrder, require_gpu, tile_map
+from .routing import RowOrder, require_gpu
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
 
@@ -131,11 +131,11 @@ def launch_up(
 
     def run(tile: Tile) -> None:
         block_n, block_k = block_of(width, tile.block_n), block_of(H, tile.block_k)
-        tiles = tile_map(order.expert_end_E, num_rows, tile.block_m)
-        num_tiles = tiles.expert_M.numel()
+        arguments = order.arguments(tile.block_m)
+        num_tiles = arguments[-1].numel()
         up_kernel[(num_tiles * triton.cdiv(width, block_n),)](
             hidden_TH, weight, weight if bias is None else bias.contiguous(),  # an absent operand is never read
-            act_NI, act_NI if pre_NP is None else pre_NP, *order, *tiles,
+            act_NI, act_NI if pre_NP is None else pre_NP, *arguments,
             num_rows, num_tiles, H, width, hidden_TH.stride(0), *weight_EPH.stride(), **term_arguments(term, weight),
             TOP_K=top_k, **form_constants(form), STORE_PRE=store_pre, HAS_BIAS=bias is not None,
             EVEN_K=H % block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k,

@@ -125,7 +125,7 @@ def launch_weight_gradient(
     def run(tile: Tile) -> None:
         block_a, block_b = block_of(A, tile.block_m), block_of(B, tile.block_n)
         weight_gradient_kernel[(num_experts * triton.cdiv(A, block_a) * triton.cdiv(B, block_b),)](
-            left, right, out, *order, A, B, left.stride(0), right.stride(0), scale,
+            left, right, out, order.order_N, order.expert_end_E, A, B, left.stride(0), right.stride(0), scale,
             TOP_K=top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
             BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -156,7 +156,7 @@ def launch_bias_gradient(
     rows, block_b = unit_stride_rows(rows), block_of(B, 128)
     bias_gradient_kernel[(num_experts * triton.cdiv(B, block_b),)](
         rows, rows if row_weights_N is None else row_weights_N,  # not read without weights
-        out, *order, B, rows.stride(0), TOP_K=top_k, GATHER=gather, HAS_WEIGHTS=row_weights_N is not None,
-        BLOCK_B=block_b, BLOCK_K=16, num_warps=4,
+        out, order.order_N, order.expert_end_E, B, rows.stride(0), TOP_K=top_k, GATHER=gather,
+        HAS_WEIGHTS=row_weights_N is not None, BLOCK_B=block_b, BLOCK_K=16, num_warps=4,
     )  # fmt: skip
     return out

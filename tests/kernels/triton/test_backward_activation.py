@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_moe.kernels.triton import backward_activation
 from hf_moe.kernels.triton.backward_activation import launch_backward_activation
 from hf_moe.kernels.triton.grouped_linear import LowRankTerm
-from hf_moe.kernels.triton.routing import TileMap, sort_rows
+from hf_moe.kernels.triton.routing import RowOrder, TileMap, sort_rows
 from kernel_cases import DTYPES, FORMS, Layer, absolute_layer, activate, assert_right, layer
 from numerics import ROUTINGS
 
@@ -199,10 +199,8 @@ def test_parts_of_the_epilogue_give_the_whole(form, monkeypatch, device):
 def test_programs_may_run_in_any_order(monkeypatch, device):
     """No tile writes rows of another."""
     case = problem("sentinels", "gpt_oss").to(torch.float32, device)
-    forwards, tiles = launch(case), backward_activation.tile_map
-    monkeypatch.setattr(
-        backward_activation, "tile_map", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args)))
-    )
+    forwards, tiles = launch(case), RowOrder.tiles
+    monkeypatch.setattr(RowOrder, "tiles", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args))))
     backwards = launch(case)
     assert all(torch.equal(backwards[name], forwards[name]) for name in NAMES)
 

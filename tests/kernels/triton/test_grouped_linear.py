@@ -7,7 +7,7 @@ import torch
 
 from hf_moe.kernels.triton import grouped_linear
 from hf_moe.kernels.triton.grouped_linear import LowRankTerm, launch_grouped_linear
-from hf_moe.kernels.triton.routing import RowOrder, sort_rows
+from hf_moe.kernels.triton.routing import RowOrder, rows_in_order, sort_rows
 from hf_moe.kernels.triton.tiles import Tile
 from kernel_cases import DTYPES, amid_nan, assert_right
 from numerics import ROUTINGS
@@ -153,7 +153,7 @@ def test_nothing_is_read_beyond_the_operands(options, device):
 def test_rows_of_no_expert_are_zero_and_unread(device):
     rows = torch.randn(10, 16, device=device)
     rows[7:] = float("nan")
-    order = RowOrder(torch.arange(10, dtype=torch.int32, device=device), torch.tensor([3, 7], device=device).int())
+    order = rows_in_order(torch.arange(10, device=device).int(), torch.tensor([3, 7], device=device).int())
     out = launch_grouped_linear(rows, torch.randn(2, 8, 16, device=device), order, top_k=1, transposed=False)
     assert out[:7].isfinite().all()
     assert torch.equal(out[7:], torch.zeros(3, 8, device=device))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import kernel_cases
 from hf_moe.kernels.layer_call import flatten
-from hf_moe.kernels.triton import between_products, hybrid
-from hf_moe.kernels.triton.routing import TileMap
+from hf_moe.kernels.triton import hybrid
+from hf_moe.kernels.triton.routing import RowOrder, TileMap, size_of_maps
 from kernel_cases import DTYPES, FORMS, Layer, assert_right
 from numerics import ROUTINGS
 
@@ -24,8 +24,8 @@ PAIRS.remove(next(pair for pair in PAIRS if pair[0] == "nan_token"))
 def test_programs_may_run_in_any_order(monkeypatch, device):
     """No tile writes rows of another."""
     case = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
-    forwards, tiles = run(case, torch.ones_like(case.hidden)), between_products.tile_map
-    monkeypatch.setattr(between_products, "tile_map", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args))))
+    forwards, tiles = run(case, torch.ones_like(case.hidden)), RowOrder.tiles
+    monkeypatch.setattr(RowOrder, "tiles", lambda *args: TileMap(*(part.flip(0) for part in tiles(*args))))
     backwards = run(case, torch.ones_like(case.hidden))
     assert all(torch.equal(backwards[name], forwards[name]) for name in forwards)
 
@@ -89,7 +89,8 @@ def test_saved_are_the_arguments_the_order_and_the_pre_activation(device):
     arguments = {tensor.data_ptr() for tensor in (case.index, *case.tensors().values())}
     new = {tuple(tensor.shape): tensor.dtype for tensor in saved if tensor.data_ptr() not in arguments}
     N, E, P = case.index.numel(), case.num_experts, case.up_weight.shape[2]
-    assert new == {(N, P): torch.float32, (N,): torch.int32, (E,): torch.int32}
+    maps = (size_of_maps(N, E),)
+    assert new == {(N, P): torch.float32, (N,): torch.int32, (E,): torch.int32, maps: torch.int32}
 
 
 def test_same_bits_from_run_to_run(device):

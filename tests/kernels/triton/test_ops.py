@@ -11,7 +11,7 @@ from hf_moe.kernels.layer_call import flatten
 from hf_moe.kernels.triton import layer as layer_steps
 from hf_moe.kernels.triton import ops
 from hf_moe.kernels.triton.ops import triton_experts, triton_grouped_linear
-from hf_moe.kernels.triton.routing import require_gpu
+from hf_moe.kernels.triton.routing import require_gpu, size_of_maps
 from kernel_cases import DTYPES, FORMS, Layer, assert_right
 from numerics import ROUTINGS
 
@@ -142,7 +142,8 @@ def test_saved_are_the_arguments_the_order_and_the_pre_activation(device):
     new = [tensor for tensor in saved if tensor.data_ptr() not in arguments]
     (N, E), P = (layer.index.numel(), layer.num_experts), layer.up_weight.shape[2]
     assert sorted((tuple(tensor.shape), tensor.dtype) for tensor in new) == sorted(
-        [((N, P), torch.float32), ((N,), torch.int32), ((E,), torch.int32)], key=lambda pair: pair[0]
+        [((N, P), torch.float32), *(((size,), torch.int32) for size in (N, E, size_of_maps(N, E)))],
+        key=lambda pair: pair[0],
     )
 
 
