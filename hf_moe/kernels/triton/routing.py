@@ -174,26 +174,6 @@ def _require_ids(index_N: Tensor, num_ids: int, all_in_range: Tensor) -> None:
         raise IndexError(f"{rule}, got {wrong}. The router's ids must match the number of expert weights.")
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def ids_in_range_kernel(index_N, all_in_range, num_rows, num_ids, BLOCK: tl.constexpr):
-    """Store 1 if every id is in [0, num_ids), for few rows, else 0. Grid (1,)."""
-    slots = tl.arange(0, BLOCK)
-    ids = tl.load(index_N + slots, mask=slots < num_rows, other=0)
-    wrong = tl.sum(((ids < 0) | (ids >= num_ids)).to(tl.int32), axis=0)
-    tl.store(all_in_range, (wrong == 0).to(tl.int32))
-
-
-def require_ids(index_TK: Tensor, num_ids: int) -> None:
-    """Check the ids of few rows, which need no sort; errors as in `sort_rows`."""
-    require_gpu(index_TK)
-    index_N = index_TK.reshape(-1)
-    if index_N.numel():
-        all_in_range = torch.empty((), dtype=torch.int32, device=index_N.device)
-        block = triton.next_power_of_2(index_N.numel())
-        ids_in_range_kernel[(1,)](index_N, all_in_range, index_N.numel(), num_ids, BLOCK=block)
-        _require_ids(index_N, num_ids, all_in_range)
-
-
 @triton.jit
 def list_tiles(
     map_at, expert, ends, starts, first_row, end_row, num_tiles, is_expert,

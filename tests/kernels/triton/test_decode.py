@@ -53,6 +53,18 @@ def test_sentinels_read_no_weights(monkeypatch, interpreter):
     assert torch.equal(acts[0].isnan().all(1), case.index.reshape(-1) == case.num_experts)
 
 
+@pytest.mark.parametrize(("wrong", "num_ids"), [(-1, 5), (4, 4), (5, 5), (2**40, 5), (-(2**40), 5)])
+def test_an_id_out_of_range_makes_its_token_nan_and_reads_nothing(wrong, num_ids, device):
+    case = layer("one_token", "gpt_oss")
+    three = {name: getattr(case, name).repeat(3, 1) for name in ("hidden", "index", "weights")}
+    case = replace(case, **three).to(torch.float32, device)
+    right = decode(case)
+    case.index[1, -1] = wrong
+    out = launch_decode(case.call()._replace(num_ids=num_ids))
+    assert out[1].isnan().all()
+    assert torch.equal(out[::2], right[::2])
+
+
 def test_int32_ids_and_float32_routing_weights(device):
     case = layer("one_token", "gpt_oss").to(torch.bfloat16, device)
     expected = decode(replace(case, weights=case.weights.float()))
