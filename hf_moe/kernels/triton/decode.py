@@ -113,9 +113,9 @@ def decode_down_kernel(
     slots = tl.arange(0, SLOTS)
     rows = token.to(tl.int64) * TOP_K + slots
     expert = tl.load(index + rows, mask=slots < TOP_K, other=0)
-    in_range = (expert >= 0) & (expert < num_ids)
-    slot_ok = in_range & (expert < num_experts) & (slots < TOP_K)
-    weight = tl.load(weights + rows, mask=slot_ok, other=0.0).to(tl.float32)
+    # a scalar, so that the ids need no registers in the loop
+    num_wrong = tl.sum(((expert < 0) | (expert >= num_ids)).to(tl.int32), axis=0)
+    slot_ok = (expert >= 0) & (expert < num_experts) & (slots < TOP_K)
     ks = tl.arange(0, BLOCK_K)
     expert_at = down_weight + expert.to(tl.int64) * stride_e
     weight_at = expert_at[:, None, None] + cols[None, :, None] * stride_h + ks[None, None, :] * stride_i
@@ -133,8 +133,8 @@ def decode_down_kernel(
     if HAS_BIAS:
         bias_at = down_bias + expert.to(tl.int64)[:, None] * H + cols[None, :]
         y += tl.load(bias_at, mask=slot_ok[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
+    weight = tl.load(weights + rows, mask=slot_ok, other=0.0).to(tl.float32)
     total = tl.sum(weight[:, None] * y, axis=0)
-    num_wrong = tl.sum((~in_range).to(tl.int32), axis=0)
     total = tl.where(num_wrong == 0, total, float("nan"))
     tl.store(out + token.to(tl.int64) * H + cols, total.to(out.dtype.element_ty), mask=col_ok)
 

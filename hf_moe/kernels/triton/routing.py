@@ -100,7 +100,7 @@ def _load_bucket(index_N, slots, num_rows, num_ids, PADDING: tl.constexpr):
     return tl.where(slots < num_rows, bucket, PADDING)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"], do_not_specialize_on_alignment=["index_N"])
 def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """Slots of every id in one block of slots. Grid (B,)."""
     block = tl.program_id(0)
@@ -110,7 +110,7 @@ def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.cons
     tl.store(count_SB + bins.to(tl.int64) * num_blocks + block, counts, mask=bins <= num_ids)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"], do_not_specialize_on_alignment=["index_N"])
 def place_kernel(
     index_N, end_SB, order_N, expert_end_E, all_in_range, num_rows, num_blocks, num_ids, num_experts,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
