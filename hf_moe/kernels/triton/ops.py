@@ -46,8 +46,8 @@ def triton_experts(call: LayerCall) -> Tensor:
     An id out of range makes its token NaN where rows are few and nothing is kept for backward (`decode.py`); else it
     is an error.
 
-    A CUDA graph of a call is captured after one call with the same sizes: that compiles and loads the kernels, for
-    whatever tensors.
+    Before CUDA graphs are captured, every batch size runs once: that compiles and loads all that a capture launches,
+    whatever the tensors hold. HF_MOE_AUTOTUNE=1 times tiles in that first run.
 
     Raises:
         ValueError: If shapes or dtypes do not fit.

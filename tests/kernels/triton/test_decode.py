@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_moe.kernels.layer_call import ExpertForm
 from hf_moe.kernels.triton import decode as decode_module
-from hf_moe.kernels.triton.decode import launch_decode, output_block
+from hf_moe.kernels.triton import tiles
+from hf_moe.kernels.triton.decode import can_overlap, launch_decode, output_block
 from hf_moe.kernels.triton.tiles import Tile
 from kernel_cases import DTYPES, FORMS, Layer, absolute_layer, assert_right, layer, plain_layer, rounding
 from numerics import ROUTINGS
@@ -86,6 +87,13 @@ def test_same_bits_from_run_to_run(device):
     assert torch.equal(decode(case), decode(case))
 
 
+@pytest.mark.parametrize(("chip", "can"), [("sm_80", False), ("sm_90", True), ("sm_120", True), ("gfx942", False)])
+def test_the_second_launch_starts_early_where_the_chip_can(chip, can, monkeypatch):
+    monkeypatch.setattr(tiles, "device_name", lambda device: chip)
+    assert can_overlap(torch.device("cuda")) == can
+    assert not can_overlap(torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("transposed", "slots", "block"),
     [(False, 1, (16, 256)), (False, 8, (2, 256)), (False, 32, (1, 128)), (True, 1, (64, 64)), (True, 8, (16, 32))],
@@ -115,3 +123,19 @@ def random_layer(tokens: int, E: int, K: int, H: int, width: int, form: ExpertFo
 @pytest.mark.parametrize("form", ["silu", "gpt_oss"])
 def test_real_size(form, sizes, tokens, device):
     check(random_layer(tokens, *sizes, FORMS[form], device), torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+def test_calls_in_a_row_are_as_without_the_early_start(device, monkeypatch):
+    """Each call's input is the output of the one before, so that a read ahead of a write shows."""
+    case = random_layer(1, 64, 8, 2048, 768, FORMS["silu"], device).to(torch.bfloat16, device)
+
+    def last_of_many() -> Tensor:
+        call = case.call()
+        for _ in range(200):
+            call = call._replace(hidden_TH=torch.nn.functional.normalize(call.hidden_TH + launch_decode(call)))
+        return call.hidden_TH
+
+    overlapped = last_of_many()
+    monkeypatch.setattr(decode_module, "can_overlap", lambda device: False)
+    assert torch.equal(last_of_many(), overlapped)
