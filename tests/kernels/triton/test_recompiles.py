@@ -55,20 +55,20 @@ def launches(monkeypatch, interpreter) -> list[Launch]:
 
 
 def new(*shape: int, dtype: torch.dtype = torch.bfloat16, offset: int = 0) -> Tensor:
-    """A tensor that starts `offset` bytes behind what the allocator gives: on a GPU, multiples of 512 bytes."""
-    first = offset // dtype.itemsize
-    memory = torch.randint(E, (first + torch.Size(shape).numel(),))
-    return memory.to(dtype)[first:].view(shape)
+    """A tensor that starts `offset` values behind what the allocator gives."""
+    memory = torch.randint(E, (offset + torch.Size(shape).numel(),)).to(dtype)
+    return memory[offset:].view(shape)
 
 
-def layer(tokens: int, offset: int = 0) -> Layer:
-    """A layer with biases; ids and routing weights may lie anywhere, such as part of a longer batch's."""
-    rows = functools.partial(new, tokens, dtype=torch.bfloat16)
+def layer(tokens: int, elsewhere: bool = False) -> Layer:
+    """A layer with biases. Elsewhere: rows at another address of an allocator that gives multiples of 512 bytes, as
+    CUDA's does, ids and routing weights at any, such as part of a longer batch's.
+    """
+    hidden = new(tokens, HIDDEN, offset=256 * elsewhere)
+    index = new(tokens, K, dtype=torch.int64, offset=elsewhere)
+    weights = new(tokens, K, dtype=torch.float32, offset=elsewhere)
     up, down = new(E, HIDDEN, 2 * WIDTH), new(E, WIDTH, HIDDEN)
-    index = new(tokens, K, dtype=torch.int64, offset=offset // 64)
-    weights = new(tokens, K, dtype=torch.float32, offset=offset // 128)
-    biases = new(E, 2 * WIDTH), new(E, HIDDEN)
-    return Layer(rows(HIDDEN, offset=offset), index, weights, up, biases[0], down, biases[1], FORMS["gpt_oss"])
+    return Layer(hidden, index, weights, up, new(E, 2 * WIDTH), down, new(E, HIDDEN), FORMS["gpt_oss"])
 
 
 def train(op: Callable, case: Layer, adapted: bool = False) -> None:
@@ -113,9 +113,9 @@ def test_every_length_launches_the_same_compiled_kernels(name, rows, launches, m
 def test_a_second_call_of_the_same_sizes_loads_nothing(name, launches):
     """So a CUDA graph may be captured after one warm call, whatever the tensors."""
     wanted = variants(launches, name, layer(40))
-    assert variants(launches, name, layer(40, offset=512)) <= wanted
+    assert variants(launches, name, layer(40, elsewhere=True)) <= wanted
 
 
 def test_every_kernel_is_among_them(launches):
     reached = {(launch.module, launch.kernel) for name in CALLS for launch in variants(launches, name, layer(40))}
-    assert reached == entry_kernels()
+    assert not entry_kernels() - reached, "add a call to CALLS that launches them"
