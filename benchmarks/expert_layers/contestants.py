@@ -98,9 +98,10 @@ def refusal(name: str, experts: Any, case: Case) -> str | None:
 
 def chosen(experts: Any, case: Case) -> dict[str, str]:
     """The backend that `hf_moe` runs, and the reason."""
-    rows_per_expert = case.tokens * case.layer.top_k / case.layer.num_experts
-    many = rows_per_expert >= own_backends.MANY_ROWS_PER_EXPERT
-    choice = backends.choose(request_for(experts, storage_of(experts), many_rows=many))
+    request = request_for(experts, storage_of(experts), adapted=case.mode == LORA)
+    rows, facts = case.tokens * case.layer.top_k, (request.dtype, request.device, request.adapted)
+    many_rows = own_backends.has_many_rows(rows, case.layer.num_experts, *facts)
+    choice = backends.choose(request._replace(many_rows=many_rows))
     return {"runs": choice.name, "because": choice.reason}
 
 

@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .dependent_launch import require_wait
 from .launches import Launch
 
 INSTRUCTIONS = {
@@ -71,6 +72,8 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         kernel = triton.compile(source, target=chip.target, options=dict(launch.options))
     if chip.target.backend == "cuda":
         text = kernel.asm["ptx"]
+        if kernel.metadata.launch_pdl:
+            require_wait(launch, text)
         registers, spilled, stack = read_ptxas_log(log.getvalue())
     else:
         text = kernel.asm["amdgcn"]

@@ -60,7 +60,8 @@ def specialize(function: JITFunction, target: GPUTarget, grid: Any, args: tuple,
         value = values.get(parameter.name, parameter.default)
         kind, known = "constexpr", None
         if not parameter.is_constexpr:
-            kind, known = native_specialize_impl(backend, value, False, not parameter.do_not_specialize, True)
+            by_value, by_alignment = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+            kind, known = native_specialize_impl(backend, value, False, by_value, by_alignment)
         signature.append((parameter.name, kind))
         if kind == "constexpr":
             constants.append((parameter.name, value))

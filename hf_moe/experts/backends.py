@@ -166,9 +166,9 @@ def forward_of(name: str) -> Callable[..., Tensor]:
         low_rank: LowRankPair | None = None,
     ) -> Tensor:
         storage = storage_of(experts)
-        many_rows = name == HF_MOE and has_many_rows(top_k_index, storage.num_experts, storage.device)
-        facts = (storage.format, storage.dtype, storage.device, storage.shape("down"))
-        row = resolve(name, experts, *facts, many_rows, low_rank is not None)
+        dtype, device, adapted = storage.dtype, storage.device, low_rank is not None
+        many_rows = name == HF_MOE and has_many_rows(top_k_index.numel(), storage.num_experts, dtype, device, adapted)
+        row = resolve(name, experts, storage.format, dtype, device, storage.shape("down"), many_rows, adapted)
         return run_row(row, experts, storage, hidden_states, top_k_index, top_k_weights, low_rank)
 
     forward.__name__ = f"{name}_forward"

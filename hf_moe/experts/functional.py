@@ -64,7 +64,5 @@ def run_gated_experts(
     # like factors of adapters, these tensors go to operators of ours, not to modules' kernels (HF_MOE_DELEGATE)
     known = backends.BACKENDS.get(implementation or "eager")
     name = known.name if known is not None and known.takes_low_rank else PORTABLE
-    many_rows = backends.has_many_rows(top_k_index, storage.num_experts, storage.device)
-    request = request_for(experts, storage, storage.device, many_rows, adapted=True)
-    row = backends.resolve(name, *request)
+    row = backends.resolve(name, *request_for(experts, storage, adapted=True))
     return backends.run_row(row, experts, storage, hidden_states, top_k_index, top_k_weights)

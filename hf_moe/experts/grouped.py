@@ -1,7 +1,10 @@
 """One linear layer with a matrix for each expert, in plain torch: every floating dtype, every device.
 
-On the CPU (and where the GPU's product refuses) the products are separate calls that write into their place; on newer
-GPUs they are one `torch.nn.functional.grouped_mm`, so that nothing waits for the device.
+On the CPU (and where the GPU's product refuses) the products are separate calls that write into their place; on GPUs
+from SM80 they are one call of `torch.nn.functional.grouped_mm`. That is one kernel, and nothing waits for the device,
+for bfloat16 on SM90 and SM100 alone. For float16, float32 and on other GPUs torch reads the rows of every expert back,
+which waits for the device and cannot be captured in a graph, and multiplies expert by expert: who asks for
+`hf_moe_grouped` by name gets that, `hf_moe` does not choose it where the Triton kernels run.
 
 Shape suffixes: N routed rows in expert order, E experts, A and B the widths that the layer maps from and to.
 """
@@ -127,7 +130,10 @@ def grouped_linear(
 
 
 def has_grouped_mm(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's grouped product takes such weights: SM80 or newer, rows of whole 16 bytes, not float64."""
+    """Whether torch's grouped product takes such weights: SM80 or newer, rows of whole 16 bytes, not float64.
+
+    Fast is another question: `crossover`.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     whole = all(width * dtype.itemsize % 16 == 0 for width in widths)

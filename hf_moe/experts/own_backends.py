@@ -11,16 +11,13 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from hf_moe.experts.crossover import crossover
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
 from hf_moe.experts.pipeline import Operators
 from hf_moe.experts.request import Backend, Request
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Where the products are this large, torch's grouped product (CUTLASS, TMA) beats plain Triton on SM90 and SM100.
-# An estimate from published measurements (Mixtral-like rows), not measured by us.
-MANY_ROWS_PER_EXPERT = 1024
 
 
 def _cpu_refuses(request: Request) -> str | None:
@@ -69,11 +66,13 @@ def _hybrid_refuses(request: Request) -> str | None:
 
 
 def _hybrid_suits(request: Request) -> str | None:
-    if not (request.many_rows and request.format == "dense" and rows_matter(request.device)):
+    # adapters: the layer's steps one by one would write, and keep, what the fused operator never holds
+    if not request.many_rows or request.adapted or request.format != "dense":
         return None
-    if not has_grouped_mm(request.widths, request.dtype, request.device):
+    least = crossover(request.device, request.dtype)
+    if least is None or not has_grouped_mm(request.widths, request.dtype, request.device):
         return None
-    return f"torch's grouped product leads from {MANY_ROWS_PER_EXPERT} rows an expert"
+    return f"torch's grouped product is taken to lead from {least}"
 
 
 def _always_suits(request: Request) -> str:
@@ -81,20 +80,22 @@ def _always_suits(request: Request) -> str:
 
 
 @torch.compiler.assume_constant_result
-def rows_matter(device: torch.device) -> bool:
-    """Whether the number of rows decides: torch's grouped product is one kernel (SM90, SM100) rather than a loop."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+def many_rows_from(dtype: torch.dtype, device: torch.device, adapted: bool) -> int | None:
+    """Mean rows an expert that a call needs to have many; None where their number decides nothing."""
+    least = None if adapted else crossover(device, dtype)
+    return None if least is None else least.rows_per_expert
 
 
-def has_many_rows(top_k_index: Tensor, num_experts: int, device: torch.device) -> bool:
-    """Whether an expert gets `MANY_ROWS_PER_EXPERT` or more on average, if that decides anything; never symbolic."""
+def has_many_rows(
+    num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device, adapted: bool = False
+) -> bool:
+    """Whether so many routed rows (T*K) are `many_rows` of a `Request`; never symbolic."""
+    least = many_rows_from(dtype, device, adapted)
     # an exported program is one for all lengths
-    if not rows_matter(device) or torch.compiler.is_exporting():
+    if least is None or torch.compiler.is_exporting():
         return False
     # a branch, so that torch.compile guards on which side of the threshold the number is, not on the number
-    if top_k_index.numel() >= MANY_ROWS_PER_EXPERT * num_experts:  # noqa: SIM103
+    if num_rows >= least * num_experts:  # noqa: SIM103
         return True
     return False
 

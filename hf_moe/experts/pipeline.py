@@ -65,7 +65,8 @@ def run_experts(
         `[T, H]` in the dtype of `hidden_states`.
 
     Raises:
-        IndexError: On the CPU, for an expert id out of range. On a GPU a device-side assertion fails.
+        IndexError: On the CPU, for an expert id out of range. On a GPU a device-side assertion fails or, for few
+            tokens without gradients, the token's result is NaN.
     """
     hidden_TH, index_TK = hidden_states.to(storage.dtype), top_k_index.to(torch.int64)
     # the weights decide the dtype; autocast would change it between the steps

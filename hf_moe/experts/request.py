@@ -19,8 +19,9 @@ class Request(NamedTuple):
         dtype: That its storage computes in.
         device: Where it runs.
         widths: Of one expert's down projection, out and in.
-        many_rows: Whether an expert gets `own_backends.MANY_ROWS_PER_EXPERT` or more on average.
-        adapted: Whether low-rank factors come with the call; transformers' kernels cannot take them.
+        many_rows: Whether an expert gets, on average, at least the rows of the chip's entry in `crossover.json`.
+        adapted: Whether low-rank factors come with the call, or are the experts. transformers' kernels cannot take
+            them, and no number of rows takes them from the fused operators.
     """
 
     experts: Any

@@ -61,7 +61,7 @@ class Explanation:
         layers: MoE layers, those of one shape together.
         backend: The experts implementations that run, joined by ", "; "" without MoE layers.
         choices: The implementation that `hf_moe` chooses where it is the backend, with the reason; a sentence for each
-            kind of layer.
+            kind of layer, and one more where many rows lead to another choice.
         refusals: Implementation -> reason why it cannot run this model. Empty for quantised experts: their quantiser
             decides. Of a model without weights (meta device), as `choices`, for the device of this machine.
         warnings: Whatever deserves attention, one sentence each.
@@ -275,7 +275,11 @@ def _choices(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
     storage = storage_of(layer.experts)
     if _backend(layer) == "hf_moe" and not isinstance(storage, UnreadableStorage):
         adapted = getattr(_experts_child(model, layer), "runs_low_rank", False)  # as accelerate_adapters leaves it
-        yield str(choose(request_for(layer.experts, storage, _device(storage), adapted=adapted)))
+        request = request_for(layer.experts, storage, _device(storage), adapted=adapted)
+        choice, with_many_rows = choose(request), choose(request._replace(many_rows=True))
+        yield str(choice)
+        if with_many_rows != choice:
+            yield f"With many rows, {with_many_rows}"
 
 
 def _groups(layers: list[MoeLayer]) -> Iterable[LayerGroup]:

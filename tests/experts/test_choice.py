@@ -2,13 +2,15 @@
 
 import importlib
 import importlib.util
+import json
 
 import pytest
 import torch
 
 import hf_moe
-from hf_moe.experts import backends
+from hf_moe.experts import backends, crossover
 from hf_moe.experts.backends import BACKENDS, choose, refusal
+from hf_moe.experts.own_backends import has_many_rows
 from hf_moe.experts.request import Backend, Request, request_for
 from hf_moe.layers.storage import storage_of
 from tiny_models import build_tiny
@@ -38,23 +40,70 @@ def gpu(monkeypatch):
     return pretend
 
 
+BF16, MIXTRAL_ROWS = torch.bfloat16, 2048 * 8  # rows of 8192 tokens
+
+
 @pytest.mark.parametrize(
-    ("capability", "many_rows", "expected"),
+    ("capability", "dtype", "rows", "expected"),
     [
-        ((7, 5), False, "hf_moe_grouped"),
-        ((8, 0), False, "hf_moe_triton"),
-        ((8, 0), True, "hf_moe_triton"),
-        ((9, 0), False, "hf_moe_triton"),
-        ((9, 0), True, "hf_moe_grouped"),
-        ((10, 0), True, "hf_moe_grouped"),
-        ((12, 0), True, "hf_moe_triton"),
+        ((7, 5), BF16, 2, "hf_moe_grouped"),
+        ((8, 0), BF16, 2, "hf_moe_triton"),
+        ((8, 0), BF16, MIXTRAL_ROWS, "hf_moe_triton"),
+        ((8, 0), torch.float16, MIXTRAL_ROWS, "hf_moe_triton"),
+        ((9, 0), BF16, 2, "hf_moe_triton"),
+        ((9, 0), BF16, MIXTRAL_ROWS, "hf_moe_grouped"),
+        ((9, 0), torch.float16, MIXTRAL_ROWS, "hf_moe_triton"),
+        ((9, 0), torch.float32, MIXTRAL_ROWS, "hf_moe_triton"),
+        ((10, 0), BF16, MIXTRAL_ROWS, "hf_moe_grouped"),
+        ((12, 0), BF16, MIXTRAL_ROWS, "hf_moe_triton"),
     ],
 )
-def test_choice_on_a_gpu(experts, gpu, capability, many_rows, expected):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_choice_on_a_gpu(experts, gpu, capability, dtype, rows, expected, adapted):
+    """Many rows lead to torch's product where it is one kernel, and never under an adapter."""
     gpu(capability)
-    choice = choose(request(experts, torch.bfloat16, CUDA, many_rows=many_rows))
-    assert choice.name == expected
+    many_rows = has_many_rows(rows, 8, dtype, CUDA, adapted)
+    choice = choose(request(experts, dtype, CUDA, many_rows=many_rows, adapted=adapted))
+    assert choice.name == ("hf_moe_triton" if adapted and capability >= (8, 0) else expected)
     assert choice.is_second_best == (capability == (7, 5))
+    forced = choose(request(experts, dtype, CUDA, many_rows=True, adapted=adapted))
+    assert forced.name == choice.name or rows == 2
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_torch_s_product_by_name_is_the_hybrid_in_every_dtype(experts, gpu, dtype, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(backends, "OPERATORS", {"hybrid": None})
+    assert backends.resolve("hf_moe_grouped", *request(experts, dtype, CUDA)) == "hybrid"
+
+
+def test_the_choice_says_that_its_threshold_is_assumed(experts, gpu, monkeypatch, tmp_path):
+    gpu((9, 0))
+    many = request(experts, BF16, CUDA, many_rows=True)
+    assert "1024 rows an expert (assumed, not measured)" in choose(many).reason
+    entry = {"rows_per_expert": 300, "status": "measured", "source": "experts_h200.json", "date": "2026-12-24"}
+    monkeypatch.setattr(crossover, "TABLE", tmp_path / "crossover.json")
+    crossover.TABLE.write_text(json.dumps({"sm_90": entry}))
+    assert "300 rows an expert (measured on 2026-12-24)" in choose(many).reason
+    assert [has_many_rows(rows, 8, BF16, CUDA) for rows in (2399, 2400)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"rows_per_expert": 0}, "rows_per_expert must be a positive integer, got 0"),
+        ({"rows_per_expert": "1024"}, "rows_per_expert must be a positive integer, got '1024'"),
+        ({"status": "known"}, "status must be one of assumed, measured, got 'known'"),
+        ({"source": ""}, "source must say where the number is from, got ''"),
+        ({"date": "24.12.2026"}, "date must be of the form 2026-11-30, got '24.12.2026'"),
+        ({"rows": 3}, r"an entry has \['date', 'rows_per_expert', 'source', 'status'\]"),
+    ],
+)
+def test_a_malformed_threshold_is_refused_with_its_file(change, rule, tmp_path):
+    path = tmp_path / "crossover.json"
+    path.write_text(json.dumps({"sm_90": json.loads(crossover.TABLE.read_text())["sm_90"] | change}))
+    with pytest.raises(ValueError, match=f"{path}: sm_90: {rule}"):
+        crossover.read_crossovers(path)
 
 
 def test_choice_without_triton_or_in_float64(experts, gpu, monkeypatch):

@@ -57,15 +57,15 @@ def test_compiles_once_for_all_lengths(experts_on, name, dynamic, graphs, lora):
 
 def test_where_the_rows_decide_there_is_a_graph_for_few_and_one_for_many(experts_on, monkeypatch):
     asked = []
+    experts_on("hf_moe_grouped")(*call(5))  # loads it
 
     @torch.compiler.assume_constant_result
     def resolve(name, *request):
         asked.append(Request(*request).many_rows)
         return "hf_moe_grouped"
 
-    monkeypatch.setattr(own_backends, "rows_matter", lambda device: True)
+    monkeypatch.setattr(own_backends, "many_rows_from", lambda dtype, device, adapted: 3)
     monkeypatch.setattr(backends, "resolve", resolve)
-    monkeypatch.setattr(own_backends, "MANY_ROWS_PER_EXPERT", 3)
     compiled = torch.compile(experts_on("hf_moe"), fullgraph=True, backend="eager", dynamic=True)
     for tokens in (5, 11, 12, 64, 6):  # 2 slots of 12 tokens: 3 rows for each of 8 experts
         compiled(*call(tokens))

@@ -1,5 +1,6 @@
 """`explain` names what a model consists of, counted against the weights and against counts worked out by hand."""
 
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -90,6 +91,19 @@ def test_a_config_is_judged_for_the_device_of_this_machine():
     assert "meta" not in str(unloaded)
     if not torch.cuda.is_available():
         assert (unloaded.refusals, unloaded.choices) == (loaded.refusals, loaded.choices)
+
+
+def test_where_many_rows_decide_both_choices_are_named(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    config = tiny_hf_moe_config(dtype="bfloat16")
+    config._experts_implementation = "hf_moe"
+    few, many = explain_config(config).choices
+    assert few.startswith("hf_moe runs hf_moe_triton: ")
+    assert many.startswith("With many rows, hf_moe runs hf_moe_grouped: ")
+    assert many.endswith("1024 rows an expert (assumed, not measured).")
 
 
 def test_config_of_the_default_hf_moe():

@@ -166,7 +166,7 @@ def activation_gradients(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"], do_not_specialize_on_alignment=["weights"])
 def backward_activation_kernel(
     grad_out, down_weight, pre, weights, grad_pre, weighted_act, partial, order, expert_end, tile_expert, tile_row,
     num_rows, num_tiles, H, width, stride_out, stride_e, stride_h, stride_i,
@@ -223,7 +223,7 @@ def backward_activation_kernel(
         tl.store(partial + rows.to(tl.int64) * column_tiles + column_tile, products, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grad_weights_kernel(
     partial, grad_out, down_bias, grad_weights,
     order, expert_end, tile_expert, tile_row,

@@ -45,7 +45,7 @@ def gather_rows_kernel(
     tl.store(rows_NH + row.to(tl.int64) * H + cols, value, mask=cols < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def row_of_slot_kernel(order_N, expert_end_E, row_N, num_rows, num_experts, BLOCK: tl.constexpr):
     """row[order[r]] = r, -1 past the last expert's end."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def row_of_slot_kernel(order_N, expert_end_E, row_N, num_rows, num_experts, BLOC
     tl.store(row_N + slots, tl.where(is_routed, rows, -1), mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["weights_N", "index_N"])
 def combine_rows_kernel(
     rows_NH, row_N, weights_N, index_N, bias_EH, out_TH, H,
     K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -98,7 +98,7 @@ def load_bias(
     return gate[None, :], up[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def activation_kernel(
     pre_NP, bias_EP, act_NI, expert_end_E, expert_M, row_M, num_rows, width,
     KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
@@ -127,7 +127,7 @@ def activation_kernel(
     store_act(act_NI, act, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["weights_N"])
 def activation_backward_kernel(
     grad_act_NI, pre_NP, weights_N, grad_pre_NP, weighted_act_NI, partial_NC,
     order_N, expert_end_E, expert_M, row_M, num_rows, width,

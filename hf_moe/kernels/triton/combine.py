@@ -11,7 +11,7 @@ from torch import Tensor
 LARGEST_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["weights_N"])
 def sum_k_kernel(rows_NH, weights_N, out_TH, H, K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):
     """One token's columns. Grid (T, column blocks)."""
     token = tl.program_id(0).to(tl.int64)

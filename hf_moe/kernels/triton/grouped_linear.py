@@ -102,7 +102,7 @@ def add_terms(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"], do_not_specialize_on_alignment=["row_weights_N"])
 def grouped_linear_kernel(
     rows_in, weight, bias_EB, row_weights_N, out_NB, order_N, expert_end_E, expert_M, row_M,
     num_rows, num_tiles, A, B, scale, stride_rows, stride_weight_e, stride_weight_b, stride_weight_a,

@@ -51,7 +51,8 @@ def _require_whole_rows(**widths_of: Tensor) -> None:
 def triton_hybrid_experts(call: LayerCall) -> Tensor:
     """Compute `triton_experts` with the products by `torch.nn.functional.grouped_mm`: same result and gradients.
 
-    Worth it where that product is one kernel (SM90, SM100) and experts have many rows; elsewhere it is a loop.
+    Worth it where that product is one kernel (bfloat16 on SM90 and SM100) and experts have many rows; elsewhere it is
+    a loop that waits for the GPU.
 
     Raises:
         ValueError: If shapes or dtypes do not fit, or rows of a weight are not whole 16 bytes.

@@ -29,7 +29,7 @@ from .layer import (
     weight_gradient,
 )
 from .low_rank import triton_experts_lora
-from .routing import RowOrder, require_ids, rows_in_order, sort_rows
+from .routing import RowOrder, rows_in_order, sort_rows
 from .up import launch_up
 
 __all__ = ["triton_experts", "triton_experts_lora", "triton_grouped_linear"]
@@ -43,6 +43,12 @@ def triton_experts(call: LayerCall) -> Tensor:
 
     Differentiable in hidden states, routing weights, expert weights and biases.
 
+    An id out of range makes its token NaN where rows are few and nothing is kept for backward (`decode.py`); else it
+    is an error.
+
+    Before CUDA graphs are captured, every batch size runs once: that compiles and loads all that a capture launches,
+    whatever the tensors hold. HF_MOE_AUTOTUNE=1 times tiles in that first run.
+
     Raises:
         ValueError: If shapes or dtypes do not fit.
         IndexError: For an id out of range under the interpreter; on a GPU an asynchronous device assertion.
@@ -55,7 +61,6 @@ def triton_experts(call: LayerCall) -> Tensor:
 def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
     hidden_TH, index_TK, _, experts, num_ids, form, _ = call
     if not keep and 0 < index_TK.numel() <= DECODE_ROWS_PER_EXPERT * call.num_experts:
-        require_ids(index_TK, num_ids)
         return launch_decode(call), kept_like(call, keep)
     order = sort_rows(index_TK, call.num_experts, num_ids)
     act_NI, pre_NP = launch_up(

@@ -100,7 +100,7 @@ def _load_bucket(index_N, slots, num_rows, num_ids, PADDING: tl.constexpr):
     return tl.where(slots < num_rows, bucket, PADDING)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"], do_not_specialize_on_alignment=["index_N"])
 def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """Slots of every id in one block of slots. Grid (B,)."""
     block = tl.program_id(0)
@@ -110,7 +110,7 @@ def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.cons
     tl.store(count_SB + bins.to(tl.int64) * num_blocks + block, counts, mask=bins <= num_ids)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"], do_not_specialize_on_alignment=["index_N"])
 def place_kernel(
     index_N, end_SB, order_N, expert_end_E, all_in_range, num_rows, num_blocks, num_ids, num_experts,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -172,26 +172,6 @@ def _require_ids(index_N: Tensor, num_ids: int, all_in_range: Tensor) -> None:
     elif not all_in_range:
         wrong = index_N[(index_N < 0) | (index_N >= num_ids)][0].item()
         raise IndexError(f"{rule}, got {wrong}. The router's ids must match the number of expert weights.")
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def ids_in_range_kernel(index_N, all_in_range, num_rows, num_ids, BLOCK: tl.constexpr):
-    """Store 1 if every id is in [0, num_ids), for few rows, else 0. Grid (1,)."""
-    slots = tl.arange(0, BLOCK)
-    ids = tl.load(index_N + slots, mask=slots < num_rows, other=0)
-    wrong = tl.sum(((ids < 0) | (ids >= num_ids)).to(tl.int32), axis=0)
-    tl.store(all_in_range, (wrong == 0).to(tl.int32))
-
-
-def require_ids(index_TK: Tensor, num_ids: int) -> None:
-    """Check the ids of few rows, which need no sort; errors as in `sort_rows`."""
-    require_gpu(index_TK)
-    index_N = index_TK.reshape(-1)
-    if index_N.numel():
-        all_in_range = torch.empty((), dtype=torch.int32, device=index_N.device)
-        block = triton.next_power_of_2(index_N.numel())
-        ids_in_range_kernel[(1,)](index_N, all_in_range, index_N.numel(), num_ids, BLOCK=block)
-        _require_ids(index_N, num_ids, all_in_range)
 
 
 @triton.jit

@@ -4,7 +4,8 @@
 without a file gets `tiles/default.json`, small tiles that fit everywhere, and one log line. Every tile in these files
 is compiled ahead of time for its device, without spills and within its shared memory (benchmarks/ahead_of_time.py).
 
-HF_MOE_AUTOTUNE=1 times the device's tiles at every new shape instead, for the launchers that pass `launch`.
+HF_MOE_AUTOTUNE=1 times the device's tiles at every new shape instead, for the launchers that pass `launch`. Timing
+waits for the GPU, so a shape that is new inside of a CUDA graph's capture is an error.
 """
 
 import functools
@@ -77,7 +78,8 @@ def tile_for(
 
     Raises:
         ValueError: For an unknown kernel or dtype, or a table that breaks its rules.
-        RuntimeError: If HF_MOE_AUTOTUNE=1 on a CPU, where a kernel's time means nothing.
+        RuntimeError: If HF_MOE_AUTOTUNE=1 on a CPU, where a kernel's time means nothing, or for a shape that was not
+            timed before the capture of a CUDA graph.
     """
     _check(kernel, dtype)
     if device.type == "cpu":
@@ -184,6 +186,11 @@ def _fastest(shape: tuple, launch: Callable[[Tile], object]) -> Tile:
     kernel, rows_per_expert, n, k, dtype, name = shape
     key = (kernel, max(rows_per_expert, 1).bit_length(), n, k, dtype, name)
     if key not in _found:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{AUTOTUNE}=1 times {kernel} for {rows_per_expert} rows an expert, which the capture of a CUDA graph "
+                "does not allow: run this batch size once before it, or unset it."
+            )
         from triton.testing import do_bench
 
         def milliseconds(tile: Tile) -> float:

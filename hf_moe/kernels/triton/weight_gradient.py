@@ -67,7 +67,7 @@ def weight_gradient_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=a_ok[:, None] & b_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_weights"])
 def bias_gradient_kernel(
     rows_NB, row_weights, out, order, expert_end, B, stride_rows,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,

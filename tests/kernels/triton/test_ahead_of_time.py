@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,37 @@ def test_a_tile_larger_than_shared_memory_is_refused():
     done = check("--chip", "sm_120", "--kernel", "up", "--features", "inference", "--tile", "64,128,64,8,5")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "may use 101376 bytes of shared memory" in done.stderr
+
+
+PTX = """
+ld.param.b64 %rd1, [decode_down_kernel_param_0];
+ld.param.b64 %rd2, [decode_down_kernel_param_1];
+@%p1 ld.global.b64 { %rd3 }, [ %rd2 + 0 ];
+add.s64 %rd4, %rd1, 64;
+griddepcontrol.wait; // dummy %r1
+cp.async.cg.shared.global [ %r2 + 0 ], [ %rd4 + 0 ], 0x10, %r3;
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (("", ""), None),
+        (("griddepcontrol.wait", "nop"), "must execute griddepcontrol.wait, on every path"),
+        (("griddepcontrol.wait", "@%p1 griddepcontrol.wait"), "must execute griddepcontrol.wait, on every path"),
+        (("add.s64", "@%p1 bra $L1;\nadd.s64"), "must execute griddepcontrol.wait, on every path"),
+        (("[ %rd2 + 0 ]", "[ %rd1 + 0 ]"), r"before it reads act, found \['ld.global.b64 { %rd3 }, \[ %rd1"),
+        (("griddep", "cp.async.cg.shared.global [ %r2 ], [ %rd4 ], 0x10;\ngriddep"), "before it reads act, found"),
+    ],
+)
+def test_a_kernel_that_starts_early_waits_before_it_reads_what_is_written_meanwhile(change, error):
+    from benchmarks.kernel_checks.dependent_launch import require_wait
+    from benchmarks.kernel_checks.launches import Launch
+
+    signature = (("act", "*fp32"), ("index", "*i64"), ("TOP_K", "constexpr"))
+    launch = Launch("decode", "decode_down_kernel", signature, (), (), (("launch_pdl", True),))
+    with pytest.raises(ValueError, match=error) if error else nullcontext():
+        require_wait(launch, PTX.replace(*change, 1))
 
 
 def test_every_kernel_is_launched_by_a_case():

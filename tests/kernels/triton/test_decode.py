@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_moe.kernels.layer_call import ExpertForm
 from hf_moe.kernels.triton import decode as decode_module
-from hf_moe.kernels.triton.decode import launch_decode, output_block
+from hf_moe.kernels.triton import tiles
+from hf_moe.kernels.triton.decode import can_overlap, launch_decode, output_block
 from hf_moe.kernels.triton.tiles import Tile
 from kernel_cases import DTYPES, FORMS, Layer, absolute_layer, assert_right, layer, plain_layer, rounding
 from numerics import ROUTINGS
@@ -53,6 +54,18 @@ def test_sentinels_read_no_weights(monkeypatch, interpreter):
     assert torch.equal(acts[0].isnan().all(1), case.index.reshape(-1) == case.num_experts)
 
 
+@pytest.mark.parametrize(("wrong", "num_ids"), [(-1, 5), (4, 4), (5, 5), (2**40, 5), (-(2**40), 5)])
+def test_an_id_out_of_range_makes_its_token_nan_and_reads_nothing(wrong, num_ids, device):
+    case = layer("one_token", "gpt_oss")
+    three = {name: getattr(case, name).repeat(3, 1) for name in ("hidden", "index", "weights")}
+    case = replace(case, **three).to(torch.float32, device)
+    right = decode(case)
+    case.index[1, -1] = wrong
+    out = launch_decode(case.call()._replace(num_ids=num_ids))
+    assert out[1].isnan().all()
+    assert torch.equal(out[::2], right[::2])
+
+
 def test_int32_ids_and_float32_routing_weights(device):
     case = layer("one_token", "gpt_oss").to(torch.bfloat16, device)
     expected = decode(replace(case, weights=case.weights.float()))
@@ -72,6 +85,13 @@ def test_strided_operands(device):
 def test_same_bits_from_run_to_run(device):
     case = layer("repeated_indices", "gpt_oss").to(torch.bfloat16, device)
     assert torch.equal(decode(case), decode(case))
+
+
+@pytest.mark.parametrize(("chip", "can"), [("sm_80", False), ("sm_90", True), ("sm_120", True), ("gfx942", False)])
+def test_the_second_launch_starts_early_where_the_chip_can(chip, can, monkeypatch):
+    monkeypatch.setattr(tiles, "device_name", lambda device: chip)
+    assert can_overlap(torch.device("cuda")) == can
+    assert not can_overlap(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -103,3 +123,19 @@ def random_layer(tokens: int, E: int, K: int, H: int, width: int, form: ExpertFo
 @pytest.mark.parametrize("form", ["silu", "gpt_oss"])
 def test_real_size(form, sizes, tokens, device):
     check(random_layer(tokens, *sizes, FORMS[form], device), torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+def test_calls_in_a_row_are_as_without_the_early_start(device, monkeypatch):
+    """Each call's input is the output of the one before, so that a read ahead of a write shows."""
+    case = random_layer(1, 64, 8, 2048, 768, FORMS["silu"], device).to(torch.bfloat16, device)
+
+    def last_of_many() -> Tensor:
+        call = case.call()
+        for _ in range(200):
+            call = call._replace(hidden_TH=torch.nn.functional.normalize(call.hidden_TH + launch_decode(call)))
+        return call.hidden_TH
+
+    overlapped = last_of_many()
+    monkeypatch.setattr(decode_module, "can_overlap", lambda device: False)
+    assert torch.equal(last_of_many(), overlapped)

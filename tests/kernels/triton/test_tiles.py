@@ -105,10 +105,13 @@ def test_search_takes_the_fastest_tile_once(on_h100, monkeypatch):
         return 1.0 if launched[-1].block_m == 64 else 2.0
 
     monkeypatch.setattr(triton.testing, "do_bench", milliseconds)
-    for _ in range(2):
+    for capturing in (False, True):  # what was timed before a capture is known in it
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         tile = tile_for("up", 100, 768, 2048, torch.bfloat16, CUDA, launch=launched.append)
         assert tile.block_m == 64
     assert launched == candidates("up", torch.bfloat16, "sm_90")
+    with pytest.raises(RuntimeError, match=r"HF_MOE_AUTOTUNE=1 times up for 3 rows an expert.*or unset it"):
+        tile_for("up", 3, 768, 2048, torch.bfloat16, CUDA, launch=launched.append)
 
 
 def test_search_is_off_by_default(on_h100):
