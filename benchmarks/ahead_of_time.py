@@ -147,6 +147,17 @@ def without_model() -> list[str]:
     ]
 
 
+def models_that_do_not_fit() -> list[str]:
+    """What the models say that they do not know of the launches of whole layers."""
+    failures = []
+    for step in estimates.steps(["sm_90"]):
+        try:
+            estimates.works(step)
+        except (KeyError, ValueError) as error:
+            failures.append(f"{step.layer.name}, {step.mode.name}: {error}")
+    return failures
+
+
 def failures_of(results: dict[Job, Resources | str]) -> list[str]:
     failures = []
     for job, found in results.items():
@@ -197,7 +208,8 @@ def estimate(steps: list[estimates.Step], results: dict[Job, Resources | str]) -
 
 def write_estimates(found: dict[str, list[dict]]) -> None:
     table.write(head() | {"assumed": table.assumptions()}, found, ESTIMATES)
-    ESTIMATES.with_suffix(".md").write_text(table.markdown(found["steps"]))
+    text = table.markdown(found["steps"]) + "\n" + table.launches_markdown(found["launches"])
+    ESTIMATES.with_suffix(".md").write_text(text)
 
 
 def only_tile(tile: Tile) -> AbstractContextManager:
@@ -233,6 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = [] if options.estimates else [job for chip in chips for job in jobs_of(chip, options)]
     whole = not (options.kernel or options.features or options.tile)
     failures = without_model() + (never_launched(found) if whole and not options.estimates else [])
+    if options.coverage:
+        failures += models_that_do_not_fit()
     if options.coverage or failures:
         finish(failures)
         return

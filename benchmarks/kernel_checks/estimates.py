@@ -4,23 +4,14 @@ A launch takes the time of its slowest resource (tensor cores, memory, L2) times
 has the rates and says what is assumed.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from expert_layers import roofline
 
 from .compilation import CHIPS, Resources
-from .devices import (
-    DEVICES,
-    EXPOSED_EPILOGUE,
-    GRADIENT_FACTOR,
-    LAUNCH_US,
-    PRODUCT_FACTOR,
-    STREAMING_FACTOR,
-    Device,
-)
+from .devices import DEVICES, Device
 from .launches import Call, Launch
 from .layers import MODES, Layer, Mode, TorchCall, layers, step
 from .traffic import FAMILIES, Traffic, grad_weights, streaming, traffic
@@ -28,8 +19,6 @@ from .uniform import Routing
 
 LISTED_BYTES = 10e6  # launches that move less are only counted
 WITHOUT_TILES = (streaming, grad_weights)
-FACTORS = {"weight_gradient_kernel": GRADIENT_FACTOR}
-FACTORS |= {f"{name}_kernel": PRODUCT_FACTOR for name in ("up", "grouped_linear", "backward_activation")}
 # constants that say nothing of what a launch computes
 UNSAID = {"EVEN_K", "GATED"}
 
@@ -50,7 +39,7 @@ class Step:
 
 def steps(chips: list[str]) -> Iterator[Step]:
     for chip, layer, mode in itertools.product(chips, layers(), MODES):
-        sized = dataclasses.replace(layer, tokens=mode.tokens)
+        sized = replace(layer, tokens=mode.tokens)
         yield Step(chip, sized, mode, tuple(step(sized, mode, CHIPS[chip].target, chip)))
 
 
@@ -66,28 +55,25 @@ def has_tile(launch: Launch) -> bool:
     return FAMILIES.get(launch.kernel) not in WITHOUT_TILES
 
 
-def times(work: Traffic, device: Device) -> dict[str, float]:
-    """Milliseconds that each resource needs."""
-    return {
-        "tensor": work.flops / device.tflops / 1e9,
-        "hbm": work.hbm / device.hbm_tbs / 1e9,
-        "l2": work.l2 / device.l2_tbs / 1e9,
-    }
+def devices_of(chip: str) -> dict[str, Device]:
+    return {name: device for name, device in DEVICES.items() if device.chip == chip}
 
 
-def milliseconds(work: Traffic, device: Device, factor: float, programs: int | None = None) -> float:
-    """Of one launch, of whose programs a multiprocessor runs `programs` at once."""
-    exposed = EXPOSED_EPILOGUE * work.epilogue / device.hbm_tbs / 1e9 if programs == 1 else 0.0
-    return LAUNCH_US / 1e3 + factor * max(times(work, device).values()) + exposed
+def works(found: Step) -> list[Traffic]:
+    """What each launch with a model multiplies and moves.
+
+    Raises:
+        KeyError, ValueError: For a launch whose arguments the model of its kernel does not know.
+    """
+    (device, *_) = devices_of(found.chip).values()
+    return [traffic(call, found.routing, device.l2_bytes) for call in found.calls if isinstance(call, Call)]
 
 
 def of_step(found: Step, resources: dict[tuple[str, Launch], Resources]) -> tuple[list[dict], list[dict]]:
     """The rows of one step: its time on every device of the chip, and its larger launches."""
     layer, launches = found.layer, [_launch_row(found, call, resources) for call in found.calls]
     totals = []
-    for name, device in DEVICES.items():
-        if device.chip != found.chip:
-            continue
+    for name, device in devices_of(found.chip).items():
         limits = roofline.Device(device.tflops, device.hbm_tbs)
         mode = found.mode.name.split()[0].replace("training", "train").lower()
         floor = roofline.floor_of(limits, (layer.hidden, layer.width, layer.experts, layer.slots), layer.tokens, mode)
@@ -102,17 +88,16 @@ def _count(found: Step) -> int:
 
 
 def _launch_row(found: Step, call: Call | TorchCall, resources: dict[tuple[str, Launch], Resources]) -> dict:
-    devices = {name: device for name, device in DEVICES.items() if device.chip == found.chip}
+    devices = devices_of(found.chip)
     if isinstance(call, TorchCall):
         work = Traffic(0.0, call.nbytes, 0.0)
-        ms = {name: call.launches * milliseconds(work, device, STREAMING_FACTOR) for name, device in devices.items()}
+        ms = {name: call.launches * device.milliseconds(work) for name, device in devices.items()}
         return _row(found, f"torch {call.name}", "", "", None, work, ms)
     launch = call.launch
     needs = resources[found.chip, launch.alike()] if has_tile(launch) else None
-    factor = FACTORS.get(launch.kernel, STREAMING_FACTOR)
     works = {name: traffic(call, found.routing, device.l2_bytes) for name, device in devices.items()}
     ms = {
-        name: milliseconds(works[name], device, factor, needs.programs if needs else None)
+        name: device.milliseconds(works[name], launch.kernel, needs.programs if needs else None)
         for name, device in devices.items()
     }
     features = [name.lower() for name, value in launch.constants if value is True and name not in UNSAID]
@@ -127,7 +112,7 @@ def _row(
     row |= {"features": features, "tile": tile}
     if needs is not None:
         row |= {"matrix": needs.matrix, "registers": needs.registers, "shared_memory": needs.shared_memory}
-        row |= {"programs": needs.programs}
+        row |= {"programs": needs.programs, "loop": None if needs.loop is None else asdict(needs.loop)}
     row |= {"gflop": _digits(work.flops / 1e9), "hbm_gb": _digits(work.hbm / 1e9), "l2_gb": _digits(work.l2 / 1e9)}
     return row | {"ms": {name: _digits(value) for name, value in ms.items()}}
 

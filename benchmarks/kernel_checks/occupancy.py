@@ -1,7 +1,7 @@
 """How many programs of a kernel a multiprocessor runs at once, from registers, shared memory and warps.
 
-Limits: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD's manual of CDNA 3's
-instructions, "VGPRs" and "LDS".
+Limits of NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Of AMD: its manual of
+the instructions of CDNA 3, "VGPRs" and "LDS".
 """
 
 from dataclasses import dataclass

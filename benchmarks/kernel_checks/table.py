@@ -10,6 +10,7 @@ from .devices import DEVICES
 
 WORSE = 1.03  # a step's estimate may be this many times the table's
 UPDATE = "python benchmarks/ahead_of_time.py --update"
+SHOWN = "Qwen3-30B-A3B"  # the layer whose launches are rendered
 _ASSUMED = ("LAUNCH_US", "PRODUCT_FACTOR", "GRADIENT_FACTOR", "STREAMING_FACTOR", "EXPOSED_EPILOGUE")
 
 
@@ -95,3 +96,23 @@ def markdown(steps: list[dict]) -> str:
             lines.append(f"| {layer} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def launches_markdown(launches: list[dict]) -> str:
+    """The launches of one layer with tiles, by chip: what each compiles to and moves."""
+    columns = ("kernel", "tile", "matrix", "registers", "programs", "loop", "GFLOP", "HBM GB", "L2 GB", "ms", "in")
+    lines = [f"# Launches of a layer of {SHOWN}", "", "Loop: instructions, of these matrix products and loads.", ""]
+    for chip in dict.fromkeys(row["chip"] for row in launches):
+        lines += [f"## {chip}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        shown = [row for row in launches if row["chip"] == chip and row["layer"] == SHOWN and "programs" in row]
+        lines += ["| " + " | ".join(_cells(row)) + " |" for row in shown] + [""]
+    return "\n".join(lines)
+
+
+def _cells(row: dict) -> list[str]:
+    loop = row["loop"] or {}
+    facts = (row["tile"], row["matrix"], row["registers"], row["programs"])
+    work = (f"{row[key]:.3g}" for key in ("gflop", "hbm_gb", "l2_gb"))
+    ms = ", ".join(f"{device} {value:.3g}" for device, value in row["ms"].items())
+    parts = ", ".join(str(loop[key]) for key in ("instructions", "matrix", "loads") if key in loop)
+    return [f"{row['kernel']} ({row['features']})", *map(str, facts), parts, *work, ms, ", ".join(row["modes"])]

@@ -6,6 +6,7 @@ as far as L2 does not hold the tokens. From L2, every program reads its operands
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -91,55 +92,54 @@ def _gathered_again(rows_TH: Tensor, routing: Routing, l2_bytes: float) -> float
     return (once * routing.slots - once) * max(0.0, 1 - l2_bytes / once)
 
 
-def _product(
-    arguments: Arguments, routing: Routing, l2_bytes: float, rows: str, weight: str, columns: str, *,
-    gathered: bool, epilogue: tuple[str, ...],
-) -> Traffic:  # fmt: skip
-    """Rows of every expert times its matrix.
+@dataclass(frozen=True)
+class Product:
+    """Rows of every expert times its matrix, by the names that a kernel has for them.
 
-    columns: the size that the column tiles cut; a gated matrix has twice as many columns.
+    Attributes:
+        columns: The size that the column tiles cut; a gated matrix has twice as many columns.
+        epilogue: What moves after the product.
     """
-    rows_NA, matrices = arguments[rows], arguments[weight]
-    inner, total = rows_NA.shape[1], matrices.numel() // (routing.experts * rows_NA.shape[1])
-    column_tiles = arguments.programs // arguments["num_tiles"]
-    block_m, padded = arguments["BLOCK_M"], column_tiles * arguments["BLOCK_N"] * (total // arguments[columns])
-    tiles, computed = routing.tiles(block_m), routing.rows_with_padding(block_m, arguments.halves())
-    steps = math.ceil(inner / arguments["BLOCK_K"]) * arguments["BLOCK_K"]
-    flops = 2.0 * computed * padded * steps
-    row_bytes = rows_NA.element_size()
-    l2 = inner * (computed * column_tiles * row_bytes + tiles * total * _element_cost(matrices))
-    read = (weight,)
-    if arguments["HAS_LOW"]:
-        low, rank = arguments["low_weight"], arguments["R"]
-        flops += 2.0 * computed * padded * max(rank, arguments["BLOCK_R"])
-        l2 += rank * (computed * column_tiles * row_bytes + tiles * total * _element_cost(low))
-        read = (weight, "low_weight")
-    arguments.require_known(*read)
-    hbm = _memory(arguments, routing, read)
-    if gathered:
-        hbm += _gathered_again(rows_NA, routing, l2_bytes)
-    return Traffic(flops, hbm, l2, arguments.nbytes(*epilogue))
+
+    rows: str
+    matrix: str
+    columns: str
+    epilogue: tuple[str, ...]
+
+    def __call__(self, arguments: Arguments, routing: Routing, l2_bytes: float) -> Traffic:
+        rows_NA, matrix = arguments[self.rows], arguments[self.matrix]
+        inner, column_tiles = rows_NA.shape[1], arguments.programs // arguments["num_tiles"]
+        columns = matrix.numel() // (routing.experts * inner)
+        padded = column_tiles * arguments["BLOCK_N"] * (columns // arguments[self.columns])
+        rows = _Rows(arguments, routing, column_tiles)
+        flops = rows.flops(padded, math.ceil(inner / arguments["BLOCK_K"]) * arguments["BLOCK_K"])
+        l2, matrices = rows.l2(inner, columns, rows_NA, matrix), (self.matrix,)
+        if arguments["HAS_LOW"]:
+            low, rank = arguments["low_weight"], arguments["R"]
+            flops += rows.flops(padded, max(rank, arguments["BLOCK_R"]))
+            l2 += rows.l2(rank, columns, rows_NA, low)
+            matrices = (self.matrix, "low_weight")
+        arguments.require_known(*matrices)
+        hbm = _memory(arguments, routing, matrices)
+        if arguments.values.get("GATHER", True):  # without that choice, a kernel always gathers
+            hbm += _gathered_again(rows_NA, routing, l2_bytes)
+        return Traffic(flops, hbm, l2, arguments.nbytes(*self.epilogue))
 
 
-def up(arguments: Arguments, routing: Routing, l2_bytes: float) -> Traffic:
-    stored = ("act_NI", "pre_NP")
-    return _product(
-        arguments, routing, l2_bytes, "hidden_TH", "weight", "width", gathered=True, epilogue=stored
-    )  # fmt: skip
+class _Rows:
+    """The tiles of rows of a product: each meets every column tile."""
 
+    def __init__(self, arguments: Arguments, routing: Routing, column_tiles: int):
+        self.tiles, self.column_tiles = routing.tiles(arguments["BLOCK_M"]), column_tiles
+        self.computed = routing.rows_with_padding(arguments["BLOCK_M"], arguments.halves())
 
-def grouped_linear(arguments: Arguments, routing: Routing, l2_bytes: float) -> Traffic:
-    gathered = arguments["GATHER"]
-    return _product(
-        arguments, routing, l2_bytes, "rows_in", "weight", "B", gathered=gathered, epilogue=("out_NB",)
-    )  # fmt: skip
+    def flops(self, columns: int, inner: int) -> float:
+        return 2.0 * self.computed * columns * inner
 
-
-def backward_activation(arguments: Arguments, routing: Routing, l2_bytes: float) -> Traffic:
-    moved = ("pre", "grad_pre", "weighted_act")
-    return _product(
-        arguments, routing, l2_bytes, "grad_out", "down_weight", "width", gathered=True, epilogue=moved
-    )  # fmt: skip
+    def l2(self, inner: int, columns: int, rows_NA: Tensor, matrix: Tensor) -> float:
+        """Bytes of the rows, which every column tile reads, and of the matrices, which every row tile reads."""
+        of_rows = self.computed * self.column_tiles * rows_NA.element_size()
+        return inner * (of_rows + self.tiles * columns * _element_cost(matrix))
 
 
 def weight_gradient(arguments: Arguments, routing: Routing, l2_bytes: float) -> Traffic:
@@ -184,9 +184,9 @@ def grad_weights(arguments: Arguments, routing: Routing, l2_bytes: float) -> Tra
 
 
 FAMILIES: dict[str, Callable[[Arguments, Routing, float], Traffic]] = {
-    "up_kernel": up,
-    "grouped_linear_kernel": grouped_linear,
-    "backward_activation_kernel": backward_activation,
+    "up_kernel": Product("hidden_TH", "weight", "width", ("act_NI", "pre_NP")),
+    "grouped_linear_kernel": Product("rows_in", "weight", "B", ("out_NB",)),
+    "backward_activation_kernel": Product("grad_out", "down_weight", "width", ("pre", "grad_pre", "weighted_act")),
     "weight_gradient_kernel": weight_gradient,
     "decode_up_kernel": decode_up,
     "decode_down_kernel": decode_down,
@@ -194,7 +194,7 @@ FAMILIES: dict[str, Callable[[Arguments, Routing, float], Traffic]] = {
     # routing
     "count_kernel": streaming,
     "place_kernel": streaming,
-    "tile_map_kernel": streaming,
+    "tile_maps_kernel": streaming,
     "ids_in_range_kernel": streaming,
     # sums and steps between two products
     "sum_k_kernel": streaming,
