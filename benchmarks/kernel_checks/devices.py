@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from .traffic import Traffic
 
-LAUNCH_US = 2.5  # a kernel's start, first loads and last stores, and the gap to the next one, in a graph: assumed
+START_US = 1.5  # a kernel's start, first loads and last stores: assumed
+GAP_US = 1.0  # from a kernel's end to the start of the next one in a graph, unless that one may start early: assumed
 # the time of a launch over that of its slowest resource: assumed
 PRODUCT_FACTOR = 1.08
 GRADIENT_FACTOR = 1.125
@@ -41,11 +42,15 @@ class Device:
     l2_bytes: float
     source: str
 
-    def milliseconds(self, work: Traffic, kernel: str = "", programs: int | None = None) -> float:
-        """Of one launch of a kernel, of whose programs a multiprocessor runs `programs` at once."""
+    def milliseconds(self, work: Traffic, kernel: str = "", programs: int | None = None, early: bool = False) -> float:
+        """Of one launch of a kernel, of whose programs a multiprocessor runs `programs` at once.
+
+        early: Whether it starts while the kernel before it still runs.
+        """
         slowest = max(work.flops / self.tflops, work.hbm / self.hbm_tbs, work.l2 / self.l2_tbs) / 1e9
         exposed = EXPOSED_EPILOGUE * work.epilogue / self.hbm_tbs / 1e9 if programs == 1 else 0.0
-        return LAUNCH_US / 1e3 + FACTORS.get(kernel, STREAMING_FACTOR) * slowest + exposed
+        launch = (START_US if early else START_US + GAP_US) / 1e3
+        return launch + FACTORS.get(kernel, STREAMING_FACTOR) * slowest + exposed
 
 
 _HOPPER = "published products and copies; L2 assumed, from the 600 TFLOP/s of a plain product in Triton"

@@ -97,7 +97,7 @@ def _launch_row(found: Step, call: Call | TorchCall, resources: dict[tuple[str, 
     needs = resources[found.chip, launch.alike()] if has_tile(launch) else None
     works = {name: traffic(call, found.routing, device.l2_bytes) for name, device in devices.items()}
     ms = {
-        name: device.milliseconds(works[name], launch.kernel, needs.programs if needs else None)
+        name: device.milliseconds(works[name], launch.kernel, needs.programs if needs else None, launch.starts_early)
         for name, device in devices.items()
     }
     features = [name.lower() for name, value in launch.constants if value is True and name not in UNSAID]

@@ -1,8 +1,9 @@
 """What a compiled kernel multiplies with, and what its inner loop holds: read from PTX, SASS and amdgcn.
 
-The inner loop is the shortest one that holds the most matrix instructions; where there are none, the most loads.
+Of the loops without a loop inside, it is the one that multiplies most; where none multiplies, the one with most loads.
 """
 
+import math
 import re
 import subprocess
 import tempfile
@@ -71,10 +72,22 @@ def inner_loop(text: str) -> Loop | None:
     loops = []
     for end, line in enumerate(lines):
         target = re.match(r"(?:BRA\S*|s_cbranch\S*|s_branch)\b.*?(\.L\w+)", line)
-        if target and labels.get(target[1], end + 1) <= end:
-            loops.append(_count(lines[labels[target[1]] : end + 1]))
-    best = max(loops, key=lambda loop: (loop.matrix, min(loop.loads, 1), -loop.instructions), default=None)
-    return best if best is not None and best.matrix + best.loads else None
+        start = labels.get(target[1], end + 1) if target else end + 1
+        if any(MATRIX.match(line) or LOAD.match(line) for line in lines[start : end + 1]):
+            loops.append((start, end + 1))
+    innermost = [lines[slice(*loop)] for loop in loops if not any(_inside(other, loop) for other in loops)]
+    best = max(innermost, key=lambda loop: (_multiplied(loop), _count(loop).loads), default=None)
+    return None if best is None else _count(best)
+
+
+def _inside(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return loop != other and other[0] <= loop[0] and loop[1] <= other[1]
+
+
+def _multiplied(lines: list[str]) -> int:
+    """How much a loop multiplies, as far as its instructions name their shapes."""
+    names = (line.split()[0] for line in lines if MATRIX.match(line))
+    return sum(math.prod(map(int, re.findall(r"\d+(?=x)|(?<=x)\d+", name))) for name in names)
 
 
 def _instructions(text: str) -> tuple[list[str], dict[str, int]]:

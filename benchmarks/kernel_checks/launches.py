@@ -39,6 +39,11 @@ class Launch:
         """This launch with any number of slots a token: a kernel divides by it, which changes no resources."""
         return dataclasses.replace(self, constants=tuple(pair for pair in self.constants if pair[0] != "TOP_K"))
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether the kernel may start while the one before it still runs."""
+        return bool(dict(self.options).get("launch_pdl", False))
+
     def blocks(self) -> str:
         """The constants that shape a tile, to be read."""
         sizes = [str(value) for name, value in self.constants if name.startswith("BLOCK_") and name != "BLOCK_R"]

@@ -3,9 +3,10 @@
 Between Triton's launches torch runs operators of its own (a scan, copies); these are recorded too, by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from expert_layers.roofline import MODELS
@@ -15,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall, LowRank, LowRankPair, flatten
 from hf_moe.kernels.layer_op import AdapterWants, LayerOp, Wants
-from hf_moe.kernels.triton import low_rank, ops
+from hf_moe.kernels.triton.ops import triton_experts, triton_experts_lora
 
 from .launches import Call, recording
 
@@ -55,7 +56,7 @@ class Layer:
         def pair(inner: int, outer: int) -> LowRank:
             return LowRank(self.tensor(E, RANK, inner), self.tensor(outer, RANK, E).permute(2, 0, 1), 1.0)
 
-        return LowRankPair(pair(H, 2 * width), pair(width, H)).to(torch.bfloat16)
+        return LowRankPair(pair(H, 2 * width), pair(width, H))
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ class _TorchCalls(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Mode:
-    """What a step of a layer computes: the operator, whether it trains, and the gradients that are wanted."""
+    """What a step of a layer computes: its operator, and the gradients that are wanted, None for no backward pass."""
 
     name: str
-    op: LayerOp
+    operator: Callable[[LayerCall], Tensor]
     tokens: int = TOKENS
     wants: Wants | AdapterWants | None = None
 
@@ -103,11 +104,11 @@ class Mode:
 HIDDEN = {"hidden": True, "weights": True}
 FROZEN = Wants(**HIDDEN, up_weight=False, up_bias=False, down_weight=False, down_bias=False)
 MODES = (
-    Mode("forward", ops._experts),
-    Mode("frozen", ops._experts, wants=FROZEN),
-    Mode("training", ops._experts, wants=FROZEN._replace(up_weight=True, down_weight=True)),
-    Mode("LoRA", low_rank._experts, wants=AdapterWants(*[True] * 6)),
-    *(Mode(f"decode {tokens}", ops._experts, tokens) for tokens in DECODE_TOKENS),
+    Mode("forward", triton_experts),
+    Mode("frozen", triton_experts, wants=FROZEN),
+    Mode("training", triton_experts, wants=FROZEN._replace(up_weight=True, down_weight=True)),
+    Mode("LoRA", triton_experts_lora, wants=AdapterWants(*[True] * 6)),
+    *(Mode(f"decode {tokens}", triton_experts, tokens) for tokens in DECODE_TOKENS),
 )
 
 
@@ -118,9 +119,15 @@ def layers() -> Iterator[Layer]:
 
 def step(layer: Layer, mode: Mode, target: GPUTarget, chip: str) -> list[Call | TorchCall]:
     """Every launch of one step of a layer on a chip, in order."""
-    call = layer.call(layer.factors() if isinstance(mode.wants, AdapterWants) else None)
-    with recording(target, chip) as (calls, _), _TorchCalls(calls):
-        out_TH, *kept = mode.op._run_forward(*flatten(call), mode.wants is not None)
+
+    def run(op: LayerOp, call: LayerCall) -> Tensor:
+        """Both passes as they run on a GPU: torch would only ask for the shapes of tensors without storage."""
+        out_TH, *kept = op._run_forward(*flatten(call), mode.wants is not None)
         if mode.wants is not None:
-            mode.op._run_backward(torch.empty_like(out_TH), *kept, *flatten(call), list(mode.wants))
+            op._run_backward(torch.empty_like(out_TH), *kept, *flatten(call), list(mode.wants))
+        return out_TH
+
+    call = layer.call(layer.factors() if isinstance(mode.wants, AdapterWants) else None)
+    with mock.patch.object(LayerOp, "__call__", run), recording(target, chip) as (calls, _), _TorchCalls(calls):
+        mode.operator(call)
     return calls

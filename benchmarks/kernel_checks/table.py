@@ -11,7 +11,7 @@ from .devices import DEVICES
 WORSE = 1.03  # a step's estimate may be this many times the table's
 UPDATE = "python benchmarks/ahead_of_time.py --update"
 SHOWN = "Qwen3-30B-A3B"  # the layer whose launches are rendered
-_ASSUMED = ("LAUNCH_US", "PRODUCT_FACTOR", "GRADIENT_FACTOR", "STREAMING_FACTOR", "EXPOSED_EPILOGUE")
+_ASSUMED = ("START_US", "GAP_US", "PRODUCT_FACTOR", "GRADIENT_FACTOR", "STREAMING_FACTOR", "EXPOSED_EPILOGUE")
 
 
 def write(head: dict, rows: dict[str, list[dict]], path: Path) -> None:

@@ -50,7 +50,7 @@ class Arguments:
 
     def halves(self) -> bool:
         """Whether a last tile that is at most half full takes half the rows."""
-        return any("HALF" in name and value is True for name, value in self.values.items())
+        return self.values.get("HALVES", False)
 
     def nbytes(self, *names: str) -> int:
         """Bytes of the named tensors, each once."""
