@@ -152,7 +152,7 @@ def models_that_do_not_fit() -> list[str]:
     failures = []
     for step in estimates.steps(["sm_90"]):
         try:
-            estimates.works(step)
+            estimates.work_of_launches(step)
         except (KeyError, ValueError) as error:
             failures.append(f"{step.layer.name}, {step.mode.name}: {error}")
     return failures

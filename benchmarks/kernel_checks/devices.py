@@ -42,12 +42,21 @@ class Device:
     l2_bytes: float
     source: str
 
+    def resources(self, work: Traffic) -> dict[str, float]:
+        """Milliseconds that each resource needs."""
+        needed = {
+            "tensor cores": work.flops / self.tflops,
+            "memory": work.hbm / self.hbm_tbs,
+            "L2": work.l2 / self.l2_tbs,
+        }
+        return {name: picoseconds / 1e9 for name, picoseconds in needed.items()}
+
     def milliseconds(self, work: Traffic, kernel: str = "", programs: int | None = None, early: bool = False) -> float:
         """Of one launch of a kernel, of whose programs a multiprocessor runs `programs` at once.
 
         early: Whether it starts while the kernel before it still runs.
         """
-        slowest = max(work.flops / self.tflops, work.hbm / self.hbm_tbs, work.l2 / self.l2_tbs) / 1e9
+        slowest = max(self.resources(work).values())
         exposed = EXPOSED_EPILOGUE * work.epilogue / self.hbm_tbs / 1e9 if programs == 1 else 0.0
         launch = (START_US if early else START_US + GAP_US) / 1e3
         return launch + FACTORS.get(kernel, STREAMING_FACTOR) * slowest + exposed

@@ -59,7 +59,7 @@ def devices_of(chip: str) -> dict[str, Device]:
     return {name: device for name, device in DEVICES.items() if device.chip == chip}
 
 
-def works(found: Step) -> list[Traffic]:
+def work_of_launches(found: Step) -> list[Traffic]:
     """What each launch with a model multiplies and moves.
 
     Raises:
@@ -102,7 +102,9 @@ def _launch_row(found: Step, call: Call | TorchCall, resources: dict[tuple[str, 
     }
     features = [name.lower() for name, value in launch.constants if value is True and name not in UNSAID]
     work = next(iter(works.values()))
-    return _row(found, launch.kernel, ", ".join(features), launch.blocks(), needs, work, ms)
+    row = _row(found, launch.kernel, ", ".join(features), launch.blocks(), needs, work, ms)
+    slowest = {name: device.resources(works[name]) for name, device in devices.items()}
+    return row | {"bound": {name: max(needed, key=needed.__getitem__) for name, needed in slowest.items()}}
 
 
 def _row(

@@ -100,7 +100,20 @@ def markdown(steps: list[dict]) -> str:
 
 def launches_markdown(launches: list[dict]) -> str:
     """The launches of one layer with tiles, by chip: what each compiles to and moves."""
-    columns = ("kernel", "tile", "matrix", "registers", "programs", "loop", "GFLOP", "HBM GB", "L2 GB", "ms", "in")
+    columns = (
+        "kernel",
+        "tile",
+        "matrix",
+        "registers",
+        "programs",
+        "loop",
+        "GFLOP",
+        "HBM GB",
+        "L2 GB",
+        "ms",
+        "bound",
+        "in",
+    )
     lines = [f"# Launches of a layer of {SHOWN}", "", "Loop: instructions, of these matrix products and loads.", ""]
     for chip in dict.fromkeys(row["chip"] for row in launches):
         lines += [f"## {chip}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -114,5 +127,6 @@ def _cells(row: dict) -> list[str]:
     facts = (row["tile"], row["matrix"], row["registers"], row["programs"])
     work = (f"{row[key]:.3g}" for key in ("gflop", "hbm_gb", "l2_gb"))
     ms = ", ".join(f"{device} {value:.3g}" for device, value in row["ms"].items())
+    bound = ", ".join(dict.fromkeys(row["bound"].values()))
     parts = ", ".join(str(loop[key]) for key in ("instructions", "matrix", "loads") if key in loop)
-    return [f"{row['kernel']} ({row['features']})", *map(str, facts), parts, *work, ms, ", ".join(row["modes"])]
+    return [f"{row['kernel']} ({row['features']})", *map(str, facts), parts, *work, ms, bound, ", ".join(row["modes"])]
