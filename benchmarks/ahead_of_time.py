@@ -21,7 +21,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -228,13 +228,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every feature with every tile, and every chip")
     parser.add_argument("--estimates", action="store_true", help="only the launches of whole layers, and their times")
     parser.add_argument("--update", action="store_true", help="write the tables in benchmarks/results/")
+    parser.add_argument("--against", type=Path, default=ESTIMATES, help="compare estimates with this table")
     parser.add_argument("--coverage", action="store_true", help="compile nothing: is every kernel launched by a case?")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, help="JSON file for what the kernels need")
     options = parser.parse_args(arguments)
-    part = options.chip or options.kernel or options.features or options.tile or options.estimates or options.all
-    if options.update and part:
-        parser.error("--update writes whole tables: give it alone.")
+    cases = options.kernel or options.features or options.tile
+    if options.estimates and (cases or options.all):
+        parser.error("--estimates runs whole layers with the shipped tiles: it goes with --chip alone.")
+    if options.update and (cases or options.all or options.estimates or options.chip):
+        parser.error("--update writes whole tables: leave out what selects a part.")
     return options
 
 
@@ -244,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     with only_tile(Tile(*map(int, options.tile.split(",")))) if options.tile else nullcontext():
         found = [] if options.estimates else [job for chip in chips for job in jobs_of(chip, options)]
     whole = not (options.kernel or options.features or options.tile)
-    failures = without_model() + (never_launched(found) if whole and not options.estimates else [])
+    failures = without_model() + ([] if options.estimates or not whole else never_launched(found))
     if options.coverage:
         failures += models_that_do_not_fit()
     if options.coverage or failures:
@@ -258,13 +261,21 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output and not failures:
         write(rows, options.output)
     if steps and not failures:
-        estimated = estimate(steps, results)
-        print(table.markdown(estimated["steps"]))
+        failures = check_estimates(estimate(steps, results), chips, options)
         if options.update:
             write(rows, RESULT)
-            write_estimates(estimated)
-        failures = table.worse(json.loads(ESTIMATES.read_text()), estimated, chips)
     finish(failures)
+
+
+def check_estimates(found: dict[str, list[dict]], chips: Collection[str], options: argparse.Namespace) -> list[str]:
+    """Show the estimates, and what changed since another table; write them, or say what got worse."""
+    print(table.markdown(found["steps"]))
+    before = json.loads(options.against.read_text())
+    print("\n".join(table.changes(before, found, chips)))
+    if options.update:
+        write_estimates(found)
+        return []
+    return table.worse(before, found, chips)
 
 
 def finish(failures: list[str]) -> None:

@@ -3,7 +3,10 @@
 A launch takes the time of its slowest resource times a factor, a constant, and what nothing hides of its epilogue.
 """
 
+import math
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .traffic import Traffic
 
@@ -23,6 +26,21 @@ FACTORS = {
 EXPOSED_EPILOGUE = 0.5
 
 
+class Compiled(NamedTuple):
+    """What the compiler made of a launch, as far as its time depends on it.
+
+    Attributes:
+        programs: That a multiprocessor runs at once; None where that was not asked.
+        matrix: The matrix instruction, such as "wgmma m64n256k16".
+        early: Whether it starts while the kernel before it still runs.
+    """
+
+    kernel: str = ""
+    programs: int | None = None
+    matrix: str = ""
+    early: bool = False
+
+
 @dataclass(frozen=True)
 class Device:
     """One device of a chip.
@@ -33,6 +51,7 @@ class Device:
         l2_tbs: L2 to all multiprocessors, TB/s.
         l2_bytes: Capacity of the cache in front of the memory.
         source: Of the rates.
+        shared_tbs: Shared memory of all multiprocessors, TB/s, for wgmma, which reads both operands there.
     """
 
     chip: str
@@ -41,32 +60,40 @@ class Device:
     l2_tbs: float
     l2_bytes: float
     source: str
+    shared_tbs: float = math.inf
 
-    def resources(self, work: Traffic) -> dict[str, float]:
+    def resources(self, work: Traffic, compiled: Compiled) -> dict[str, float]:
         """Milliseconds that each resource needs."""
-        needed = {
-            "tensor cores": work.flops / self.tflops,
-            "memory": work.hbm / self.hbm_tbs,
-            "L2": work.l2 / self.l2_tbs,
+        return {
+            "tensor cores": work.flops / self.tflops / 1e9,
+            "memory": work.hbm / self.hbm_tbs / 1e9,
+            "L2": work.l2 / self.l2_tbs / 1e9,
+            "shared memory": (work.flops * operand_bytes(compiled.matrix) + work.l2) / self.shared_tbs / 1e9,
         }
-        return {name: picoseconds / 1e9 for name, picoseconds in needed.items()}
 
-    def milliseconds(self, work: Traffic, kernel: str = "", programs: int | None = None, early: bool = False) -> float:
-        """Of one launch of a kernel, of whose programs a multiprocessor runs `programs` at once.
-
-        early: Whether it starts while the kernel before it still runs.
-        """
-        slowest = max(self.resources(work).values())
-        exposed = EXPOSED_EPILOGUE * work.epilogue / self.hbm_tbs / 1e9 if programs == 1 else 0.0
-        launch = (START_US if early else START_US + GAP_US) / 1e3
-        return launch + FACTORS.get(kernel, STREAMING_FACTOR) * slowest + exposed
+    def milliseconds(self, work: Traffic, compiled: Compiled) -> float:
+        """Of one launch."""
+        slowest = max(self.resources(work, compiled).values())
+        exposed = EXPOSED_EPILOGUE * work.epilogue / self.hbm_tbs / 1e9 if compiled.programs == 1 else 0.0
+        launch = (START_US if compiled.early else START_US + GAP_US) / 1e3
+        return launch + FACTORS.get(compiled.kernel, STREAMING_FACTOR) * slowest + exposed
 
 
+def operand_bytes(matrix: str) -> float:
+    """Bytes of 16-bit operands that wgmma reads from shared memory for each of its FLOPs; 0 for other instructions."""
+    shape = re.fullmatch(r"wgmma m(\d+)n(\d+)k\d+", matrix)
+    if shape is None:
+        return 0.0
+    m, n = int(shape[1]), int(shape[2])
+    return 2 * (m + n) / (2 * m * n)
+
+
+# shared memory: 128 bytes a clock, at the clock at which 4096 FLOPs a clock are 790 TFLOP/s
 _HOPPER = "published products and copies; L2 assumed, from the 600 TFLOP/s of a plain product in Triton"
 DEVICES = {
     "A100": Device("sm_80", 250, 1.75, 4.5, 40e6, "assumed: 80 % of 312 TFLOP/s, 86 % of 2.04 TB/s; L2 guessed"),
-    "H100": Device("sm_90", 790, 3.0, 7.0, 50e6, _HOPPER),
-    "H200": Device("sm_90", 790, 4.0, 7.0, 50e6, _HOPPER),
+    "H100": Device("sm_90", 790, 3.0, 7.0, 50e6, _HOPPER, 24.7),
+    "H200": Device("sm_90", 790, 4.0, 7.0, 50e6, _HOPPER, 24.7),
     "B200": Device("sm_100", 1500, 6.8, 10.0, 126e6, "assumed: 67 % of 2250 TFLOP/s, 85 % of 8 TB/s; L2 guessed"),
     "RTX 5090": Device("sm_120", 200, 1.55, 5.0, 96e6, "assumed: 95 % of 210 TFLOP/s, 87 % of 1.79 TB/s; L2 guessed"),
     "MI300X": Device("gfx942", 600, 4.2, 12.0, 256e6, "assumed: 46 % of 1307 TFLOP/s, 80 % of 5.3 TB/s; L2 guessed"),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from expert_layers import roofline
 
 from .compilation import CHIPS, Resources
-from .devices import DEVICES, Device
+from .devices import DEVICES, Compiled, Device
 from .launches import Call, Launch
 from .layers import MODES, Layer, Mode, TorchCall, layers, step
 from .traffic import FAMILIES, Traffic, grad_weights, streaming, traffic
@@ -91,19 +91,18 @@ def _launch_row(found: Step, call: Call | TorchCall, resources: dict[tuple[str, 
     devices = devices_of(found.chip)
     if isinstance(call, TorchCall):
         work = Traffic(0.0, call.nbytes, 0.0)
-        ms = {name: call.launches * device.milliseconds(work) for name, device in devices.items()}
+        ms = {name: call.launches * device.milliseconds(work, Compiled()) for name, device in devices.items()}
         return _row(found, f"torch {call.name}", "", "", None, work, ms)
     launch = call.launch
     needs = resources[found.chip, launch.alike()] if has_tile(launch) else None
     works = {name: traffic(call, found.routing, device.l2_bytes) for name, device in devices.items()}
-    ms = {
-        name: device.milliseconds(works[name], launch.kernel, needs.programs if needs else None, launch.starts_early)
-        for name, device in devices.items()
-    }
+    facts = (None, "") if needs is None else (needs.programs, needs.matrix)
+    compiled = Compiled(launch.kernel, *facts, launch.starts_early)
+    ms = {name: device.milliseconds(works[name], compiled) for name, device in devices.items()}
     features = [name.lower() for name, value in launch.constants if value is True and name not in UNSAID]
     work = next(iter(works.values()))
     row = _row(found, launch.kernel, ", ".join(features), launch.blocks(), needs, work, ms)
-    slowest = {name: device.resources(works[name]) for name, device in devices.items()}
+    slowest = {name: device.resources(works[name], compiled) for name, device in devices.items()}
     return row | {"bound": {name: max(needed, key=needed.__getitem__) for name, needed in slowest.items()}}
 
 

@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
 from . import devices
 from .devices import DEVICES
 
+NOTABLE = 0.01
 WORSE = 1.03  # a step's estimate may be this many times the table's
 UPDATE = "python benchmarks/ahead_of_time.py --update"
 SHOWN = "Qwen3-30B-A3B"  # the layer whose launches are rendered
@@ -35,7 +37,17 @@ def merged(launches: list[dict]) -> list[dict]:
     return [json.loads(row) | {"modes": dict(counts)} for row, counts in modes.items()]
 
 
-def worse(old: dict[str, list[dict]], new: dict[str, list[dict]], chips: list[str]) -> list[str]:
+def changes(old: dict[str, list[dict]], new: dict[str, list[dict]], chips: Collection[str]) -> list[str]:
+    """Steps whose estimates differ by a percent or more."""
+    before, after = _by_step(old["steps"], chips), _by_step(new["steps"], chips)
+    return [
+        f"{layer} {mode} on {device}: {before[layer, mode, device]:.4g} -> {ms:.4g} ms (estimates)"
+        for (layer, mode, device), ms in after.items()
+        if abs(ms / before.get((layer, mode, device), ms) - 1) >= NOTABLE
+    ]
+
+
+def worse(old: dict[str, list[dict]], new: dict[str, list[dict]], chips: Collection[str]) -> list[str]:
     """What the table on disk forbids: steps that take longer, and steps that only one of the two knows."""
     before, after = _by_step(old["steps"], chips), _by_step(new["steps"], chips)
     failures = []
@@ -53,7 +65,7 @@ def worse(old: dict[str, list[dict]], new: dict[str, list[dict]], chips: list[st
     return failures
 
 
-def _by_step(rows: list[dict], chips: list[str]) -> dict[tuple[str, str, str], float]:
+def _by_step(rows: list[dict], chips: Collection[str]) -> dict[tuple[str, str, str], float]:
     return {(row["layer"], row["mode"], row["device"]): row["ms"] for row in rows if row["chip"] in chips}
 
 

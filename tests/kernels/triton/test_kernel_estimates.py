@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.kernel_checks import table
-from benchmarks.kernel_checks.devices import DEVICES
+from benchmarks.kernel_checks.devices import DEVICES, Compiled
 from benchmarks.kernel_checks.instructions import Loop, inner_loop, matrix_instruction, tensor_memory
 from benchmarks.kernel_checks.launches import Call, Launch
 from benchmarks.kernel_checks.occupancy import programs
@@ -135,11 +135,16 @@ def test_up_projection_by_hand():
     assert work.hbm == 2 * (T * H + E * 2 * WIDTH * H + N * WIDTH + N * 2 * WIDTH)  # 1.14 GB
     assert work.l2 == pytest.approx(576 * column_tiles * H * (128 + 256) * 2, rel=0.01)  # 5.4 GB
     # 0.777 ms from L2, more than from tensor cores (0.587) or memory (0.288)
-    milliseconds = DEVICES["H200"].milliseconds(work, "up_kernel", programs=2)
+    device, compiled = DEVICES["H200"], Compiled("up_kernel", 2, "wgmma m64n256k16")
+    milliseconds = device.milliseconds(work, compiled)
     assert milliseconds == pytest.approx(0.84, rel=0.01)
-    stored = 2 * (N * WIDTH + N * 2 * WIDTH)
-    exposed = DEVICES["H200"].milliseconds(work, "up_kernel", programs=1) - milliseconds
-    assert exposed == pytest.approx(0.5 * stored / 4.0e9, rel=1e-6)
+    # the next kernel waits for half of what is stored where no second program computes meanwhile
+    exposed = device.milliseconds(work, compiled._replace(programs=1)) - milliseconds
+    assert exposed == pytest.approx(0.5 * 2 * (N * WIDTH + N * 2 * WIDTH) / 4.0e9, rel=1e-6)
+    assert milliseconds - device.milliseconds(work, compiled._replace(early=True)) == pytest.approx(0.001)
+    # 64 columns at once: 4 KB of operands for 131072 FLOPs, and what arrives from L2, through 128 bytes a clock
+    narrow = device.milliseconds(work, compiled._replace(matrix="wgmma m64n64k16"))
+    assert narrow == pytest.approx(0.0025 + 1.08 * (work.flops * 4096 / 131072 + work.l2) / 24.7e9)
 
 
 def test_half_tiles_save_padding_of_rows_but_not_of_weights():
@@ -156,7 +161,7 @@ def test_weight_gradient_by_hand():
     rows = 544 * E  # half a step of 64 rows beyond 512
     assert work.flops == pytest.approx(2 * rows * 2 * WIDTH * H, rel=0.01)
     assert work.l2 == pytest.approx(E * 12 * 16 * 544 * (128 + 128) * 2, rel=0.01)  # 6.8 GB
-    assert DEVICES["H200"].milliseconds(work, "weight_gradient_kernel", 2) == pytest.approx(1.10, rel=0.01)
+    assert DEVICES["H200"].milliseconds(work, Compiled("weight_gradient_kernel", 2)) == pytest.approx(1.10, rel=0.01)
 
 
 def test_a_matrix_whose_elements_lie_apart_costs_a_sector_for_each():
@@ -202,6 +207,8 @@ def test_a_slower_step_needs_an_updated_table():
     (failure,) = table.worse(rows(2.0), rows(2.08), ["sm_90"])
     assert failure.startswith("A LoRA on H200: 2 -> 2.08 ms (estimates), most of it in up_kernel (1 -> 1.08 ms).")
     assert failure.endswith("python benchmarks/ahead_of_time.py --update")
+    assert table.changes(rows(2.0), rows(1.5), ["sm_90"]) == ["A LoRA on H200: 2 -> 1.5 ms (estimates)"]
+    assert table.changes(rows(2.0), rows(2.01), ["sm_90"]) == []
 
 
 def test_steps_that_only_one_table_has_fail_for_the_chips_that_are_checked():
