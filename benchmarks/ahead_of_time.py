@@ -215,8 +215,8 @@ def write_estimates(found: dict[str, list[dict]]) -> None:
 def only_tile(tile: Tile) -> AbstractContextManager:
     """Tables in which every kernel has this one tile."""
     entry = Entry(256, 1024, 1024, tile)
-    table = {kernel: dict.fromkeys(TABLES.values(), (entry,)) for kernel in tiles.KERNELS}
-    return mock.patch.object(tiles, "table", return_value=table)
+    entries = {kernel: dict.fromkeys(TABLES.values(), (entry,)) for kernel in tiles.KERNELS}
+    return mock.patch.object(tiles, "table", return_value=entries)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -229,7 +229,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--estimates", action="store_true", help="only the launches of whole layers, and their times")
     parser.add_argument("--update", action="store_true", help="write the tables in benchmarks/results/")
     parser.add_argument("--against", type=Path, default=ESTIMATES, help="compare estimates with this table")
-    parser.add_argument("--coverage", action="store_true", help="compile nothing: is every kernel launched by a case?")
+    parser.add_argument(
+        "--coverage", action="store_true", help="compile nothing: has every kernel a case and a model?"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, help="JSON file for what the kernels need")
     options = parser.parse_args(arguments)

@@ -31,7 +31,7 @@ def test_a_shipped_kernel_passes_and_its_needs_are_written(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert {row["chip"] for row in result["kernels"]} == {"sm_80", "gfx942"}
     assert {row["kernel"] for row in result["kernels"]} == {"sum_k_kernel", "bias_gradient_kernel"}
-    assert all(row["registers"] > 0 and not row["spilled"] for row in result["kernels"])
+    assert all(row["registers"] > 0 and row["programs"] > 0 and not row["spilled"] for row in result["kernels"])
     assert "triton" in result["versions"]
 
 
@@ -52,7 +52,7 @@ def test_a_tile_larger_than_shared_memory_is_refused():
     assert "may use 101376 bytes of shared memory" in done.stderr
 
 
-def test_every_kernel_is_launched_by_a_case():
+def test_every_kernel_is_launched_by_a_case_and_every_launch_of_a_layer_has_a_model():
     done = check("--coverage")
     assert done.returncode == 0, done.stdout + done.stderr
 
