@@ -35,7 +35,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     sys.exit("TRITON_INTERPRET is set, so nothing would be compiled: unset it.")
 
 import torch
-from kernel_checks import estimates, table
+from kernel_checks import estimates, rendering, table
 from kernel_checks.cases import OTHERS, TILED, Case, Shape
 from kernel_checks.compilation import CHIPS, Resources, broken_rules, compile_launch
 from kernel_checks.launches import Launch, entry_kernels, recording
@@ -208,7 +208,7 @@ def estimate(steps: list[estimates.Step], results: dict[Job, Resources | str]) -
 
 def write_estimates(found: dict[str, list[dict]]) -> None:
     table.write(head() | {"assumed": table.assumptions()}, found, ESTIMATES)
-    text = table.markdown(found["steps"]) + "\n" + table.launches_markdown(found["launches"])
+    text = rendering.steps_markdown(found["steps"]) + "\n" + rendering.launches_markdown(found["launches"])
     ESTIMATES.with_suffix(".md").write_text(text)
 
 
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def check_estimates(found: dict[str, list[dict]], chips: Collection[str], options: argparse.Namespace) -> list[str]:
     """Show the estimates, and what changed since another table; write them, or say what got worse."""
-    print(table.markdown(found["steps"]))
+    print(rendering.steps_markdown(found["steps"]))
     before = json.loads(options.against.read_text())
     print("\n".join(table.changes(before, found, chips)))
     if options.update:

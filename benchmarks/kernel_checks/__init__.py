@@ -16,4 +16,5 @@ What it is estimated to take:
     devices.py          rates of devices, and the time of a launch: all that is assumed
     estimates.py        the rows of the table
     table.py            the committed table, and what may not get worse
+    rendering.py        the table for readers
 """

@@ -3,7 +3,6 @@
 A launch takes the time of its slowest resource times a factor, a constant, and what nothing hides of its epilogue.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,16 +59,19 @@ class Device:
     l2_tbs: float
     l2_bytes: float
     source: str
-    shared_tbs: float = math.inf
+    shared_tbs: float | None = None
 
     def resources(self, work: Traffic, compiled: Compiled) -> dict[str, float]:
         """Milliseconds that each resource needs."""
-        return {
+        needed = {
             "tensor cores": work.flops / self.tflops / 1e9,
             "memory": work.hbm / self.hbm_tbs / 1e9,
             "L2": work.l2 / self.l2_tbs / 1e9,
-            "shared memory": (work.flops * operand_bytes(compiled.matrix) + work.l2) / self.shared_tbs / 1e9,
         }
+        if self.shared_tbs is not None:
+            moved = work.flops * operand_bytes(compiled.matrix) + work.l2
+            needed["shared memory"] = moved / self.shared_tbs / 1e9
+        return needed
 
     def milliseconds(self, work: Traffic, compiled: Compiled) -> float:
         """Of one launch."""

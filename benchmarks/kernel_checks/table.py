@@ -1,4 +1,4 @@
-"""The committed table of estimates: written one row a line, compared with new estimates, rendered for readers."""
+"""The committed table of estimates: written one row a line, and compared with new estimates."""
 
 import json
 from collections import Counter, defaultdict
@@ -12,15 +12,13 @@ from .devices import DEVICES
 NOTABLE = 0.01
 WORSE = 1.03  # a step's estimate may be this many times the table's
 UPDATE = "python benchmarks/ahead_of_time.py --update"
-SHOWN = "Qwen3-30B-A3B"  # the layer whose launches are rendered
 _ASSUMED = ("START_US", "GAP_US", "PRODUCT_FACTOR", "GRADIENT_FACTOR", "STREAMING_FACTOR", "EXPOSED_EPILOGUE")
 
 
 def write(head: dict, rows: dict[str, list[dict]], path: Path) -> None:
     """One row a line, so that a change shows as the lines it changes."""
-    tables = [
-        f'  "{name}": [\n' + ",\n".join("    " + json.dumps(row) for row in rows[name]) + "\n  ]" for name in rows
-    ]
+    lists = {name: ",\n".join("    " + json.dumps(row) for row in found) for name, found in rows.items()}
+    tables = [f'  "{name}": [\n{lines}\n  ]' for name, lines in lists.items()]
     path.write_text(json.dumps(head, indent=2)[:-2] + ",\n" + ",\n".join(tables) + "\n}\n")
 
 
@@ -81,64 +79,3 @@ def _by_kernel(rows: list[dict], layer: str, mode: str, device: str) -> dict[str
         if row["layer"] == layer and device in row["ms"]:
             sums[row["kernel"]] += row["ms"][device] * row["modes"].get(mode, 0)
     return sums
-
-
-def markdown(steps: list[dict]) -> str:
-    """Milliseconds of every step by device, and how many times its floor that is."""
-    modes = list(dict.fromkeys(row["mode"] for row in steps))
-    lines = ["# Estimated times of a layer of experts", ""]
-    lines += [
-        "Estimates, not measurements: written by `"
-        + UPDATE
-        + "`, which compiles the shipped kernels and knows no GPU."
-    ]
-    lines += [
-        "Milliseconds in bf16 at 8192 tokens (decode: at 1 to 64) with uniform routing, and in brackets how many"
-    ]
-    lines += ["times the roofline's floor; everything that is assumed is in `kernel_estimates.json`.", ""]
-    for device in dict.fromkeys(row["device"] for row in steps):
-        of_device = [row for row in steps if row["device"] == device]
-        lines += [f"## {device}", "", f"Rates: {DEVICES[device].source}.", ""]
-        lines += ["| layer | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
-        for layer in dict.fromkeys(row["layer"] for row in of_device):
-            found = {row["mode"]: row for row in of_device if row["layer"] == layer}
-            cells = [
-                f"{found[m]['ms']:.3g} ({found[m]['ms'] / found[m]['floor_ms']:.1f})" for m in modes if m in found
-            ]
-            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def launches_markdown(launches: list[dict]) -> str:
-    """The launches of one layer with tiles, by chip: what each compiles to and moves."""
-    columns = (
-        "kernel",
-        "tile",
-        "matrix",
-        "registers",
-        "programs",
-        "loop",
-        "GFLOP",
-        "HBM GB",
-        "L2 GB",
-        "ms",
-        "bound",
-        "in",
-    )
-    lines = [f"# Launches of a layer of {SHOWN}", "", "Loop: instructions, of these matrix products and loads.", ""]
-    for chip in dict.fromkeys(row["chip"] for row in launches):
-        lines += [f"## {chip}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        shown = [row for row in launches if row["chip"] == chip and row["layer"] == SHOWN and "programs" in row]
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in shown] + [""]
-    return "\n".join(lines)
-
-
-def _cells(row: dict) -> list[str]:
-    loop = row["loop"] or {}
-    facts = (row["tile"], row["matrix"], row["registers"], row["programs"])
-    work = (f"{row[key]:.3g}" for key in ("gflop", "hbm_gb", "l2_gb"))
-    ms = ", ".join(f"{device} {value:.3g}" for device, value in row["ms"].items())
-    bound = ", ".join(dict.fromkeys(row["bound"].values()))
-    parts = ", ".join(str(loop[key]) for key in ("instructions", "matrix", "loads") if key in loop)
-    return [f"{row['kernel']} ({row['features']})", *map(str, facts), parts, *work, ms, bound, ", ".join(row["modes"])]

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.kernel_checks import table
+from benchmarks.kernel_checks import rendering, table
 from benchmarks.kernel_checks.devices import DEVICES, Compiled
 from benchmarks.kernel_checks.instructions import Loop, inner_loop, matrix_instruction, tensor_memory
 from benchmarks.kernel_checks.launches import Call, Launch
@@ -198,7 +198,7 @@ def rows(ms: float, device: str = "H200", chip: str = "sm_90") -> dict[str, list
         {"kernel": "up_kernel", "layer": "A", "mode": "LoRA", "ms": {device: ms - 1.0}},
         {"kernel": "sum_k_kernel", "layer": "A", "mode": "LoRA", "ms": {device: 0.5}},
     ]
-    step = {"chip": chip, "device": device, "layer": "A", "mode": "LoRA", "ms": ms}
+    step = {"chip": chip, "device": device, "layer": "A", "mode": "LoRA", "ms": ms, "floor_ms": 1.0}
     return {"steps": [step], "launches": table.merged([*launches, launches[1]])}
 
 
@@ -209,6 +209,11 @@ def test_a_slower_step_needs_an_updated_table():
     assert failure.endswith("python benchmarks/ahead_of_time.py --update")
     assert table.changes(rows(2.0), rows(1.5), ["sm_90"]) == ["A LoRA on H200: 2 -> 1.5 ms (estimates)"]
     assert table.changes(rows(2.0), rows(2.01), ["sm_90"]) == []
+
+
+def test_a_step_is_shown_with_its_floor():
+    text = rendering.steps_markdown(rows(2.5)["steps"])
+    assert "## H200\n" in text and "| A | 2.5 (2.5) |\n" in text and "Estimates, not measurements" in text
 
 
 def test_steps_that_only_one_table_has_fail_for_the_chips_that_are_checked():
