@@ -82,12 +82,12 @@ class Device:
 
 
 def operand_bytes(matrix: str) -> float:
-    """Bytes of 16-bit operands that wgmma reads from shared memory for each of its FLOPs; 0 for other instructions."""
-    shape = re.fullmatch(r"wgmma m(\d+)n(\d+)k\d+", matrix)
+    """Bytes that wgmma reads from shared memory for each of its FLOPs; 0 for other instructions."""
+    shape = re.fullmatch(r"wgmma m(\d+)n(\d+)k(\d+)", matrix)
     if shape is None:
         return 0.0
-    m, n = int(shape[1]), int(shape[2])
-    return 2 * (m + n) / (2 * m * n)
+    m, n, k = map(int, shape.groups())
+    return 32 * (m + n) / (2 * m * n * k)  # k elements are 32 bytes in every dtype
 
 
 # shared memory: 128 bytes a clock, at the clock at which 4096 FLOPs a clock are 790 TFLOP/s
