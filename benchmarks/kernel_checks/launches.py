@@ -75,13 +75,14 @@ def arguments_of(function: JITFunction, grid: Any, args: tuple, kwargs: dict) ->
     return values, math.prod(sizes)
 
 
-def specialize(function: JITFunction, target: GPUTarget, values: dict[str, Any], kwargs: dict) -> Launch:
+def specialize(function: JITFunction, target: GPUTarget, grid: Any, args: tuple, kwargs: dict) -> Launch:
     """Types, constants and alignment of one call, by Triton's own rules for the target.
 
     Raises:
-        ValueError: If an argument is missing.
+        ValueError: If an argument is missing, or the grid is larger than a GPU takes.
     """
     backend = make_backend(target)
+    values, _ = arguments_of(function, grid, args, kwargs)
     signature, constants, attributes = [], [], []
     for at, parameter in enumerate(function.params):
         if parameter.name not in values and not parameter.has_default:
@@ -108,8 +109,7 @@ def recording(target: GPUTarget, device_name: str) -> Iterator[tuple[list[Call],
     nearest = tiles._nearest
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        values, programs = arguments_of(self, grid, args, kwargs)
-        calls.append(Call(specialize(self, target, values, kwargs), values, programs))
+        calls.append(Call(specialize(self, target, grid, args, kwargs), *arguments_of(self, grid, args, kwargs)))
 
     def choose(*shape: Any) -> tiles.Tile:
         asked.append(nearest(*shape))
