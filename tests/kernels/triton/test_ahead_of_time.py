@@ -52,7 +52,7 @@ def test_a_tile_larger_than_shared_memory_is_refused():
     assert "may use 101376 bytes of shared memory" in done.stderr
 
 
-def test_every_kernel_is_launched_by_a_case_and_every_launch_of_a_layer_has_a_model():
+def test_every_kernel_is_launched_by_a_case():
     done = check("--coverage")
     assert done.returncode == 0, done.stdout + done.stderr
 
