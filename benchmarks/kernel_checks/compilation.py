@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .dependent_launch import require_wait
+from .instructions import Loop, disassemble, inner_loop, matrix_instruction, tensor_memory
 from .launches import Launch
+from .occupancy import programs
 
 INSTRUCTIONS = {
     "mma": r"mma\.sync",
@@ -61,9 +63,14 @@ class Resources:
     shared_memory: int  # bytes
     instructions: dict[str, int]
     dot_rows: int  # of the highest product of 16-bit values, 0 without any
+    matrix: str  # the largest matrix instruction
+    programs: int  # that one multiprocessor runs at once
+    loop: Loop | None = None  # the inner one, if asked for
 
 
-def compile_launch(launch: Launch, chip: Chip) -> Resources:
+def compile_launch(launch: Launch, name: str, read_loop: bool = False) -> Resources:
+    """Compile for the chip of that name. `read_loop`: disassemble, too."""
+    chip = CHIPS[name]
     function = getattr(importlib.import_module(launch.module), launch.kernel)
     attributes = {(at,): [list(fact) for fact in facts] for at, facts in launch.attributes}
     source = ASTSource(function, dict(launch.signature), dict(launch.constants), attributes)
@@ -78,9 +85,15 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
     else:
         text = kernel.asm["amdgcn"]
         registers, spilled, stack = read_amdgcn(text)
-    found = {name: len(re.findall(pattern, text)) for name, pattern in INSTRUCTIONS.items()}
-    found = {name: count for name, count in found.items() if count}
-    return Resources(registers, spilled, stack, kernel.metadata.shared, found, dot_rows(kernel.asm["ttir"]))
+    counts = {kind: len(re.findall(pattern, text)) for kind, pattern in INSTRUCTIONS.items()}
+    shared, num_warps = kernel.metadata.shared, kernel.metadata.num_warps
+    found = {kind: count for kind, count in counts.items() if count}
+    fitting = programs(name, num_warps, registers, shared, tensor_memory(text))
+    loop = None
+    if read_loop:
+        loop = inner_loop(disassemble(kernel.asm["cubin"]) if chip.target.backend == "cuda" else text)
+    needs = (registers, spilled, stack, shared, found, dot_rows(kernel.asm["ttir"]))
+    return Resources(*needs, matrix_instruction(text), fitting, loop)
 
 
 def read_ptxas_log(log: str) -> tuple[int, int, int]:

@@ -6,6 +6,8 @@ is what runs, and a launcher that reads a value back from the device fails here.
 """
 
 import ast
+import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,12 +35,44 @@ class Launch:
     attributes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]  # argument's position -> what is known of it
     options: tuple[tuple[str, Any], ...]
 
+    def alike(self) -> "Launch":
+        """This launch with any number of slots a token: a kernel divides by it, which changes no resources."""
+        return dataclasses.replace(self, constants=tuple(pair for pair in self.constants if pair[0] != "TOP_K"))
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether the kernel may start while the one before it still runs."""
+        return bool(dict(self.options).get("launch_pdl", False))
+
     def blocks(self) -> str:
         """The constants that shape a tile, to be read."""
         sizes = [str(value) for name, value in self.constants if name.startswith("BLOCK_") and name != "BLOCK_R"]
         named = {"num_warps": 4, "num_stages": 3} | dict(self.constants) | dict(self.options)  # Triton's defaults
         stages = named.get("STAGES", named["num_stages"])  # of one loop, or of all
         return f"{'x'.join(sizes) or '-'}, {named['num_warps']} warps, {stages} stages"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch with what it is launched on: its arguments by name, tensors without storage, and the programs."""
+
+    launch: Launch
+    values: dict[str, Any]
+    programs: int
+
+
+def arguments_of(function: JITFunction, grid: Any, args: tuple, kwargs: dict) -> tuple[dict[str, Any], int]:
+    """The arguments of one call by name, and the number of programs.
+
+    Raises:
+        ValueError: If the grid is larger than a GPU takes.
+    """
+    values = dict(zip(function.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name in function.arg_names}
+    sizes = tuple(grid(values)) if callable(grid) else tuple(grid)
+    if any(not 0 < size <= most for size, most in zip(sizes, MAX_GRID, strict=False)):
+        raise ValueError(f"{function.__name__}: a grid must be in (0, {MAX_GRID}], got {sizes}.")
+    return values, math.prod(sizes)
 
 
 def specialize(function: JITFunction, target: GPUTarget, grid: Any, args: tuple, kwargs: dict) -> Launch:
@@ -48,11 +82,7 @@ def specialize(function: JITFunction, target: GPUTarget, grid: Any, args: tuple,
         ValueError: If an argument is missing, or the grid is larger than a GPU takes.
     """
     backend = make_backend(target)
-    values = dict(zip(function.arg_names, args, strict=False))
-    values |= {name: value for name, value in kwargs.items() if name in function.arg_names}
-    sizes = tuple(grid(values)) if callable(grid) else tuple(grid)
-    if any(not 0 < size <= most for size, most in zip(sizes, MAX_GRID, strict=False)):
-        raise ValueError(f"{function.__name__}: a grid must be in (0, {MAX_GRID}], got {sizes}.")
+    values, _ = arguments_of(function, grid, args, kwargs)
     signature, constants, attributes = [], [], []
     for at, parameter in enumerate(function.params):
         if parameter.name not in values and not parameter.has_default:
@@ -73,14 +103,14 @@ def specialize(function: JITFunction, target: GPUTarget, grid: Any, args: tuple,
 
 
 @contextmanager
-def recording(target: GPUTarget, device_name: str) -> Iterator[tuple[list[Launch], list[tiles.Tile]]]:
+def recording(target: GPUTarget, device_name: str) -> Iterator[tuple[list[Call], list[tiles.Tile]]]:
     """Launches and the tiles that launchers asked for in this block, as if on a GPU of that name."""
-    launches: list[Launch] = []
+    calls: list[Call] = []
     asked: list[tiles.Tile] = []
     nearest = tiles._nearest
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(specialize(self, target, grid, args, kwargs))
+        calls.append(Call(specialize(self, target, grid, args, kwargs), *arguments_of(self, grid, args, kwargs)))
 
     def choose(*shape: Any) -> tiles.Tile:
         asked.append(nearest(*shape))
@@ -91,7 +121,7 @@ def recording(target: GPUTarget, device_name: str) -> Iterator[tuple[list[Launch
         mock.patch.object(tiles, "device_name", return_value=device_name),
         mock.patch.object(tiles, "_nearest", choose),
     ):
-        yield launches, asked
+        yield calls, asked
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:

@@ -32,7 +32,7 @@ def test_a_shipped_kernel_passes_and_its_needs_are_written(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert {row["chip"] for row in result["kernels"]} == {"sm_80", "gfx942"}
     assert {row["kernel"] for row in result["kernels"]} == {"sum_k_kernel", "bias_gradient_kernel"}
-    assert all(row["registers"] > 0 and not row["spilled"] for row in result["kernels"])
+    assert all(row["registers"] > 0 and row["programs"] > 0 and not row["spilled"] for row in result["kernels"])
     assert "triton" in result["versions"]
 
 
