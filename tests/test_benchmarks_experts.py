@@ -212,12 +212,12 @@ def test_the_gpu_plan_runs_with_a_clock_of_the_cpu(tmp_path, monkeypatch):
     """Decoding and LoRA, through stock PEFT and accelerated, are compared with float64 like everything else."""
     cases = [replace(case, dtype="float32") for case in quick(cuda_plan()).cases]
     cases = [case for case in cases if case.layer.family == "qwen3_moe" or case.mode == "forward"]
-    plan = replace(quick(cuda_plan()), device="cpu", cases=tuple(cases))
+    plan = replace(quick(cuda_plan()), device="cpu", cases=tuple(cases), case_seconds=0.001)
     names, missing = command.present("cuda", [OURS, "liger", "scattermoe"])
     header = {"plan": plan.name, "implementations": {"present": names, "absent": missing}}
     header["reached"] = dict(zip(("tflops", "tbs"), reached(CpuClock(), "cpu", size=64), strict=True))
-    found = results.Results(tmp_path / "experts_cuda.json", "cuda", results.environment("cpu", 1), header, fresh=True)
-    assert command.measure(plan, names, found, CpuClock(), 0.001, Console(quiet=True)) == []
+    found = results.Results(tmp_path / "experts_cuda.json", "cuda", results.environment("cpu", 1), header)
+    assert command.measure(plan, names, found, CpuClock(), Console(quiet=True)) == []
     modes = {record["mode"] for record in found.data["cases"].values()}
     assert modes == {"decode", "forward", "train", "frozen", "lora"}
     for record in found.data["cases"].values():

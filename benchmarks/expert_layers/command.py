@@ -52,25 +52,34 @@ def run(options: Namespace) -> int:
     console, begin = Console(), time.monotonic()
     if options.report or options.readme:
         return report(options, console)
-    threads = options.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
     plan = cuda_plan() if options.device == "cuda" else cpu_plan()
     plan = quick(plan) if options.quick else plan
     plan = replace(plan, cases=tuple(case for case in plan.cases if _is_chosen(case, options)))
-    names, missing = present(plan.device, options.implementations)
+    plan = replace(plan, case_seconds=options.case_seconds or plan.case_seconds)
+    deadline = None if options.seconds is None else begin + options.seconds
+    if options.fresh:
+        (options.output / f"{plan.name}.json").unlink(missing_ok=True)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    return run_plan(plan, options.implementations, options.output, threads, deadline, console)
+
+
+def run_plan(
+    plan: Plan, chosen: list[str] | None, output: Path, threads: int, deadline: float | None, console: Console
+) -> int:
+    """Measures what the plan's file in `output` lacks, until `deadline` (time.monotonic); an exit status as `run`."""
+    torch.set_num_threads(threads)
+    # the contestants of a plan, also where its cases run elsewhere to try them
+    names, missing = present("cuda" if plan.name == "experts_cuda" else plan.device, chosen)
     clock = CudaClock() if plan.device == "cuda" else CpuClock()
     header = {"plan": plan.name, "rules": rules(plan.device), "implementations": {"present": names, "absent": missing}}
     if plan.device == "cuda":
         header["reached"] = dict(zip(("tflops", "tbs"), reached(clock, "cuda"), strict=True))
     try:
-        facts = environment(plan.device, threads)
-        path = options.output / f"{plan.name}.json"
-        results = Results(path, plan.device, facts, header, fresh=options.fresh)
+        results = Results(output / f"{plan.name}.json", plan.device, environment(plan.device, threads), header)
     except ResultsError as error:
         console.print(error, style="red", markup=False, soft_wrap=True)
         return 2
-    deadline = None if options.seconds is None else begin + options.seconds
-    failures = measure(plan, names, results, clock, options.case_seconds or plan.case_seconds, console, deadline)
+    failures = measure(plan, names, results, clock, console, deadline)
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)
     return 1 if failures else 0
@@ -104,9 +113,8 @@ def rules(device: str) -> dict[str, Any]:
 
 
 def measure(
-    plan: Plan, names: list[str], results: Results, clock: Clock, case_seconds: float, console: Console,
-    deadline: float | None = None,
-) -> list[str]:  # fmt: skip
+    plan: Plan, names: list[str], results: Results, clock: Clock, console: Console, deadline: float | None = None
+) -> list[str]:
     """Measures what `results` lack, until `deadline` (time.monotonic); gives what is wrong in cases of the plan."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -116,14 +124,14 @@ def measure(
             for case in group:
                 progress.update(task, description=case.key)
                 if not results.has(case.key, names) and not is_over(deadline):
-                    record = bench.measure(case, names, case_seconds * (2 if case.tokens >= MANY_TOKENS else 1))
+                    record = bench.measure(case, names, plan.case_seconds * (2 if case.tokens >= MANY_TOKENS else 1))
                     results.add(case.key, record | roofline_of(case, results.data.get("reached")))
                     line = _line(case.key, results.data["cases"][case.key])
                     progress.console.print(line, markup=False, soft_wrap=True, highlight=False)
                 progress.advance(task)
     left = [case.key for case in plan.cases if not results.has(case.key, names)]
     if left:
-        console.print(f"out of time, {len(left)} cases are left: run the same command again", markup=False)
+        console.print(f"out of time, cases that are left: {len(left)}. The same command goes on.", markup=False)
     measured = [case.key for case in plan.cases if case.key not in left]
     return [line for key in measured for line in failures_of(key, results.data["cases"][key])]
 
