@@ -78,12 +78,11 @@ class CudaTimer:
 
     def __call__(self) -> float:
         seconds, early = self._sample()
-        while early and not self.late:
-            if self.sleep == LONGEST_SLEEP:  # it waits for the device: no sleep is long enough
-                self.late, self.sleep = True, FIRST_SLEEP
-                break
+        while early and not self.late and self.sleep < LONGEST_SLEEP:
             self.sleep *= 2
             seconds, early = self._sample()
+        if early and not self.late:  # no sleep is long enough
+            self.late, self.sleep = True, FIRST_SLEEP
         return seconds
 
     def _sample(self) -> tuple[float, bool]:

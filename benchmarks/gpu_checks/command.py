@@ -76,6 +76,9 @@ def _times(setting: Setting, options: Namespace, wrong: set[str]) -> int:
 
 
 def _sweep(setting: Setting, options: Namespace, wrong: set[str]) -> int:
+    if "triton" in wrong:
+        print("no sweep: every tile is compared with the shipped one, and triton is wrong", flush=True)
+        return 0
     right = {record["name"] for record in read(options.output)["checks"] if record["objection"] is None}
     sweep.sweep(setting, right, options.output, options.until)
     return 0

@@ -1,4 +1,4 @@
-"""What a run must say of itself: date, device, versions, commit, and the tiles that were shipped then."""
+"""What a run must say of itself: date, device, versions and commit."""
 
 from datetime import date
 from typing import Any

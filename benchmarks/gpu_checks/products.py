@@ -28,6 +28,11 @@ LAUNCHERS = {
 }
 
 
+# other numbers than the shipped one of row tiles that share a weight tile in L2; a weight gradient has no row tiles
+GROUPS = (4, 16)
+GROUPED = ("up", "grouped_linear", "backward_activation")
+
+
 class Product(NamedTuple):
     """One launch.
 
@@ -115,6 +120,13 @@ def shipped_tile(product: Product, device: str) -> Tile:
 
 def title(tile: Tile) -> str:
     return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+
+
+@contextmanager
+def with_groups(kernel: str, row_tiles: int) -> Iterator[None]:
+    """Launchers of `kernel` let so many row tiles sweep the columns together."""
+    with mock.patch.object(LAUNCHERS[kernel], "ROW_TILES_PER_GROUP", row_tiles):
+        yield
 
 
 @contextmanager
