@@ -29,12 +29,7 @@ from typing import Any
 import torch
 from expert_layers.clocks import Contestant, CpuClock, CudaClock
 from expert_layers.results import ROOT, environment
-from expert_layers.timing import (
-    METHOD,
-    median_ratio,
-    peak_bytes,
-    time_undisturbed,
-)
+from expert_layers.timing import METHOD, median_ratio, peak_bytes, time_undisturbed
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

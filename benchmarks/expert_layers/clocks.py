@@ -12,8 +12,8 @@ from torch import Tensor
 FIRST_SLEEP, LONGEST_SLEEP = 1 << 22, 1 << 28
 DEVICE_CLOCK = (
     "between two events on the device; before the first the L2 cache is overwritten and the device sleeps until the "
-    "CPU has queued the whole run, so that launches are not counted; who waits for the device itself is `late`: its "
-    "launches are counted"
+    "CPU has queued the whole run, so that launches are not counted; who waits for the device itself, or launches "
+    "more than its queue holds, is `late`: its launches are counted"
 )
 
 

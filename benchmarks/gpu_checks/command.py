@@ -1,5 +1,6 @@
 """The stages of a run, one process each, and the summary."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import triton_interpreter
 
 from ..expert_layers.results import write_json
-from . import checks, predictions, profiles, sweep, tables, times
+from . import checks, predictions, profiles, sweep, tables
 from .facts import facts
 from .setting import GPU, TINY, Setting
 
@@ -43,7 +44,7 @@ def parser(description: str | None) -> ArgumentParser:
 
 
 def run(options: Namespace) -> int:
-    """The exit status: 1 if something is wrong or a stage did not end by itself, 2 without a GPU."""
+    """The exit status: 1 if something is not right or a stage was stopped, 2 if nothing was run."""
     if options.tiles:
         return write_tiles(options.output, options.tiles)
     if not options.tiny and not torch.cuda.is_available():
@@ -55,6 +56,9 @@ def run(options: Namespace) -> int:
     if options.stage:
         wrong = set(filter(None, options.wrong.split(",")))
         return STAGES[options.stage](setting, options, wrong)
+    if there := [name for name in FILES if (options.output / f"{name}.json").exists()]:
+        print(f"{options.output} holds {', '.join(there)} of another run: give an empty folder.", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as work:
         return Run(setting, options, Path(work), time.time() + options.seconds).all_stages()
 
@@ -72,6 +76,7 @@ def _check(setting: Setting, options: Namespace, wrong: set[str]) -> int:
 
 
 def _times(setting: Setting, options: Namespace, wrong: set[str]) -> int:
+    times = importlib.import_module(".times", __package__)  # with transformers and PEFT, which no other stage needs
     return times.time_layer(setting, options.part, wrong, options.output, options.until)
 
 
@@ -123,7 +128,7 @@ class Run:
         write_json(output / "checks.json", found)
         wrong = ",".join(sorted(checks.wrong_operators(found)))
         self._say_checks(found, wrong)
-        self._stage("times", times.layers_of(self.setting), wrong)
+        self._stage("times", self.setting.layers(), wrong)
         self._stage("sweep", [""], wrong)
         self._stage("profile", [""], wrong)
         self.lines += summary(read(output))

@@ -60,6 +60,10 @@ class Setting(NamedTuple):
         cases = {case.mode: case for case in reversed(quick(plan).cases) if case.mode in TINY_MODES}.values()
         return Plan(plan.name, "cpu", tuple(cases), self.case_seconds)
 
+    def layers(self) -> list[str]:
+        """Names of the plan's layers, the one with most predictions first."""
+        return list(dict.fromkeys(case.layer.name for case in self.plan().cases))
+
 
 def _tiles(*shapes: tuple[int, int, int, int, int]) -> list[Tile]:
     return [Tile(*shape) for shape in shapes]

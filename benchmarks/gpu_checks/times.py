@@ -14,11 +14,6 @@ from .setting import Setting
 RUN_BY = {"triton": (HF_MOE, "hf_moe_triton"), "hybrid": ("hf_moe_grouped",)}
 
 
-def layers_of(setting: Setting) -> list[str]:
-    """Names of the plan's layers, those with predictions first."""
-    return list(dict.fromkeys(case.layer.name for case in setting.plan().cases))
-
-
 def contestants(wrong: set[str]) -> list[str]:
     left_out = {name for operator in wrong for name in RUN_BY.get(operator, ())}
     return [name for name in (HF_MOE, "hf_moe_triton", "hf_moe_grouped", *PEERS) if name not in left_out]
