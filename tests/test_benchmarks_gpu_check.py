@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import triton_interpreter
-from benchmarks.gpu_checks import checks, predictions, products, tables, times
-from benchmarks.gpu_checks.command import summary
+from benchmarks.gpu_checks import checks, command, predictions, products, tables, times
 from benchmarks.gpu_checks.setting import GPU, SWEPT_TILES, TINY
 from hf_moe.kernels.triton import tiles
 from hf_moe.kernels.triton.ops import triton_experts
@@ -75,6 +74,32 @@ def test_a_crash_is_known_by_name_and_what_was_not_reached_is_not_right(tmp_path
     assert checks.wrong_operators(checks.collected(TINY, tmp_path)) == {"hybrid"}
     assert times.contestants({"hybrid"}) == ["hf_moe", "hf_moe_triton", "liger", "scattermoe"]
     assert checks.wrong_operators([{"operator": "routing", "objection": "no"}]) >= {"triton", "lora"}
+
+
+STAGES_THAT_FAIL = """
+import os, sys, time
+stage = sys.argv[sys.argv.index("--stage") + 1]
+print(stage, flush=True)
+if stage == "times":
+    os.abort()
+if stage == "sweep":
+    time.sleep(60)
+"""
+
+
+def test_a_stage_that_crashes_or_hangs_costs_that_stage(tmp_path, monkeypatch, capsys):
+    (tmp_path / "program.py").write_text(STAGES_THAT_FAIL)
+    monkeypatch.setattr(command, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(command, "PATIENCE", 0.0)
+    options = command.parser(None).parse_args(["--tiny", "--output", str(tmp_path / "out"), "--seconds", "0"])
+    assert command.run(options) == 1
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert "times tiny ended with -6" in lines
+    assert "sweep  was stopped: out of time" in lines
+    assert [line.partition(":")[0] for line in lines if line.endswith(" s")] == ["check", "times", "sweep", "profile"]
+    assert all(record["objection"] for record in json.loads((tmp_path / "out" / "checks.json").read_text()))
+    assert command.run(options) == 2  # results of two runs are not mixed
+    assert "give an empty folder" in capsys.readouterr().err
 
 
 def test_the_sweep_holds_tiles_that_launchers_take():
@@ -144,10 +169,10 @@ def test_a_prediction_that_does_not_hold_names_its_assumption():
         "down at 128x128x64, 8 warps, 3 stages, ms": False,
         "dX at 128x256x64, 8 warps, 3 stages, ms": True,
     }
-    lines = summary(run)
+    lines = command.summary(run)
     assert [line for line in lines if "WRONG in 1 of 2" in line and "from L2 to the multiprocessors" in line]
     assert "    down at 128x128x64, 8 warps, 3 stages, ms: 0.9, above 0.43 to 0.73" in lines
-    assert summary(run | {"facts": {"device": "cpu"}})[-1] == "no prediction was made for this device"
+    assert command.summary(run | {"facts": {"device": "cpu"}})[-1] == "no prediction was made for this device"
 
 
 @needs_interpreter
