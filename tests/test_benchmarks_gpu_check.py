@@ -12,7 +12,7 @@ import torch
 
 import triton_interpreter
 from benchmarks.gpu_checks import checks, command, predictions, products, tables, times
-from benchmarks.gpu_checks.setting import GPU, SWEPT_TILES, TINY
+from benchmarks.gpu_checks.setting import GPU, SWEPT_TILES, TINY, Sizes
 from hf_moe.kernels.triton import tiles
 from hf_moe.kernels.triton.ops import triton_experts
 from hf_moe.kernels.triton.tiles import Tile
@@ -173,6 +173,22 @@ def test_a_prediction_that_does_not_hold_names_its_assumption():
     assert [line for line in lines if "WRONG in 1 of 2" in line and "from L2 to the multiprocessors" in line]
     assert "    down at 128x128x64, 8 warps, 3 stages, ms: 0.9, above 0.43 to 0.73" in lines
     assert command.summary(run | {"facts": {"device": "cpu"}})[-1] == "no prediction was made for this device"
+
+
+@needs_interpreter
+def test_shapes_of_the_sweep_are_those_that_launchers_ask_with(monkeypatch):
+    asked = []
+
+    def recorded(kernel, *shape, **options):
+        asked.append((kernel, shape[:3]))
+        return tiles.tile_for(kernel, *shape)
+
+    for module in products.LAUNCHERS.values():
+        monkeypatch.setattr(module, "tile_for", recorded)
+    for product in products.products_of(Sizes(32, 16, 2, 2), 4, torch.bfloat16, "cpu").values():
+        product.launch()
+        assert asked == ([(product.kernel, product.shape)] if product.kernel else [])
+        asked.clear()
 
 
 @needs_interpreter

@@ -112,10 +112,8 @@ def this_device() -> str:
     return tiles.device_name(torch.device("cuda", torch.cuda.current_device()))
 
 
-def shipped_tile(product: Product, device: str) -> Tile:
-    if product.kernel is None:
-        raise ValueError("this launch has no tile")
-    return tiles.tile_for(product.kernel, *product.shape, torch.bfloat16, torch.device(device))
+def shipped_tile(kernel: str, shape: tuple[int, int, int], device: str) -> Tile:
+    return tiles.tile_for(kernel, *shape, torch.bfloat16, torch.device(device))
 
 
 def title(tile: Tile) -> str:

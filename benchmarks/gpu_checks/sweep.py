@@ -35,7 +35,7 @@ def sweep(setting: Setting, right: set[str], output: Path, until: float) -> None
 def _times(setting: Setting, product: Product, right: set[str], clock: Clock) -> dict[str, Any]:
     facts: dict[str, Any] = {"kernel": product.kernel, "shape": product.shape}
     if product.kernel is not None:
-        facts["shipped"] = title(shipped_tile(product, setting.device))
+        facts["shipped"] = title(shipped_tile(product.kernel, product.shape, setting.device))
     by_tile, by_group = _contestants(setting, product, right)
     failed = _failures(by_tile | by_group)
     able = {name: contestant for name, contestant in (by_tile | by_group).items() if name not in failed}
