@@ -27,16 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from expert_layers.clocks import Contestant, CpuClock, CudaClock
 from expert_layers.results import ROOT, environment
-from expert_layers.timing import (
-    METHOD,
-    Contestant,
-    CpuClock,
-    CudaClock,
-    median_ratio,
-    peak_bytes,
-    time_undisturbed,
-)
+from expert_layers.timing import METHOD, median_ratio, peak_bytes, time_undisturbed
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -202,7 +195,7 @@ def peak_of(run: Callable[[], Tensor], device: str) -> int:
 def measure(runs: dict[str, Callable[[], Tensor]], device: str, budget: float, peaks: bool) -> dict[str, Any]:
     clock = CudaClock() if device == "cuda" else CpuClock()
     contestants = {name: Contestant(run) for name, run in runs.items()}
-    times, others_share = time_undisturbed(contestants, clock, budget, [FROZEN_STOCK, FROZEN])
+    times, late, others_share = time_undisturbed(contestants, clock, budget, [FROZEN_STOCK, FROZEN])
     bytes_of = {name: peak_of(run, device) for name, run in runs.items()} if peaks else {}
     results: dict[str, Any] = {}
     for name in runs:
@@ -212,6 +205,8 @@ def measure(runs: dict[str, Callable[[], Tensor]], device: str, budget: float, p
             "rounds": len(values),
             "ms_to": {other: _short(median_ratio(times[name], times[other])) for other in runs if other != name},
         }
+        if name in late:
+            results[name]["late"] = True
         if peaks:
             results[name]["peak_mb"] = _short(bytes_of[name] / 2**20)
             ratios = {other: _short(bytes_of[name] / bytes_of[other]) for other in runs if other != name}
@@ -243,7 +238,7 @@ def run(options: Namespace) -> int:
             case = f"{dtype_name}, " + (f"step of {count} tokens" if count > 1 else "forward of one token")
             of, ids = (step_of if count > 1 else forward_of), tokens(count, options.device)
             runs = {name: of(model, ids) for name, model in models.items()}
-            data["cases"][case] = measure(runs, options.device, options.seconds, peaks=count > 1)
+            data["cases"][case] = measure(runs, options.device, options.case_seconds, peaks=count > 1)
             print(_line(case, data["cases"][case]), flush=True)
     data["targets"] = [target.verdict(data["cases"]) for target in TARGETS]
     for verdict in data["targets"]:
@@ -265,7 +260,7 @@ def _line(case: str, results: dict[str, Any]) -> str:
 def parser() -> ArgumentParser:
     found = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    found.add_argument("--seconds", type=float, default=12.0, help="budget of a case's rounds")
+    found.add_argument("--case-seconds", type=float, default=12.0, help="budget of a case's rounds")
     found.add_argument("--threads", type=int, help="default: every core that the process may use")
     found.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     found.add_argument("--output", type=Path, help="default: benchmarks/results/adapters_DEVICE.json")

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from expert_layers.clocks import Contestant, CpuClock, CudaClock
 from expert_layers.results import ROOT, environment
-from expert_layers.timing import METHOD, Contestant, CpuClock, CudaClock, median_ratio, time_undisturbed
+from expert_layers.timing import METHOD, median_ratio, time_undisturbed
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -100,12 +101,14 @@ def forward_of(model: Any, ids: Tensor) -> Callable[[], Tensor]:
 def measure(runs: dict[str, Callable[[], Tensor]], device: str, budget: float) -> dict[str, Any]:
     clock = CudaClock() if device == "cuda" else CpuClock()
     contestants = {name: Contestant(run) for name, run in runs.items()}
-    times, others_share = time_undisturbed(contestants, clock, budget, [PLAIN])
+    times, late, others_share = time_undisturbed(contestants, clock, budget, [PLAIN])
     results: dict[str, Any] = {}
     for name, seconds in times.items():
         median = sorted(seconds)[len(seconds) // 2]
         ratio = median_ratio(seconds, times[PLAIN])
         results[name] = {"ms": _short(1e3 * median), "rounds": len(seconds), "to_plain": _short(ratio)}
+        if name in late:
+            results[name]["late"] = True
     return results | {"used_by_others": _short(others_share)}
 
 
@@ -131,7 +134,7 @@ def run(options: Namespace) -> int:
         for kind, count in (("step", length), ("forward", length), ("forward", 1)):
             case, of = f"{kind} of {count} token" + "s" * (count > 1), step_of if kind == "step" else forward_of
             runs = {name: of(each, tokens(count, options.device)) for name, each in models.items()}
-            data["cases"][case] = measure(runs, options.device, options.seconds)
+            data["cases"][case] = measure(runs, options.device, options.case_seconds)
             print(case, data["cases"][case], flush=True)
     judged = list(data["cases"])[:2]
     data["targets"] = [_verdict(case, data["cases"][case][COUNTS]["to_plain"]) for case in judged]
@@ -149,7 +152,7 @@ def _verdict(case: str, value: float) -> dict[str, Any]:
 def parser() -> ArgumentParser:
     found = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    found.add_argument("--seconds", type=float, default=50.0, help="budget of a case's rounds")
+    found.add_argument("--case-seconds", type=float, default=50.0, help="budget of a case's rounds")
     found.add_argument("--threads", type=int, help="default: every core that the process may use")
     found.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     found.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "tracing.json")

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -45,8 +45,15 @@ def _upstream_changes() -> dict[str, str]:
     return {
         change["test"]: f"{change['date']}: {change['cause']}"
         for change in changes
-        if all(SpecifierSet(wanted).contains(version(name)) for name, wanted in change["when"].items())
+        if all(_is_installed(name, wanted) for name, wanted in change["when"].items())
     }
+
+
+def _is_installed(name: str, versions: str) -> bool:
+    try:
+        return SpecifierSet(versions).contains(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def pytest_collection_modifyitems(items):

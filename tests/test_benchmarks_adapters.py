@@ -13,7 +13,7 @@ import sys
 sys.path[:0] = ["benchmarks", "."]
 import adapters
 {spoil}
-options = adapters.parser().parse_args(["--quick", "--seconds", "0.1", "--threads", "1", "--output", sys.argv[1]])
+options = adapters.parser().parse_args(["--quick", "--case-seconds", "0.1", "--threads", "1", "--output", sys.argv[1]])
 sys.exit(adapters.run(options))
 """
 

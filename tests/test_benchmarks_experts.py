@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from rich.console import Console
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
 
 import hf_moe  # noqa: F401  registers the implementations
-import triton_interpreter
 from benchmarks.expert_layers import command, contestants, results, timing
 from benchmarks.expert_layers.bench import Bench, summary
 from benchmarks.expert_layers.cases import Case, Layer, build_experts, build_inputs, cpu_plan, cuda_plan, quick
+from benchmarks.expert_layers.clocks import FIRST_SLEEP, LONGEST_SLEEP, Contestant, CpuClock, CudaTimer
 from benchmarks.expert_layers.correctness import Stacks, compared_experts, plain_torch
 from benchmarks.expert_layers.report import (
     BEGIN,
@@ -34,8 +35,6 @@ from benchmarks.expert_layers.targets import CPU, H100, verdict_table, verdicts
 from benchmarks.expert_layers.timing import (
     MIN_ROUNDS,
     SLOW_ROUNDS,
-    Contestant,
-    CpuClock,
     median_ratio,
     reached,
     saved_bytes,
@@ -56,7 +55,17 @@ def _backends_that_need_no_compiler(monkeypatch):
 
 
 def options(folder, *arguments):
-    start = ["--quick", "--threads", "1", "--seconds", "0.001", "--output", str(folder), "--implementations", OURS]
+    start = [
+        "--quick",
+        "--threads",
+        "1",
+        "--case-seconds",
+        "0.001",
+        "--output",
+        str(folder),
+        "--implementations",
+        OURS,
+    ]
     return command.parser(None).parse_args([*start, *arguments])
 
 
@@ -98,7 +107,7 @@ def test_the_command_runs_as_a_script(tmp_path):
         "--quick",
         "--threads",
         "1",
-        "--seconds",
+        "--case-seconds",
         "0",
         "--output",
         tmp_path,
@@ -200,17 +209,15 @@ def test_results_of_another_machine_are_not_mixed(measured, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_gpu_plan_runs_with_a_clock_of_the_cpu(tmp_path, monkeypatch):
-    """Decoding, LoRA through PEFT and our LoRA op are compared with float64 like everything else."""
-    if not triton_interpreter.is_on():
-        monkeypatch.setattr(command, "lora_op_absent", lambda: "it does not run on this machine's CPU")
+    """Decoding and LoRA, through stock PEFT and accelerated, are compared with float64 like everything else."""
     cases = [replace(case, dtype="float32") for case in quick(cuda_plan()).cases]
     cases = [case for case in cases if case.layer.family == "qwen3_moe" or case.mode == "forward"]
-    plan = replace(quick(cuda_plan()), device="cpu", cases=tuple(cases))
+    plan = replace(quick(cuda_plan()), device="cpu", cases=tuple(cases), case_seconds=0.001)
     names, missing = command.present("cuda", [OURS, "liger", "scattermoe"])
     header = {"plan": plan.name, "implementations": {"present": names, "absent": missing}}
     header["reached"] = dict(zip(("tflops", "tbs"), reached(CpuClock(), "cpu", size=64), strict=True))
-    found = results.Results(tmp_path / "experts_cuda.json", "cuda", results.environment("cpu", 1), header, fresh=True)
-    assert command.measure(plan, names, found, CpuClock(), 0.001, Console(quiet=True)) == []
+    found = results.Results(tmp_path / "experts_cuda.json", "cuda", results.environment("cpu", 1), header)
+    assert command.measure(plan, names, found, CpuClock(), Console(quiet=True)) == []
     modes = {record["mode"] for record in found.data["cases"].values()}
     assert modes == {"decode", "forward", "train", "frozen", "lora"}
     for record in found.data["cases"].values():
@@ -255,11 +262,77 @@ def test_weight_gradients_are_compared_for_the_fullest_and_the_emptiest_expert()
     assert len(compared) == 8
 
 
-class FakeClock:
+class FakeDevice:
+    """A device of 1 GHz: seconds of the CPU and of a queue; stands for torch.cuda and for its events."""
+
+    def __init__(self):
+        self.now = self.end_of_queue = 0.0
+
+    def launch(self, seconds_to_queue, seconds_to_run):
+        self.now += seconds_to_queue
+        self.end_of_queue = max(self.now, self.end_of_queue) + seconds_to_run
+
+    def _sleep(self, cycles):
+        self.launch(0.0, cycles / 1e9)
+
+    def synchronize(self):
+        self.now = max(self.now, self.end_of_queue)
+
+    def Event(self, enable_timing):  # noqa: N802  torch's name
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", max(self.now, self.end_of_queue))
+        event.query = lambda: event.at <= self.now
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+@pytest.mark.parametrize("launches", [1, 10, 100])
+def test_what_the_cpu_needs_to_launch_is_not_counted_on_a_gpu(launches, monkeypatch):
+    device, prepared = FakeDevice(), []
+    monkeypatch.setattr(torch, "cuda", device)
+    layer = Contestant(lambda: [device.launch(1e-3, 1e-5) for _ in range(launches)], lambda: prepared.append(1))
+    timer = CudaTimer(layer, torch.empty(1))
+    assert timer() == pytest.approx(launches * 1e-5)
+    assert not timer.late
+    assert FIRST_SLEEP <= timer.sleep < LONGEST_SLEEP
+    assert timer.sleep / 1e9 >= launches * 1e-3 or launches == 1
+    samples = len(prepared)  # every sample begins without gradients
+    assert timer() == pytest.approx(launches * 1e-5)
+    assert len(prepared) == samples + 1
+
+
+def test_who_waits_for_the_gpu_is_named_as_late(monkeypatch):
+    device = FakeDevice()
+    monkeypatch.setattr(torch, "cuda", device)
+    timer = CudaTimer(Contestant(lambda: (device.synchronize(), device.launch(1e-3, 1e-5))), torch.empty(1))
+    assert [timer(), timer()] == pytest.approx([1e-3 + 1e-5] * 2)
+    assert timer.late
+    assert timer.sleep == FIRST_SLEEP
+
+
+def test_no_case_begins_after_the_deadline_and_the_same_command_goes_on(tmp_path, capsys):
+    chosen = ("--tokens", "1", "--dtypes", "float32", "--modes", "forward")
+    assert command.run(options(tmp_path, *chosen, "--seconds", "0")) == 0
+    assert "cases that are left: 1." in capsys.readouterr().out
+    assert command.run(options(tmp_path, *chosen)) == 0
+    assert len(load(tmp_path)["cases"]) == 1
+
+
+class FakeTimer:
     """Every contestant takes what it says."""
 
-    def seconds(self, run):
-        return run()
+    late = False
+
+    def __init__(self, contestant):
+        self.contestant = contestant
+
+    def __call__(self):
+        self.contestant.prepare()
+        return self.contestant.run()
+
+
+class FakeClock:
+    timer = FakeTimer
 
 
 def test_rounds_are_shared_and_slow_contestants_leave_early():
@@ -269,7 +342,8 @@ def test_rounds_are_shared_and_slow_contestants_leave_early():
         "eager": Contestant(lambda: 5.5),
         "ours": Contestant(lambda: 0.5 + 0.0 * next(times)),
     }
-    found = time_rounds(contestants_by_name, FakeClock(), 0.0, ("eager", "grouped_mm"))
+    found, late = time_rounds(contestants_by_name, FakeClock(), 0.0, ("eager", "grouped_mm"))
+    assert late == set()
     assert {name: len(seconds) for name, seconds in found.items()} == {
         "grouped_mm": MIN_ROUNDS,
         "eager": SLOW_ROUNDS,
@@ -284,17 +358,19 @@ def test_a_disturbed_measurement_is_repeated(monkeypatch):
     used = iter([(0, 0, 0), (4, 2, 2), (4, 2, 2), (6.1, 4, 4), (6.1, 4, 4), (8.1, 6, 6)])
     monkeypatch.setattr(timing, "_used_seconds", lambda: next(used))
     monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
-    times, share = timing.time_undisturbed({"eager": Contestant(lambda: 1.0)}, FakeClock(), 0.0, ("eager",))
-    assert share <= 0.05
+    found = timing.time_undisturbed({"eager": Contestant(lambda: 1.0)}, FakeClock(), 0.0, ("eager",))
+    assert found.others <= 0.05
     assert len(list(used)) == 2
-    assert len(times["eager"]) == MIN_ROUNDS
+    assert len(found.seconds["eager"]) == MIN_ROUNDS
 
 
 def test_ratios_are_medians_within_rounds():
     # a machine that is twice as slow in the last round leaves every ratio as it is
     times = {"grouped_mm": [2.0, 2.0, 4.0], "eager": [3.0, 3.0, 6.0], "ours": [1.0, 1.0, 2.0]}
     times["dense floor"] = [0.5, 0.5, 1.0]
-    record = summary(times, {"grouped_mm": {}, "eager": {}, "ours": {}, "absent": {"refused": "no"}})
+    results = {"grouped_mm": {}, "eager": {}, "ours": {}, "absent": {"refused": "no"}}
+    record = summary(timing.Timing(times, {"eager"}, others=0.0), results)
+    assert [name for name, facts in record["results"].items() if "late" in facts] == ["eager"]
     assert record["best_native"] == "grouped_mm"
     assert record["floors_ms"] == {"dense floor": 500}
     assert record["results"]["ours"]["to_best_native"] == 0.5

@@ -23,7 +23,7 @@ def tracing(monkeypatch):
 
 def options(tracing, output):
     return tracing.parser().parse_args(
-        ["--quick", "--seconds", "0.01", "--threads", "1", "--output", str(output / "tracing.json")]
+        ["--quick", "--case-seconds", "0.01", "--threads", "1", "--output", str(output / "tracing.json")]
     )
 
 

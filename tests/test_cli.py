@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from hf_moe.recipes import quickstart
 from typer.testing import CliRunner
+
+pytest.importorskip("hf_moe.recipes", reason="hf_moe is not installed: pip install -e .")
+from hf_moe.recipes import quickstart
 
 import hf_moe_command
 from hf_moe import cli

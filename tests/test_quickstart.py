@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_moe.recipes import quickstart
-from hf_moe.recipes.quickstart import Quickstart
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("hf_moe.recipes", reason="hf_moe is not installed: pip install -e .")
+from hf_moe.recipes import quickstart
+from hf_moe.recipes.quickstart import Quickstart
 
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.data.bad_rows import DataError

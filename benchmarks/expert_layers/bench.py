@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from . import contestants as who
 from .cases import DECODE, LORA, TRAIN, Case, Layer, build_experts, build_inputs
+from .clocks import Clock, Contestant
 from .contestants import DENSE, HF_MOE, NATIVES, STREAM, Forward
 from .correctness import Judge, Outcome, Stacks, compared_experts, judge, plain_torch
-from .lora import LORA_OP, SCALE, LoraLayer
-from .timing import Clock, Contestant, captured, median_ratio, peak_bytes, saved_bytes, time_undisturbed
+from .lora import SCALE, LoraLayer, takes_factors
+from .timing import Timing, captured, median_ratio, peak_bytes, saved_bytes, time_undisturbed
 
 STREAM_UP_TO_TOKENS = 64
 
@@ -38,7 +39,7 @@ class Bench:
         self.layer, self.device, self.clock = layer, device, clock
         self.experts = lru_cache(2)(lambda dtype: build_experts(layer, dtype, device))
         self.inputs = lru_cache(1)(lambda tokens, routing: build_inputs(layer, tokens, routing, device))
-        self.lora = lru_cache(1)(lambda dtype: LoraLayer(self.experts(dtype)))
+        self.lora = lru_cache(2)(lambda dtype, accelerated: LoraLayer(self.experts(dtype), accelerated=accelerated))
         # one for all dtypes, because all values are exact in bfloat16
         self.exact = lru_cache(1)(self._exact)
         self.judge = lru_cache(2)(self._judge)
@@ -47,7 +48,7 @@ class Bench:
         experts: Any = self.experts(dtype)
         tensors = {"up": experts.gate_up_proj, "down": experts.down_proj}
         if with_lora:
-            tensors |= self.lora(dtype).factors(lambda parameter: parameter)
+            tensors |= self.lora(dtype, False).factors(lambda parameter: parameter)
         return Stacks(tensors, SCALE)
 
     def _exact(self, tokens: int, routing: str, with_lora: bool) -> Outcome:
@@ -84,7 +85,7 @@ class CaseRun:
         for name in names:
             results[name] = self._admit(name, subjects)
         contestants = {name: self._contestant(subject) for name, subject in subjects.items()} | self._floors()
-        times, others = time_undisturbed(contestants, self.bench.clock, budget, NATIVES)
+        timing = time_undisturbed(contestants, self.bench.clock, budget, NATIVES)
         for contestant in contestants.values():
             contestant.prepare()  # drops the gradients
         return {
@@ -95,8 +96,8 @@ class CaseRun:
             "routing": case.routing,
             "experts_hit": self.hit,
             "forward_gflop": round(case.layer.flops(case.tokens) / 1e9, 3),
-            "used_by_others": round(others, 3),
-        } | summary(times, results)
+            "used_by_others": round(timing.others, 3),
+        } | summary(timing, results)
 
     def _admit(self, name: str, subjects: dict[str, Subject]) -> dict[str, Any]:
         """Adds `name` to `subjects` if it runs and is right; what was measured on the way, or why it is left out."""
@@ -121,8 +122,7 @@ class CaseRun:
 
     def _subject(self, name: str) -> Subject:
         if self.case.mode == LORA:
-            lora = self.bench.lora(self.case.torch_dtype)
-            return Subject(*(lora.through_op() if name == LORA_OP else lora.through_peft(name)))
+            return Subject(*self.bench.lora(self.case.torch_dtype, takes_factors(name)).run_by(name))
         forward = self._captured(who.forward_by_name(name, self.experts))
         if self.case.mode != TRAIN:
             return Subject(forward, self.experts)
@@ -187,8 +187,9 @@ class CaseRun:
         return facts
 
 
-def summary(times: dict[str, list[float]], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary(timing: Timing, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The floors' times, the best native, and `results` with times and ratios added."""
+    times = timing.seconds
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     floors = [name for name in (DENSE, STREAM) if name in medians]
     most = max(map(len, times.values()))
@@ -200,6 +201,8 @@ def summary(times: dict[str, list[float]], results: dict[str, dict[str, Any]]) -
         low, _, high = statistics.quantiles(times[name], n=4)
         facts |= {"ms": _rounded(1e3 * medians[name]), "quartiles_ms": [_rounded(1e3 * low), _rounded(1e3 * high)]}
         facts["rounds"] = len(times[name])
+        if name in timing.late:
+            facts["late"] = True
         if best is not None:
             facts["to_best_native"] = _rounded(median_ratio(times[name], times[best]))
         facts |= {

@@ -16,7 +16,8 @@ MODES = {
     FORWARD: "forward under no_grad",
     TRAIN: "forward and backward, everything trained: gradients of rows, routing weights and experts",
     FROZEN: "forward and backward with frozen experts: gradients of rows and routing weights",
-    LORA: "forward and backward with frozen experts and trained low-rank factors on both projections",
+    LORA: "forward and backward with frozen experts and trained low-rank factors on both projections of PEFT: "
+    "ours after accelerate_adapters, others through PEFT's own W + BA",
     DECODE: "forward under no_grad, replayed as a CUDA graph",
 }
 # the experts class of a family, its configuration, and the field that holds the experts' width
@@ -87,7 +88,7 @@ class Plan:
     name: str
     device: str
     cases: tuple[Case, ...]
-    seconds: float
+    case_seconds: float
 
 
 def cpu_plan() -> Plan:
@@ -100,7 +101,7 @@ def cpu_plan() -> Plan:
         for dtype in ("float32", "bfloat16")
         for mode in (FORWARD, TRAIN, FROZEN)
     )
-    return Plan("experts_cpu", "cpu", cases, seconds=3.0)
+    return Plan("experts_cpu", "cpu", cases, case_seconds=3.0)
 
 
 def cuda_plan() -> Plan:
@@ -115,7 +116,7 @@ def cuda_plan() -> Plan:
         cases += [Case(layer, batch, "bfloat16", DECODE) for batch in (1, 4, 16, 64)]
         cases += [Case(layer, 8192, "bfloat16", mode) for mode in (FORWARD, TRAIN, FROZEN, LORA)]
     cases += [Case(layers[0], 8192, "bfloat16", mode, "zipf") for mode in (FORWARD, TRAIN)]
-    return Plan("experts_cuda", "cuda", tuple(cases), seconds=2.0)
+    return Plan("experts_cuda", "cuda", tuple(cases), case_seconds=2.0)
 
 
 def quick(plan: Plan) -> Plan:
@@ -124,7 +125,7 @@ def quick(plan: Plan) -> Plan:
     for case in plan.cases:
         layer = Layer("tiny", case.layer.family, 64, 32, 4, 2)
         cases.append(Case(layer, min(case.tokens, 16), case.dtype, case.mode, case.routing))
-    return Plan(plan.name, plan.device, tuple(dict.fromkeys(cases)), seconds=0.02)
+    return Plan(plan.name, plan.device, tuple(dict.fromkeys(cases)), case_seconds=0.02)
 
 
 def build_experts(layer: Layer, dtype: torch.dtype, device: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import replace
 from itertools import groupby
@@ -14,14 +15,14 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 
 from . import contestants as who
 from .bench import Bench
-from .cases import LORA, MODES, Case, Plan, cpu_plan, cuda_plan, quick
+from .cases import MODES, Case, Plan, cpu_plan, cuda_plan, quick
+from .clocks import DEVICE_CLOCK, Clock, CpuClock, CudaClock
 from .correctness import RULE
-from .lora import LORA_OP, lora_op_absent
 from .report import README, plot_ratios, readme_section, times_table, with_section
 from .results import ROOT, Results, ResultsError, environment
 from .roofline import Device, floor_of
 from .targets import verdict_table, verdicts
-from .timing import METHOD, Clock, CpuClock, CudaClock, reached
+from .timing import METHOD, reached
 
 MANY_TOKENS = 512  # from here on a round takes long: twice the budget
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,7 +36,8 @@ def parser(description: str | None) -> ArgumentParser:
     found.add_argument("--dtypes", nargs="+", help="only these dtypes")
     found.add_argument("--modes", nargs="+", choices=MODES, help="only these modes")
     found.add_argument("--implementations", nargs="+", help="only these, besides transformers' own")
-    found.add_argument("--seconds", type=float, help="budget of a case's rounds, doubled for many tokens")
+    found.add_argument("--seconds", type=float, help="of the whole run: then no case begins; the same command goes on")
+    found.add_argument("--case-seconds", type=float, help="budget of a case's rounds, doubled for many tokens")
     found.add_argument("--threads", type=int, help="default: every core that the process may use")
     found.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     found.add_argument("--fresh", action="store_true", help="forget the results that are there")
@@ -47,27 +49,37 @@ def parser(description: str | None) -> ArgumentParser:
 
 def run(options: Namespace) -> int:
     """The exit status: 1 if an implementation is wrong or `hf_moe` refuses, 2 if the results are from elsewhere."""
-    console = Console()
+    console, begin = Console(), time.monotonic()
     if options.report or options.readme:
         return report(options, console)
-    threads = options.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
     plan = cuda_plan() if options.device == "cuda" else cpu_plan()
     plan = quick(plan) if options.quick else plan
     plan = replace(plan, cases=tuple(case for case in plan.cases if _is_chosen(case, options)))
-    names, missing = present(plan.device, options.implementations)
+    plan = replace(plan, case_seconds=options.case_seconds or plan.case_seconds)
+    deadline = None if options.seconds is None else begin + options.seconds
+    if options.fresh:
+        (options.output / f"{plan.name}.json").unlink(missing_ok=True)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    return run_plan(plan, options.implementations, options.output, threads, deadline, console)
+
+
+def run_plan(
+    plan: Plan, chosen: list[str] | None, output: Path, threads: int, deadline: float | None, console: Console
+) -> int:
+    """Measures what the plan's file in `output` lacks, until `deadline` (time.monotonic); an exit status as `run`."""
+    torch.set_num_threads(threads)
+    # the contestants of a plan, also where its cases run elsewhere to try them
+    names, missing = present("cuda" if plan.name == "experts_cuda" else plan.device, chosen)
     clock = CudaClock() if plan.device == "cuda" else CpuClock()
-    header = {"plan": plan.name, "rules": rules(), "implementations": {"present": names, "absent": missing}}
+    header = {"plan": plan.name, "rules": rules(plan.device), "implementations": {"present": names, "absent": missing}}
     if plan.device == "cuda":
         header["reached"] = dict(zip(("tflops", "tbs"), reached(clock, "cuda"), strict=True))
     try:
-        facts = environment(plan.device, threads)
-        path = options.output / f"{plan.name}.json"
-        results = Results(path, plan.device, facts, header, fresh=options.fresh)
+        results = Results(output / f"{plan.name}.json", plan.device, environment(plan.device, threads), header)
     except ResultsError as error:
         console.print(error, style="red", markup=False, soft_wrap=True)
         return 2
-    failures = measure(plan, names, results, clock, options.seconds or plan.seconds, console)
+    failures = measure(plan, names, results, clock, console, deadline)
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)
     return 1 if failures else 0
@@ -95,14 +107,15 @@ def present(device: str, chosen: list[str] | None) -> tuple[list[str], dict[str,
     return [name for name in names if name not in missing], missing
 
 
-def rules() -> dict[str, Any]:
-    return {"timing": METHOD, "correctness": RULE, "modes": MODES, "floors": who.FLOORS, "skipped": who.SKIPPED}
+def rules(device: str) -> dict[str, Any]:
+    timing = {"timing": METHOD} | ({"clock": DEVICE_CLOCK} if device == "cuda" else {})
+    return timing | {"correctness": RULE, "modes": MODES, "floors": who.FLOORS, "skipped": who.SKIPPED}
 
 
 def measure(
-    plan: Plan, names: list[str], results: Results, clock: Clock, seconds: float, console: Console
+    plan: Plan, names: list[str], results: Results, clock: Clock, console: Console, deadline: float | None = None
 ) -> list[str]:
-    """Measures what `results` lack; gives what is wrong, in all cases of the plan."""
+    """Measures what `results` lack, until `deadline` (time.monotonic); gives what is wrong in cases of the plan."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("experts", total=len(plan.cases))
@@ -110,14 +123,21 @@ def measure(
             bench = Bench(layer, plan.device, clock)
             for case in group:
                 progress.update(task, description=case.key)
-                wanted = names + ([LORA_OP] if case.mode == LORA and lora_op_absent() is None else [])
-                if not results.has(case.key, wanted):
-                    record = bench.measure(case, wanted, seconds * (2 if case.tokens >= MANY_TOKENS else 1))
+                if not results.has(case.key, names) and not is_over(deadline):
+                    record = bench.measure(case, names, plan.case_seconds * (2 if case.tokens >= MANY_TOKENS else 1))
                     results.add(case.key, record | roofline_of(case, results.data.get("reached")))
                     line = _line(case.key, results.data["cases"][case.key])
                     progress.console.print(line, markup=False, soft_wrap=True, highlight=False)
                 progress.advance(task)
-    return [line for case in plan.cases for line in failures_of(case.key, results.data["cases"][case.key])]
+    left = [case.key for case in plan.cases if not results.has(case.key, names)]
+    if left:
+        console.print(f"out of time, cases that are left: {len(left)}. The same command goes on.", markup=False)
+    measured = [case.key for case in plan.cases if case.key not in left]
+    return [line for key in measured for line in failures_of(key, results.data["cases"][key])]
+
+
+def is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def roofline_of(case: Case, speeds: dict[str, float] | None) -> dict[str, float]:

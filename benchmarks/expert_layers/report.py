@@ -7,7 +7,6 @@ from typing import Any
 
 from .cases import FORWARD, FROZEN, LORA, TRAIN
 from .contestants import DENSE, HF_MOE, STREAM
-from .lora import LORA_OP
 from .results import ROOT
 from .targets import Record, ratio, saved_share
 
@@ -126,7 +125,7 @@ def _distinct(values: Any) -> list[Any]:
 
 def times_table(data: Mapping[str, Any]) -> str:
     """Markdown: milliseconds of every case, and as multiples of the best native's."""
-    names = data["implementations"]["present"] + [LORA_OP]
+    names = data["implementations"]["present"]
     names = [name for name in names if any("ms" in r["results"].get(name, {}) for r in data["cases"].values())]
     lines = [f"| case | floors, ms | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for key, record in data["cases"].items():

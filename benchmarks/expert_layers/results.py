@@ -77,9 +77,9 @@ class ResultsError(RuntimeError):
 class Results:
     """The file, and what it holds: `header`, and `cases` by key."""
 
-    def __init__(self, path: Path, device: str, facts: dict[str, Any], header: dict[str, Any], *, fresh: bool):
+    def __init__(self, path: Path, device: str, facts: dict[str, Any], header: dict[str, Any]):
         self.path, self.device, self.source = path, device, source_hash(device)
-        found = json.loads(path.read_text()) if path.exists() and not fresh else {}
+        found = json.loads(path.read_text()) if path.exists() else {}
         other = [
             f"{name}: {found[name]} there, {facts[name]} here"
             for name in facts
@@ -101,7 +101,12 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n")
-        partial.replace(self.path)
+        write_json(self.path, self.data)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all: who is interrupted leaves the file that was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)

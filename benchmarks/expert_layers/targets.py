@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from .cases import DECODE, FORWARD, LORA, TRAIN
 from .contestants import HF_MOE
-from .lora import LORA_OP
 
 Record = Mapping[str, Any]
 
@@ -59,21 +58,19 @@ def saved_share(record: Record) -> float | None:
     return ours / native if ours is not None and native else None
 
 
-def _best_of_ours(record: Record, field: str) -> float | None:
-    names = (HF_MOE, LORA_OP) if record["mode"] == LORA else (HF_MOE,)
-    found = [record["results"].get(name, {}).get(field) for name in names]
-    return min((value for value in found if value is not None), default=None)
+def _of_ours(record: Record, field: str) -> float | None:
+    return record["results"].get(HF_MOE, {}).get(field)
 
 
 def _saved_gb(record: Record) -> float | None:
-    saved = _best_of_ours(record, "saved_bytes")
+    saved = _of_ours(record, "saved_bytes")
     return None if saved is None else saved / 1e9
 
 
 VALUES = {
     "ratio": ratio,
     "saved share": saved_share,
-    "ms": lambda record: _best_of_ours(record, "ms"),
+    "ms": lambda record: _of_ours(record, "ms"),
     "saved GB": _saved_gb,
 }
 

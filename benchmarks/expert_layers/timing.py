@@ -6,12 +6,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .clocks import Clock, Contestant, Timer
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 SLOW, SLOW_ROUNDS = 5.0, 2
@@ -24,62 +25,33 @@ METHOD = (
 )
 
 
-class Clock(Protocol):
-    def seconds(self, run: Callable[[], object]) -> float: ...
+class Timing(NamedTuple):
+    """What `time_undisturbed` found.
 
-
-class CpuClock:
-    """Wall time."""
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-
-class CudaClock:
-    """Time on the device between two events, with the L2 cache overwritten before.
-
-    Writing the cache takes longer than launching a layer, so launches that the CPU queues meanwhile are not counted.
+    Attributes:
+        seconds: Of every contestant by round; lists of slow contestants are shorter.
+        late: Contestants whose launches by the CPU are part of their times.
+        others: Share of the cores that other processes used meanwhile.
     """
 
-    def __init__(self) -> None:
-        size = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-        self._scratch = torch.empty(max(size, 256 << 20), dtype=torch.int8, device="cuda")
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        self._scratch.zero_()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """`run` is timed; `prepare` restores the state before a run, untimed."""
-
-    run: Callable[[], object]
-    prepare: Callable[[], None] = lambda: None
+    seconds: dict[str, list[float]]
+    late: set[str]
+    others: float
 
 
 def time_undisturbed(
     contestants: Mapping[str, Contestant], clock: Clock, budget: float, natives: Sequence[str]
-) -> tuple[dict[str, list[float]], float]:
-    """`time_rounds`, again while other processes take part; the times, and the share of the cores that others used."""
+) -> Timing:
+    """`time_rounds`, again while other processes take part."""
     found = []
     for _ in range(ATTEMPTS):
         before = _used_seconds()
-        times = time_rounds(contestants, clock, budget, natives)
+        seconds, late = time_rounds(contestants, clock, budget, natives)
         busy, own, wall = (after - start for after, start in zip(_used_seconds(), before, strict=True))
-        found.append((max(busy - own, 0.0) / wall / (os.cpu_count() or 1), times))
-        if found[-1][0] <= DISTURBED:
+        found.append(Timing(seconds, late, max(busy - own, 0.0) / wall / (os.cpu_count() or 1)))
+        if found[-1].others <= DISTURBED:
             break
-    share, times = min(found, key=lambda attempt: attempt[0])
-    return times, share
+    return min(found, key=lambda attempt: attempt.others)
 
 
 def _used_seconds() -> tuple[float, float, float]:
@@ -95,11 +67,12 @@ def _used_seconds() -> tuple[float, float, float]:
 
 def time_rounds(
     contestants: Mapping[str, Contestant], clock: Clock, budget: float, natives: Sequence[str]
-) -> dict[str, list[float]]:
-    """Seconds of every contestant by round; lists of slow contestants are shorter."""
+) -> tuple[dict[str, list[float]], set[str]]:
+    """Seconds of every contestant by round, and who is late (`Timing`)."""
     shuffle = random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    warm = {name: _once(contestant, clock) for name, contestant in contestants.items()}
+    timers: dict[str, Timer] = {name: clock.timer(contestant) for name, contestant in contestants.items()}
+    warm = {name: timer() for name, timer in timers.items()}
     fastest = min((warm[name] for name in natives if name in warm), default=float("inf"))
     slow = {name for name, seconds in warm.items() if seconds > SLOW * fastest}
     gc.collect()
@@ -113,16 +86,11 @@ def time_rounds(
             shuffle(order)
             for name in order:
                 start = time.perf_counter()
-                times[name].append(_once(contestants[name], clock))
+                times[name].append(timers[name]())
                 spent += 0.0 if name in slow else time.perf_counter() - start
     finally:
         gc.enable()
-    return times
-
-
-def _once(contestant: Contestant, clock: Clock) -> float:
-    contestant.prepare()
-    return clock.seconds(contestant.run)
+    return times, {name for name, timer in timers.items() if timer.late}
 
 
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
@@ -147,14 +115,20 @@ def saved_bytes(forward: Callable[[], Tensor], excluded: nn.Module) -> int:
 
 
 def reached(clock: Clock, device: str, size: int = 8192) -> tuple[float, float]:
-    """TFLOP/s of a bfloat16 product of `size`, and TB/s of a copy, medians of 9."""
-    left, right = (torch.ones(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    source = torch.ones(8 * size * size, dtype=torch.int8, device=device)
+    """TFLOP/s of a bfloat16 product of `size`, and TB/s of a copy, medians of 9.
+
+    Of random values: on constant ones a GPU draws less power and runs up to an eighth faster.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shape, options = (size, size), {"generator": generator, "device": device}
+    left, right = (torch.randn(shape, **options).bfloat16() for _ in range(2))
+    source = torch.randint(-128, 128, (8 * size * size,), dtype=torch.int8, **options)
     target = torch.empty_like(source)
 
     def median_seconds(run: Callable[[], object]) -> float:
-        run()
-        return statistics.median(clock.seconds(run) for _ in range(9))
+        timer = clock.timer(Contestant(run))
+        timer()
+        return statistics.median(timer() for _ in range(9))
 
     product, copy = median_seconds(lambda: left @ right), median_seconds(lambda: target.copy_(source))
     return 2 * size**3 / product / 1e12, 2 * source.nbytes / copy / 1e12

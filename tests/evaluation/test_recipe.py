@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install hf-moe[eval]")
+pytest.importorskip("hf_moe.recipes", reason="hf_moe is not installed: pip install -e .")
 
 from hf_moe.recipes import evaluate as recipe  # noqa: E402
 
