@@ -101,15 +101,22 @@ def load_weight(weight_at, ok):
 
 
 @triton.jit
+def step_masks(row_ok, col_ok, left, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Masks of the rows [M, BLOCK_K] and of the weight [BLOCK_K, N] where `left` columns of the rows are left."""
+    x_ok = row_ok[:, None]
+    w_ok = col_ok[None, :]
+    if not EVEN_K:
+        ks = tl.arange(0, BLOCK_K)
+        x_ok = x_ok & (ks < left)[None, :]
+        w_ok = w_ok & (ks < left)[:, None]
+    return x_ok, w_ok
+
+
+@triton.jit
 def multiply(acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """acc + rows @ weight^T over A, from the places of the first BLOCK_K columns of the rows and of the weight."""
-    ks = tl.arange(0, BLOCK_K)
     for k in range(0, A, BLOCK_K):
-        x_ok = row_ok[:, None]
-        w_ok = col_ok[None, :]
-        if not EVEN_K:
-            x_ok = x_ok & (ks < A - k)[None, :]
-            w_ok = w_ok & (ks < A - k)[:, None]
+        x_ok, w_ok = step_masks(row_ok, col_ok, A - k, EVEN_K, BLOCK_K)
         x = tl.load(rows_at, mask=x_ok, other=0.0)
         acc = tl.dot(x, load_weight(weight_at, w_ok), acc, input_precision="ieee")
         rows_at += BLOCK_K
@@ -135,15 +142,10 @@ def add_low_rank(
 
 
 @triton.jit
-def add_terms(
-    acc, low, bias_B, rows, row_ok, cols, col_ok,
-    HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc + low-rank term + bias of the rows' expert; low: (low_NR, low_weight, R, stride_b, stride_r)."""
+def add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW: tl.constexpr, BLOCK_R: tl.constexpr):
+    """acc + low-rank term of the rows' expert, if there is one; low: (low_NR, low_weight, R, stride_b, stride_r)."""
     if HAS_LOW:
         acc = add_low_rank(acc, low[0], low[1], rows, row_ok, cols, col_ok, low[2], low[3], low[4], BLOCK_R)
-    if HAS_BIAS:
-        acc += tl.load(bias_B + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -212,7 +214,7 @@ def linear_tile(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = multiply(acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, EVEN_K, BLOCK_K)
     acc *= scale
-    acc = add_terms(acc, low, bias_EB, rows, row_ok, cols, col_ok, HAS_LOW, False, BLOCK_R)
+    acc = add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
     row_weights = rows
     if HAS_ROW_WEIGHTS:
         row_weights = tl.load(row_weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)

@@ -19,13 +19,14 @@ from .grouped_linear import (
     EPILOGUE_COLUMNS,
     ROW_TILES_PER_GROUP,
     LowRankTerm,
-    add_terms,
+    add_term,
     bounds_of_tile,
     column_halves,
     halves,
     load_weight,
     multiply,
     rows_between,
+    step_masks,
     term_arguments,
     tile_of_program,
 )
@@ -94,13 +95,8 @@ def multiply_two(
 ):
     """`multiply` of the same rows by two blocks of the weight."""
     first_at, second_at = weights_at
-    ks = tl.arange(0, BLOCK_K)
     for k in range(0, A, BLOCK_K):
-        x_ok = row_ok[:, None]
-        w_ok = col_ok[None, :]
-        if not EVEN_K:
-            x_ok = x_ok & (ks < A - k)[None, :]
-            w_ok = w_ok & (ks < A - k)[:, None]
+        x_ok, w_ok = step_masks(row_ok, col_ok, A - k, EVEN_K, BLOCK_K)
         x = tl.load(rows_at, mask=x_ok, other=0.0)
         first = tl.dot(x, load_weight(first_at, w_ok), first, input_precision="ieee")
         second = tl.dot(x, load_weight(second_at, w_ok), second, input_precision="ieee")
@@ -150,12 +146,12 @@ def up_tile(
     if TWO:
         both_at = (weight_at, weight_at + tl.cast(width, tl.int64) * stride_p)
         gate, up = multiply_two(pre, pre, hidden_at, row_ok, both_at, col_ok, H, stride_h, EVEN_K, BLOCK_K)
-        gate = add_terms(gate, low, bias_EP, rows, row_ok, cols, col_ok, HAS_LOW, False, BLOCK_R)
-        up = add_terms(up, low, bias_EP, rows, row_ok, cols + width, col_ok, HAS_LOW, False, BLOCK_R)
+        gate = add_term(gate, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
+        up = add_term(up, low, rows, row_ok, cols + width, col_ok, HAS_LOW, BLOCK_R)
         pre = tl.reshape(tl.join(gate, up), (BLOCK_M, 2 * BLOCK_N))
     else:
         pre = multiply(pre, hidden_at, row_ok, weight_at, col_ok, H, stride_h, EVEN_K, BLOCK_K)
-        pre = add_terms(pre, low, bias_EP, rows, row_ok, cols, col_ok, HAS_LOW, False, BLOCK_R)
+        pre = add_term(pre, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
     to = (act_NI, pre_NP, bias_EP + expert.to(tl.int64) * (2 * width if GATED else width))
     store_activation(pre, to, first_row, first_col, row_ok, width, FORM, FLAGS, BLOCK_M, BLOCK_N, NARROW)
 
