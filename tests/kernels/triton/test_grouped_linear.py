@@ -120,7 +120,7 @@ def test_tiles_match_float64(options, tile, monkeypatch, device):
     problem.check(problem.launch(device))
 
 
-@pytest.mark.parametrize("routing", sorted(set(ROUTINGS) - {"nan_token"}))
+@pytest.mark.parametrize("routing", ["odd_sizes", "sentinels", "one_expert_takes_all"])
 def test_half_tiles_and_parts_of_columns_change_no_bit(routing, monkeypatch, device):
     """Experts with at most half a tile of rows left, with more, with none; every option at once."""
     monkeypatch.setattr(grouped_linear, "tile_for", lambda *_, **__: Tile(32, 16, 16, num_warps=4, num_stages=1))
