@@ -214,7 +214,8 @@ TILED: dict[str, list[Case]] = {
         Case("inference", up),
         Case("gpt-oss, training", lambda shape: up(shape, GPT_OSS, bias=True, store_pre=True)),
         Case("LoRA, training", lambda shape: up(shape, store_pre=True, low=True)),
-        Case("transposed, inference", lambda shape: up(shape, TRANSPOSED)),
+        # gate and up in an accumulator each
+        Case("transposed, training", lambda shape: up(shape, TRANSPOSED, store_pre=True)),
         Case("ungated relu2, training", lambda shape: up(shape, RELU2, store_pre=True)),
         Case("gelu, training", lambda shape: up(shape, GELU, store_pre=True)),
     ],

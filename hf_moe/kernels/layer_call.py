@@ -5,7 +5,7 @@ ungated), R rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,7 +64,13 @@ class LowRank(NamedTuple):
     scale: float
 
     def to(self, dtype: torch.dtype) -> "LowRank":
-        return LowRank(self.a.to(dtype), self.b.to(dtype), self.scale)
+        # PEFT's b has the expert fastest. A GPU's kernels want its rows, which a cast brings for nothing; those of the
+        # CPU read any strides.
+        layout = torch.preserve_format if self.b.device.type == "cpu" else torch.contiguous_format
+        return LowRank(self.a.to(dtype), self.b.to(dtype, memory_format=layout), self.scale)
+
+    def contiguous(self) -> "LowRank":
+        return LowRank(self.a.contiguous(), self.b.contiguous(), self.scale)
 
 
 class LowRankPair(NamedTuple):
@@ -74,7 +80,13 @@ class LowRankPair(NamedTuple):
     down: LowRank | None
 
     def to(self, dtype: torch.dtype) -> "LowRankPair":
-        up, down = (None if factors is None else factors.to(dtype) for factors in self)
+        return self._each(lambda factors: factors.to(dtype))
+
+    def contiguous(self) -> "LowRankPair":
+        return self._each(LowRank.contiguous)
+
+    def _each(self, change: Callable[[LowRank], LowRank]) -> "LowRankPair":
+        up, down = (None if factors is None else change(factors) for factors in self)
         return LowRankPair(up, down)
 
 

@@ -39,3 +39,9 @@ def test_every_value_stands_where_the_schema_names_it(adapters, schema):
     if call.low_rank is not None:
         assert flat["down_b"] is call.low_rank.down.b
         assert (flat["up_scale"], flat["down_scale"]) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(("device", "copied"), [("meta", True), ("cpu", False)])
+def test_a_cast_brings_the_rows_of_peft_s_b_together_where_no_cpu_reads_them(device, copied):
+    peft_s = torch.zeros(48, 2, 4, device=device).permute(2, 0, 1)
+    assert PAIR._replace(b=peft_s).to(torch.bfloat16).b.is_contiguous() == copied

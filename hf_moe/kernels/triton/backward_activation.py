@@ -18,7 +18,14 @@ from torch import Tensor
 
 from ..layer_call import ExpertForm
 from .activation import activate_backward, form_constants, glu_backward
-from .grouped_linear import ROW_TILES_PER_GROUP, LowRankTerm, add_low_rank, term_arguments, tile_of_program
+from .grouped_linear import (
+    ROW_TILES_PER_GROUP,
+    LowRankTerm,
+    add_low_rank,
+    column_halves,
+    term_arguments,
+    tile_of_program,
+)
 from .routing import RowOrder
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
@@ -137,12 +144,6 @@ def activation_gradient(
     if STORE_ACT:
         store_act(weighted_act, scale * act, first_row, first_col, row_ok, width, BLOCK_M, BLOCK_N)
     return tl.sum(grad_act * act, axis=1)
-
-
-@triton.jit
-def column_halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit

@@ -20,6 +20,10 @@ from .weight_gradient import block_of, unit_stride_rows
 ROW_TILES_PER_GROUP = 8
 # columns of the low-rank factors that one dot takes
 LARGEST_RANK_BLOCK = 64
+# Columns of one part of an epilogue: what a wide tile is stored from takes as many registers as the tile itself.
+EPILOGUE_COLUMNS = 64
+# Rows of the lowest half of a tile: products of fewer have no wgmma, and few rows wait for the weights anyway.
+FEWEST_ROWS_OF_HALF = 64
 
 
 class LowRankTerm(NamedTuple):
@@ -50,6 +54,11 @@ def term_arguments(term: LowRankTerm | None, unused: Tensor) -> dict[str, Any]:
     }
 
 
+def halves(tile: Tile) -> bool:
+    """Whether a kernel multiplies half as many rows where an expert's last tile holds no more."""
+    return tile.block_m // 2 >= FEWEST_ROWS_OF_HALF
+
+
 @triton.jit
 def tile_of_program(num_tiles, col_blocks, GROUP: tl.constexpr):
     """(row tile, column tile) of this program: groups of row tiles, expert-major, one group's column tiles inner."""
@@ -62,14 +71,57 @@ def tile_of_program(num_tiles, col_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.constexpr):
-    """(expert, rows, whether a row is the tile's). Expert -1: rows that no expert computes, or none at all."""
+def bounds_of_tile(tile, expert_M, row_M, expert_end_E, num_rows):
+    """(expert, first row, end of its rows). Expert -1: rows that no expert computes, or none at all."""
     expert = tl.load(expert_M + tile)
     first = tl.load(row_M + tile)
     end = tl.load(expert_end_E + expert, mask=expert >= 0, other=0)
-    end = tl.where(expert >= 0, end, tl.where(first >= 0, num_rows, 0))
+    return expert, first, tl.where(expert >= 0, end, tl.where(first >= 0, num_rows, 0))
+
+
+@triton.jit
+def rows_between(first, end, BLOCK_M: tl.constexpr):
+    """(rows of a tile, whether a row is the tile's)."""
     rows = first + tl.arange(0, BLOCK_M)
-    return expert, rows, (rows >= 0) & (rows < end)
+    return rows, (rows >= 0) & (rows < end)
+
+
+@triton.jit
+def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.constexpr):
+    """(expert, rows, whether a row is the tile's), as `bounds_of_tile`."""
+    expert, first, end = bounds_of_tile(tile, expert_M, row_M, expert_end_E, num_rows)
+    rows, row_ok = rows_between(first, end, BLOCK_M)
+    return expert, rows, row_ok
+
+
+@triton.jit
+def load_weight(weight_at, ok):
+    """One block of an expert's matrix, as it is multiplied."""
+    return tl.load(weight_at, mask=ok, other=0.0)
+
+
+@triton.jit
+def step_masks(row_ok, col_ok, left, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Masks of the rows [M, BLOCK_K] and of the weight [BLOCK_K, N] where `left` columns of the rows are left."""
+    x_ok = row_ok[:, None]
+    w_ok = col_ok[None, :]
+    if not EVEN_K:
+        ks = tl.arange(0, BLOCK_K)
+        x_ok = x_ok & (ks < left)[None, :]
+        w_ok = w_ok & (ks < left)[:, None]
+    return x_ok, w_ok
+
+
+@triton.jit
+def multiply(acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc + rows @ weight^T over A, from the places of the first BLOCK_K columns of the rows and of the weight."""
+    for k in range(0, A, BLOCK_K):
+        x_ok, w_ok = step_masks(row_ok, col_ok, A - k, EVEN_K, BLOCK_K)
+        x = tl.load(rows_at, mask=x_ok, other=0.0)
+        acc = tl.dot(x, load_weight(weight_at, w_ok), acc, input_precision="ieee")
+        rows_at += BLOCK_K
+        weight_at += BLOCK_K * stride_a
+    return acc
 
 
 @triton.jit
@@ -90,16 +142,84 @@ def add_low_rank(
 
 
 @triton.jit
-def add_terms(
-    acc, low, bias_B, rows, row_ok, cols, col_ok,
-    HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc + low-rank term + bias of the rows' expert; low: (low_NR, low_weight, R, stride_b, stride_r)."""
+def add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW: tl.constexpr, BLOCK_R: tl.constexpr):
+    """acc + low-rank term of the rows' expert, if there is one; low: (low_NR, low_weight, R, stride_b, stride_r)."""
     if HAS_LOW:
         acc = add_low_rank(acc, low[0], low[1], rows, row_ok, cols, col_ok, low[2], low[3], low[4], BLOCK_R)
-    if HAS_BIAS:
-        acc += tl.load(bias_B + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def column_halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_columns(
+    acc, tensors, target, row_ok, first_col, B, HAS_BIAS: tl.constexpr, HAS_ROW_WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Add the bias, multiply with the rows' weights and store, in parts of at most NARROW columns.
+
+    tensors: the bias of the expert, the weights of these rows, and the output.
+    """
+    if BLOCK_N > NARROW:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+        store_columns(left, tensors, target, row_ok, first_col, B, HAS_BIAS, HAS_ROW_WEIGHTS, BLOCK_M, HALF, NARROW)
+        first_col += HALF
+        store_columns(right, tensors, target, row_ok, first_col, B, HAS_BIAS, HAS_ROW_WEIGHTS, BLOCK_M, HALF, NARROW)
+    else:
+        bias_B, weights_M, out_NB = tensors
+        cols = first_col + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            acc += tl.load(bias_B + cols, mask=cols < B, other=0.0).to(tl.float32)[None, :]
+        if HAS_ROW_WEIGHTS:
+            acc *= weights_M[:, None]
+        out_at = out_NB + target.to(tl.int64)[:, None] * B + cols[None, :]
+        tl.store(out_at, acc.to(out_NB.dtype.element_ty), mask=row_ok[:, None] & (cols < B)[None, :])
+
+
+@triton.jit
+def linear_tile(
+    tensors, first, end, expert, first_col, sizes, strides, low, FLAGS: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The results of BLOCK_M rows of one expert; tuples as `grouped_linear_kernel` makes them."""
+    rows_in, weight, bias_EB, row_weights_N, out_NB, order_N = tensors
+    A, B, scale = sizes
+    stride_rows, stride_b, stride_a = strides
+    TOP_K: tl.constexpr = FLAGS[0]
+    GATHER: tl.constexpr = FLAGS[1]
+    SCATTER: tl.constexpr = FLAGS[2]
+    HAS_BIAS: tl.constexpr = FLAGS[3]
+    HAS_ROW_WEIGHTS: tl.constexpr = FLAGS[4]
+    HAS_LOW: tl.constexpr = FLAGS[5]
+    EVEN_K: tl.constexpr = FLAGS[6]
+    BLOCK_K: tl.constexpr = BLOCKS[0]
+    BLOCK_R: tl.constexpr = BLOCKS[1]
+    NARROW: tl.constexpr = BLOCKS[2]
+    rows, row_ok = rows_between(first, end, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    col_ok = cols < B
+    slots = rows
+    if GATHER or SCATTER or HAS_ROW_WEIGHTS:
+        slots = tl.load(order_N + rows, mask=row_ok, other=0)
+    source = slots // TOP_K if GATHER else rows
+    target = slots if SCATTER else rows
+    ks = tl.arange(0, BLOCK_K)
+    rows_at = rows_in + source.to(tl.int64)[:, None] * stride_rows + ks[None, :]
+    weight_at = weight + cols.to(tl.int64)[None, :] * stride_b + ks.to(tl.int64)[:, None] * stride_a
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = multiply(acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, EVEN_K, BLOCK_K)
+    acc *= scale
+    acc = add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
+    row_weights = rows
+    if HAS_ROW_WEIGHTS:
+        row_weights = tl.load(row_weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)
+    to = (bias_EB + expert.to(tl.int64) * B, row_weights, out_NB)
+    store_columns(acc, to, target, row_ok, first_col, B, HAS_BIAS, HAS_ROW_WEIGHTS, BLOCK_M, BLOCK_N, NARROW)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"], do_not_specialize_on_alignment=["row_weights_N"])
@@ -109,48 +229,34 @@ def grouped_linear_kernel(
     low_NR, low_weight, R, stride_low_e, stride_low_b, stride_low_r,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW_WEIGHTS: tl.constexpr, HAS_LOW: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    NARROW: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out = row_weight * (scale * row @ weight[e]^T + low @ low_weight[e]^T + bias[e]); grid (M * column tiles,)."""
+    FLAGS: tl.constexpr = (TOP_K, GATHER, SCATTER, HAS_BIAS, HAS_ROW_WEIGHTS, HAS_LOW, EVEN_K)
+    BLOCKS: tl.constexpr = (BLOCK_K, BLOCK_R, NARROW)
     tile, col_block = tile_of_program(num_tiles, tl.cdiv(B, BLOCK_N), GROUP)
-    expert, rows, row_ok = rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
-    cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_ok = cols < B
-    slots = rows
-    if GATHER or SCATTER or HAS_ROW_WEIGHTS:
-        slots = tl.load(order_N + rows, mask=row_ok, other=0)
-    target = slots if SCATTER else rows
-    out_at = out_NB + target.to(tl.int64)[:, None] * B + cols[None, :]
-    out_ok = row_ok[:, None] & col_ok[None, :]
+    expert, first, end = bounds_of_tile(tile, expert_M, row_M, expert_end_E, num_rows)
+    col = col_block * BLOCK_N
     if expert < 0:  # rows of no expert are zero; an unused tile has no rows
-        tl.store(out_at, tl.zeros((BLOCK_M, BLOCK_N), out_NB.dtype.element_ty), mask=out_ok)
+        rows, row_ok = rows_between(first, end, BLOCK_M)
+        if SCATTER:
+            rows = tl.load(order_N + rows, mask=row_ok, other=0)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        store_columns(zeros, (out_NB, rows, out_NB), rows, row_ok, col, B, False, False, BLOCK_M, BLOCK_N, NARROW)
         return
 
-    source = slots // TOP_K if GATHER else rows
-    ks = tl.arange(0, BLOCK_K)
-    rows_at = rows_in + source.to(tl.int64)[:, None] * stride_rows + ks[None, :]
-    weight_at = weight + expert.to(tl.int64) * stride_weight_e + cols.to(tl.int64)[None, :] * stride_weight_b
-    weight_at += ks.to(tl.int64)[:, None] * stride_weight_a
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, A, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(rows_at, mask=row_ok[:, None], other=0.0)
-            w = tl.load(weight_at, mask=col_ok[None, :], other=0.0)
-        else:
-            k_ok = ks < A - k
-            x = tl.load(rows_at, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-            w = tl.load(weight_at, mask=k_ok[:, None] & col_ok[None, :], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        rows_at += BLOCK_K
-        weight_at += BLOCK_K * stride_weight_a
-
-    acc *= scale
+    tensors = (rows_in, weight + expert.to(tl.int64) * stride_weight_e, bias_EB, row_weights_N, out_NB, order_N)
+    sizes = (A, B, scale)
+    strides = (stride_rows, stride_weight_b, stride_weight_a)
     low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
-    bias_at = bias_EB + expert.to(tl.int64) * B
-    acc = add_terms(acc, low, bias_at, rows, row_ok, cols, col_ok, HAS_LOW, HAS_BIAS, BLOCK_R)
-    if HAS_ROW_WEIGHTS:
-        acc *= tl.load(row_weights_N + slots, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_at, acc.to(out_NB.dtype.element_ty), mask=out_ok)
+    if HALVES:
+        if end - first <= BLOCK_M // 2:
+            linear_tile(tensors, first, end, expert, col, sizes, strides, low, FLAGS, BLOCKS, BLOCK_M // 2, BLOCK_N)
+        else:
+            linear_tile(tensors, first, end, expert, col, sizes, strides, low, FLAGS, BLOCKS, BLOCK_M, BLOCK_N)
+    else:
+        linear_tile(tensors, first, end, expert, col, sizes, strides, low, FLAGS, BLOCKS, BLOCK_M, BLOCK_N)
 
 
 def launch_grouped_linear(
@@ -196,8 +302,8 @@ def launch_grouped_linear(
             num_rows, num_tiles, A, B, scale, rows.stride(0), *weight_EBA.stride(), **term_arguments(term, weight),
             TOP_K=top_k, GATHER=gather, SCATTER=scatter, HAS_BIAS=bias is not None,
             HAS_ROW_WEIGHTS=row_weights_N is not None, EVEN_K=A % block_k == 0,
-            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=ROW_TILES_PER_GROUP,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k, NARROW=EPILOGUE_COLUMNS,
+            HALVES=halves(tile), GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
     if out_NB.numel():

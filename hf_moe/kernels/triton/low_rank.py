@@ -41,6 +41,10 @@ def triton_experts_lora(call: LayerCall) -> Tensor:
     """
     require_layer(call)
     require_factors(call)
+    if call.low_rank is not None:
+        # PEFT's b, whose experts lie side by side, would be read element by element in every product and again in
+        # backward; gradients flow back through the copy
+        call = call._replace(low_rank=call.low_rank.contiguous())
     return _experts(call)
 
 

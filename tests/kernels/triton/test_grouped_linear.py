@@ -120,6 +120,17 @@ def test_tiles_match_float64(options, tile, monkeypatch, device):
     problem.check(problem.launch(device))
 
 
+@pytest.mark.parametrize("routing", ["odd_sizes", "sentinels", "one_expert_takes_all"])
+def test_half_tiles_and_parts_of_columns_change_no_bit(routing, monkeypatch, device):
+    """Experts with at most half a tile of rows left, with more, with none; every option at once."""
+    monkeypatch.setattr(grouped_linear, "tile_for", lambda *_, **__: Tile(32, 16, 16, num_warps=4, num_stages=1))
+    problem = Problem(routing, Options(gather=True, scatter=True, bias=True, row_weights=True, rank=4), torch.float32)
+    wanted = problem.launch(device)
+    monkeypatch.setattr(grouped_linear, "FEWEST_ROWS_OF_HALF", 16)
+    monkeypatch.setattr(grouped_linear, "EPILOGUE_COLUMNS", 8)
+    assert torch.equal(problem.launch(device), wanted)
+
+
 def test_groups_of_row_tiles_cover_every_tile(monkeypatch, device):
     """More row tiles than a group holds, the last group not full, several column tiles."""
     monkeypatch.setattr(grouped_linear, "tile_for", lambda *_, **__: Tile(16, 16, 16, 4, 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernel_cases
-from hf_moe.kernels.triton import up
+from hf_moe.kernels.triton import grouped_linear, up
 from hf_moe.kernels.triton.grouped_linear import LowRankTerm
 from hf_moe.kernels.triton.routing import RowOrder, sort_rows
 from hf_moe.kernels.triton.tiles import Tile
@@ -86,7 +86,30 @@ def test_tiles_match_float64(form, tile, monkeypatch, device):
     check(kernel_cases.layer("balanced", form), torch.float32, device)
 
 
+@pytest.mark.parametrize(
+    ("routing", "form"),
+    [
+        ("odd_sizes", "silu"),
+        ("one_expert_takes_all", "silu"),  # 17 rows
+        ("sentinels", "gelu_transposed"),
+        ("odd_sizes", "gpt_oss"),
+        ("sentinels", "relu2_ungated"),
+    ],
+)
+def test_half_tiles_and_parts_of_columns_change_no_bit(routing, form, monkeypatch, device):
+    monkeypatch.setattr(up, "tile_for", lambda *_, **__: Tile(32, 16, 16, num_warps=4, num_stages=1))
+    layer = kernel_cases.layer(routing, form).to(torch.float32, device)
+    order, top_k = order_of(layer, device), layer.index.shape[1]
+    options = {"top_k": top_k, "bias": layer.up_bias, "store_pre": True}
+    wanted = launch_up(layer.hidden, layer.up_weight, order, layer.form, **options)
+    monkeypatch.setattr(grouped_linear, "FEWEST_ROWS_OF_HALF", 16)
+    monkeypatch.setattr(up, "EPILOGUE_COLUMNS", 16)
+    actual = launch_up(layer.hidden, layer.up_weight, order, layer.form, **options)
+    assert all(map(torch.equal, actual, wanted))
+
+
 def test_operands_may_have_any_strides(device):
+    """Where memory holds P together, gate and up are no longer side by side in one accumulator."""
     layer = kernel_cases.layer("balanced", "silu").to(torch.float32, device)
     order, top_k = order_of(layer, device), layer.index.shape[1]
     wanted, _ = launch_up(layer.hidden, layer.up_weight, order, layer.form, top_k=top_k)
