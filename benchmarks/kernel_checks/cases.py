@@ -8,7 +8,7 @@ widths of a product, R LoRA rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -236,6 +236,7 @@ TILED: dict[str, list[Case]] = {
         Case("LoRA", lambda shape: backward_activation(shape, low=True)),
         Case("ungated relu2", lambda shape: backward_activation(shape, RELU2)),
         Case("gelu", lambda shape: backward_activation(shape, GELU)),
+        Case("Mixtral's width", lambda shape: backward_activation(replace(shape, n=14336))),
     ],
     "weight_gradient": [
         Case("right gathered", lambda shape: weight_gradient(shape, gather_right=True), every_tile=True),

@@ -30,8 +30,9 @@ from .routing import RowOrder
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
 
-# columns of one part of the epilogue: its float32 values of a whole 128 x 64 tile take 250 registers, in parts 80
-EPILOGUE_COLUMNS = 32
+# Neighbouring columns of the pre-activation in one part of the epilogue: a row's piece is a whole sector of 32 bytes,
+# and with a 128 x 128 tile of 256 threads at most 128 registers are live, so that two programs fit (sm_90).
+EPILOGUE_COLUMNS = 16
 SUM_STEP = 64  # hidden columns of one step through the bias's part of the routing weights' gradient
 
 
@@ -153,9 +154,14 @@ def activation_gradients(
 ):  # fmt: skip
     """`activation_gradient` in parts of at most NARROW columns: a wide tile's values would spill."""
     if BLOCK_N <= NARROW:
-        return activation_gradient(
-            grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, BLOCK_N
-        )
+        products = tl.zeros((BLOCK_M,), tl.float32)
+        # Parts past the last column have nothing to do; and where a part is no block of its own, ptxas adds up the
+        # products of all parts at the end, where the registers hold every one of them.
+        if first_col < width:
+            products = activation_gradient(
+                grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, BLOCK_N
+            )
+        return products
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = column_halves(grad_act, BLOCK_M, BLOCK_N)
@@ -326,6 +332,7 @@ def launch_backward_activation(
     def run(tile: Tile) -> Tensor | None:
         block_n = block_of(width, tile.block_n)
         column_tiles = triton.cdiv(width, block_n)
+        narrow = EPILOGUE_COLUMNS // 2 if form.interleaved else EPILOGUE_COLUMNS
         arguments = order.arguments(tile.block_m)
         num_tiles = arguments[-1].numel()
         partial_NC = torch.empty(num_rows, column_tiles, dtype=torch.float32, device=pre_NP.device)
@@ -336,7 +343,7 @@ def launch_backward_activation(
             **term_arguments(term, down_weight), TOP_K=top_k, **form_constants(form),
             STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights, EVEN_K=H % tile.block_k == 0,
             BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
-            NARROW=EPILOGUE_COLUMNS, GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            NARROW=narrow, GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if not need_grad_weights:
             return None
