@@ -242,6 +242,10 @@ TILED: dict[str, list[Case]] = {
         Case("right gathered", lambda shape: weight_gradient(shape, gather_right=True), every_tile=True),
         Case("left gathered", lambda shape: weight_gradient(shape, gather_left=True)),
         Case("neither gathered", weight_gradient),
+        Case(
+            "right gathered, uneven",
+            lambda shape: weight_gradient(replace(shape, n=shape.n + 64, k=shape.k + 64), gather_right=True),
+        ),
     ],
     "decode_up": DECODE,
     "decode_down": DECODE,
