@@ -21,12 +21,13 @@ from .activation import activate_backward, form_constants, glu_backward
 from .grouped_linear import (
     ROW_TILES_PER_GROUP,
     LowRankTerm,
-    add_terms,
+    add_term,
     bounds_of_tile,
     column_halves,
     halves,
     load_weight,
     rows_between,
+    step_masks,
     term_arguments,
     tile_of_program,
 )
@@ -203,14 +204,10 @@ def gradient_tile(
     weight_at = weight + ks[:, None] * stride_h + cols[None, :] * stride_i
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
-        g_ok = row_ok[:, None]
-        w_ok = col_ok[None, :]
-        if not EVEN_K:
-            g_ok = g_ok & (ks < H - k)[None, :]
-            w_ok = w_ok & (ks < H - k)[:, None]
+        g_ok, w_ok = step_masks(row_ok, col_ok, H - k, EVEN_K, BLOCK_K)
         g = tl.load(out_at + k, mask=g_ok, other=0.0)
         acc = tl.dot(g, load_weight(weight_at + k * stride_h, w_ok), acc, input_precision="ieee")
-    acc = add_terms(acc, low, weight, rows, row_ok, cols, col_ok, HAS_LOW, False, BLOCK_R)
+    acc = add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
     weight_M = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
     products = activation_gradients(
         acc, (pre, grad_pre, weighted_act), weight_M, first_row, first_col, row_ok, width,
