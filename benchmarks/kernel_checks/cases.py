@@ -8,7 +8,7 @@ widths of a product, R LoRA rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,11 +235,16 @@ TILED: dict[str, list[Case]] = {
         Case("LoRA", lambda shape: backward_activation(shape, low=True)),
         Case("ungated relu2", lambda shape: backward_activation(shape, RELU2)),
         Case("gelu", lambda shape: backward_activation(shape, GELU)),
+        Case("Mixtral's width", lambda shape: backward_activation(replace(shape, n=14336))),
     ],
     "weight_gradient": [
         Case("right gathered", lambda shape: weight_gradient(shape, gather_right=True), every_tile=True),
         Case("left gathered", lambda shape: weight_gradient(shape, gather_left=True)),
         Case("neither gathered", weight_gradient),
+        Case(
+            "right gathered, uneven",
+            lambda shape: weight_gradient(replace(shape, n=shape.n + 64, k=shape.k + 64), gather_right=True),
+        ),
     ],
     "decode_up": DECODE,
     "decode_down": DECODE,

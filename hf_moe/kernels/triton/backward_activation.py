@@ -21,8 +21,13 @@ from .activation import activate_backward, form_constants, glu_backward
 from .grouped_linear import (
     ROW_TILES_PER_GROUP,
     LowRankTerm,
-    add_low_rank,
+    add_term,
+    bounds_of_tile,
     column_halves,
+    halves,
+    load_weight,
+    rows_between,
+    step_masks,
     term_arguments,
     tile_of_program,
 )
@@ -30,8 +35,9 @@ from .routing import RowOrder
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
 
-# columns of one part of the epilogue: its float32 values of a whole 128 x 64 tile take 250 registers, in parts 80
-EPILOGUE_COLUMNS = 32
+# Neighbouring columns of the pre-activation in one part of the epilogue: a row's piece is a whole sector of 32 bytes,
+# and with a 128 x 128 tile of 256 threads at most 128 registers are live, so that two programs fit (sm_90).
+EPILOGUE_COLUMNS = 16
 SUM_STEP = 64  # hidden columns of one step through the bias's part of the routing weights' gradient
 
 
@@ -153,9 +159,14 @@ def activation_gradients(
 ):  # fmt: skip
     """`activation_gradient` in parts of at most NARROW columns: a wide tile's values would spill."""
     if BLOCK_N <= NARROW:
-        return activation_gradient(
-            grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, BLOCK_N
-        )
+        products = tl.zeros((BLOCK_M,), tl.float32)
+        # Parts past the last column have nothing to do; and where a part is no block of its own, ptxas adds up the
+        # products of all parts at the end, where the registers hold every one of them.
+        if first_col < width:
+            products = activation_gradient(
+                grad_act, tensors, weight, first_row, first_col, row_ok, width, FORM, STORE_ACT, BLOCK_M, BLOCK_N
+            )
+        return products
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = column_halves(grad_act, BLOCK_M, BLOCK_N)
@@ -167,6 +178,46 @@ def activation_gradients(
         )
 
 
+@triton.jit
+def gradient_tile(
+    tensors, first_row, end_row, first_col, sizes, strides, low, FORM: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BLOCK_M rows of one expert; tuples as `backward_activation_kernel` makes them."""
+    grad_out, weight, pre, weights, grad_pre, weighted_act, partial, order = tensors
+    H, width = sizes
+    stride_out, stride_h, stride_i = strides
+    TOP_K: tl.constexpr = FLAGS[0]
+    HAS_LOW: tl.constexpr = FLAGS[1]
+    STORE_ACT: tl.constexpr = FLAGS[2]
+    STORE_PARTIAL: tl.constexpr = FLAGS[3]
+    EVEN_K: tl.constexpr = FLAGS[4]
+    BLOCK_K: tl.constexpr = BLOCKS[0]
+    BLOCK_R: tl.constexpr = BLOCKS[1]
+    NARROW: tl.constexpr = BLOCKS[2]
+    rows, row_ok = rows_between(first_row, end_row, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    col_ok = cols < width
+    slots = tl.load(order + rows, mask=row_ok, other=0)
+    ks = tl.arange(0, BLOCK_K)
+    out_at = grad_out + (slots // TOP_K).to(tl.int64)[:, None] * stride_out + ks[None, :]
+    weight_at = weight + ks[:, None] * stride_h + cols[None, :] * stride_i
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, H, BLOCK_K):
+        g_ok, w_ok = step_masks(row_ok, col_ok, H - k, EVEN_K, BLOCK_K)
+        g = tl.load(out_at + k, mask=g_ok, other=0.0)
+        acc = tl.dot(g, load_weight(weight_at + k * stride_h, w_ok), acc, input_precision="ieee")
+    acc = add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
+    weight_M = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
+    products = activation_gradients(
+        acc, (pre, grad_pre, weighted_act), weight_M, first_row, first_col, row_ok, width,
+        FORM, STORE_ACT, BLOCK_M, BLOCK_N, NARROW,
+    )  # fmt: skip
+    if STORE_PARTIAL:
+        partial_at = partial + rows.to(tl.int64) * tl.cdiv(width, BLOCK_N) + first_col // BLOCK_N
+        tl.store(partial_at, products, mask=row_ok)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"], do_not_specialize_on_alignment=["weights"])
 def backward_activation_kernel(
     grad_out, down_weight, pre, weights, grad_pre, weighted_act, partial, order, expert_end, tile_expert, tile_row,
@@ -176,52 +227,33 @@ def backward_activation_kernel(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_LOW: tl.constexpr,
     STORE_ACT: tl.constexpr, STORE_PARTIAL: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    NARROW: tl.constexpr, GROUP: tl.constexpr,
+    NARROW: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and activation columns; grid (M * C,)."""
-    column_tiles = tl.cdiv(width, BLOCK_N)
-    tile, column_tile = tile_of_program(num_tiles, column_tiles, GROUP)
-    first_row = tl.load(tile_row + tile)
-    if first_row < 0:
-        return
-    first_col = column_tile * BLOCK_N
-    rows = first_row + tl.arange(0, BLOCK_M)
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
+    FORM: tl.constexpr = (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED)
+    FLAGS: tl.constexpr = (TOP_K, HAS_LOW, STORE_ACT, STORE_PARTIAL, EVEN_K)
+    BLOCKS: tl.constexpr = (BLOCK_K, BLOCK_R, NARROW)
+    tile, column_tile = tile_of_program(num_tiles, tl.cdiv(width, BLOCK_N), GROUP)
+    expert, first, end = bounds_of_tile(tile, tile_expert, tile_row, expert_end, num_rows)
+    col = column_tile * BLOCK_N
+    if expert < 0:  # rows of no expert are zero; an unused tile has no rows
+        _, row_ok = rows_between(first, end, BLOCK_M)
         store_zeros(
-            grad_pre, weighted_act, first_row, first_col, rows < num_rows, width,
-            GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N,
+            grad_pre, weighted_act, first, col, row_ok, width, GATED, INTERLEAVED, STORE_ACT, BLOCK_M, BLOCK_N
         )  # fmt: skip
         return
-    cols = first_col + tl.arange(0, BLOCK_N)
-    col_ok = cols < width
-    row_ok = rows < tl.load(expert_end + expert)
-    slots = tl.load(order + rows, mask=row_ok, other=0)
-    ks = tl.arange(0, BLOCK_K)
-    out_at = grad_out + (slots // TOP_K).to(tl.int64)[:, None] * stride_out + ks[None, :]
-    weight_at = down_weight + expert.to(tl.int64) * stride_e + ks[:, None] * stride_h + cols[None, :] * stride_i
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        g_ok = row_ok[:, None]
-        w_ok = col_ok[None, :]
-        if not EVEN_K:
-            g_ok = g_ok & (ks < H - k)[None, :]
-            w_ok = w_ok & (ks < H - k)[:, None]
-        g = tl.load(out_at + k, mask=g_ok, other=0.0)
-        w = tl.load(weight_at + k * stride_h, mask=w_ok, other=0.0)
-        acc = tl.dot(g, w, acc, input_precision="ieee")
-    if HAS_LOW:
-        low_at = low_weight + expert.to(tl.int64) * stride_low_e
-        acc = add_low_rank(
-            acc, low_NR, low_at, rows, row_ok, cols, col_ok, R, stride_low_b, stride_low_r, BLOCK_R
-        )  # fmt: skip
-    weight = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
-    products = activation_gradients(
-        acc, (pre, grad_pre, weighted_act), weight, first_row, first_col, row_ok, width,
-        (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED), STORE_ACT, BLOCK_M, BLOCK_N, NARROW,
-    )  # fmt: skip
-    if STORE_PARTIAL:
-        tl.store(partial + rows.to(tl.int64) * column_tiles + column_tile, products, mask=row_ok)
+    weight = down_weight + expert.to(tl.int64) * stride_e
+    tensors = (grad_out, weight, pre, weights, grad_pre, weighted_act, partial, order)
+    sizes = (H, width)
+    strides = (stride_out, stride_h, stride_i)
+    low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
+    if HALVES:
+        if end - first <= BLOCK_M // 2:
+            gradient_tile(tensors, first, end, col, sizes, strides, low, FORM, FLAGS, BLOCKS, BLOCK_M // 2, BLOCK_N)
+        else:
+            gradient_tile(tensors, first, end, col, sizes, strides, low, FORM, FLAGS, BLOCKS, BLOCK_M, BLOCK_N)
+    else:
+        gradient_tile(tensors, first, end, col, sizes, strides, low, FORM, FLAGS, BLOCKS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -326,6 +358,7 @@ def launch_backward_activation(
     def run(tile: Tile) -> Tensor | None:
         block_n = block_of(width, tile.block_n)
         column_tiles = triton.cdiv(width, block_n)
+        narrow = EPILOGUE_COLUMNS // 2 if form.interleaved else EPILOGUE_COLUMNS
         arguments = order.arguments(tile.block_m)
         num_tiles = arguments[-1].numel()
         partial_NC = torch.empty(num_rows, column_tiles, dtype=torch.float32, device=pre_NP.device)
@@ -336,7 +369,8 @@ def launch_backward_activation(
             **term_arguments(term, down_weight), TOP_K=top_k, **form_constants(form),
             STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights, EVEN_K=H % tile.block_k == 0,
             BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
-            NARROW=EPILOGUE_COLUMNS, GROUP=ROW_TILES_PER_GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            NARROW=narrow, HALVES=halves(tile), GROUP=ROW_TILES_PER_GROUP,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if not need_grad_weights:
             return None

@@ -26,19 +26,35 @@ def expert_rows(expert_end, expert):
 
 
 @triton.jit
-def source_rows(order, rows, row_ok, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Places of rows in expert order in a tensor by token (GATHER) or by row, int64."""
+def tokens_of(order, rows, row_ok, TOP_K: tl.constexpr):
+    """Tokens of rows in expert order."""
+    slots = tl.load(order + rows, mask=row_ok, other=0)
+    return slots.to(tl.uint32) // TOP_K  # unsigned: one shift instead of three for a power of two
+
+
+@triton.jit
+def first_step(factor, start, ks, cols, stride, GATHER: tl.constexpr):
+    """Where the first step's rows are in a factor by row, or token 0 in one by token (GATHER)."""
     if GATHER:
-        return (tl.load(order + rows, mask=row_ok, other=0) // TOP_K).to(tl.int64)
+        return factor + cols[None, :]
     else:
-        return rows.to(tl.int64)
+        within = ks[:, None] * stride + cols[None, :]  # int32: a step spans few rows
+        return factor + start.to(tl.int64) * stride + within
+
+
+@triton.jit
+def load_step(at, tokens, ok, stride, GATHER: tl.constexpr):
+    """One step's rows of a factor."""
+    if GATHER:
+        at += tokens.to(tl.int64)[:, None] * stride
+    return tl.load(at, mask=ok, other=0.0)
 
 
 @triton.jit
 def weight_gradient_kernel(
     left, right, out, order, expert_end, A, B, stride_left, stride_right, scale,
     TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[e] = scale * sum over the rows r of e of left[r]^T right[r]; grid (E * tiles of A * tiles of B,)."""
     pid = tl.program_id(0)
@@ -51,17 +67,27 @@ def weight_gradient_kernel(
     a_ok = cols_a < A
     b_ok = cols_b < B
     start, end = expert_rows(expert_end, expert)
+    ks = tl.arange(0, BLOCK_K)
+    left_at = first_step(left, start, ks, cols_a, stride_left, GATHER_LEFT)
+    right_at = first_step(right, start, ks, cols_b, stride_right, GATHER_RIGHT)
     acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    tokens = tokens_of(order, start + ks, ks < end - start, TOP_K)
     for first in range(start, end, BLOCK_K):
-        rows = first + tl.arange(0, BLOCK_K)
-        row_ok = rows < end
-        left_rows = source_rows(order, rows, row_ok, TOP_K, GATHER_LEFT)
-        right_rows = source_rows(order, rows, row_ok, TOP_K, GATHER_RIGHT)
-        left_at = left + left_rows[:, None] * stride_left + cols_a[None, :]
-        right_at = right + right_rows[:, None] * stride_right + cols_b[None, :]
-        left_KA = tl.load(left_at, mask=row_ok[:, None] & a_ok[None, :], other=0.0)
-        right_KB = tl.load(right_at, mask=row_ok[:, None] & b_ok[None, :], other=0.0)
+        left_ok = (ks < end - first)[:, None]
+        right_ok = left_ok
+        if not EVEN:
+            left_ok = left_ok & a_ok[None, :]
+            right_ok = right_ok & b_ok[None, :]
+        left_KA = load_step(left_at, tokens, left_ok, stride_left, GATHER_LEFT)
+        right_KB = load_step(right_at, tokens, right_ok, stride_right, GATHER_RIGHT)
         acc = tl.dot(tl.trans(left_KA), right_KB, acc, input_precision="ieee")
+        # a step ahead: loads that wait for an index of their own step would halve the steps in flight
+        next_row = first + BLOCK_K
+        tokens = tokens_of(order, next_row + ks, ks < end - next_row, TOP_K)
+        if not GATHER_LEFT:
+            left_at += BLOCK_K * stride_left
+        if not GATHER_RIGHT:
+            right_at += BLOCK_K * stride_right
     acc *= scale
     at = out + expert.to(tl.int64) * A * B + cols_a.to(tl.int64)[:, None] * B + cols_b[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=a_ok[:, None] & b_ok[None, :])
@@ -83,8 +109,8 @@ def bias_gradient_kernel(
     for first in range(start, end, BLOCK_K):
         rows = first + tl.arange(0, BLOCK_K)
         row_ok = rows < end
-        source = source_rows(order, rows, row_ok, TOP_K, GATHER)
-        at = rows_NB + source[:, None] * stride_rows + cols[None, :]
+        source = tokens_of(order, rows, row_ok, TOP_K) if GATHER else rows
+        at = rows_NB + source.to(tl.int64)[:, None] * stride_rows + cols[None, :]
         values = tl.load(at, mask=row_ok[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             slots = tl.load(order + rows, mask=row_ok, other=0)
@@ -127,7 +153,7 @@ def launch_weight_gradient(
         weight_gradient_kernel[(num_experts * triton.cdiv(A, block_a) * triton.cdiv(B, block_b),)](
             left, right, out, order.order_N, order.expert_end_E, A, B, left.stride(0), right.stride(0), scale,
             TOP_K=top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
-            BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_K=tile.block_k,
+            EVEN=A % block_a == 0 and B % block_b == 0, BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 

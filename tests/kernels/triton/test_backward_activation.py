@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_moe.kernels.triton import backward_activation
+from hf_moe.kernels.triton import backward_activation, grouped_linear
 from hf_moe.kernels.triton.backward_activation import launch_backward_activation
 from hf_moe.kernels.triton.grouped_linear import LowRankTerm
 from hf_moe.kernels.triton.routing import RowOrder, TileMap, sort_rows
+from hf_moe.kernels.triton.tiles import Tile
 from kernel_cases import DTYPES, FORMS, Layer, absolute_layer, activate, assert_right, layer
 from numerics import ROUTINGS
 
@@ -188,12 +189,23 @@ def test_sizes_that_blocks_divide(device):
 @pytest.mark.parametrize("form", ["silu", "gpt_oss", "gelu_ungated"])
 def test_parts_of_the_epilogue_give_the_whole(form, monkeypatch, device):
     case = problem("sentinels", form).to(torch.float32, device)
+    monkeypatch.setattr(backward_activation, "EPILOGUE_COLUMNS", 64)
     whole = launch(case)
     monkeypatch.setattr(backward_activation, "EPILOGUE_COLUMNS", 8)
     parts = launch(case)
     assert torch.equal(parts["grad_pre"], whole["grad_pre"])
     assert torch.equal(parts["weighted_act"], whole["weighted_act"])
     torch.testing.assert_close(parts["grad_weights"], whole["grad_weights"])
+
+
+def test_half_tiles_change_no_bit(monkeypatch, device):
+    tile = Tile(32, 16, 16, num_warps=4, num_stages=1)
+    monkeypatch.setattr(backward_activation, "tile_for", lambda *_, **__: tile)
+    case = problem("sentinels", "gpt_oss", rank=4).to(torch.float32, device)
+    whole = launch(case)
+    monkeypatch.setattr(grouped_linear, "FEWEST_ROWS_OF_HALF", 16)
+    half = launch(case)
+    assert all(torch.equal(half[name], whole[name]) for name in NAMES)
 
 
 def test_programs_may_run_in_any_order(monkeypatch, device):

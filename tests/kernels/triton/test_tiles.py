@@ -40,6 +40,32 @@ def test_low_rank_gets_a_narrow_tile(on_h100):
     assert narrow.block_n < wide.block_n
 
 
+# (hidden, expert width, slots per token, experts)
+LAYERS = {
+    "Mixtral": (4096, 14336, 2, 8),
+    "Qwen3-30B": (2048, 768, 8, 128),
+    "OLMoE": (2048, 1024, 8, 64),
+    "DeepSeek-V3": (7168, 2048, 8, 256),
+}
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weight_gradients_get_wide_tiles_when_rows_are_many(layer, name, monkeypatch):
+    monkeypatch.setattr(tiles, "device_name", lambda device: name)
+    hidden, width, top_k, num_experts = LAYERS[layer]
+
+    def blocks(tokens: int, n: int, k: int) -> tuple[int, int, int]:
+        tile = tile_for("weight_gradient", tokens * top_k // num_experts, n, k, torch.bfloat16, CUDA)
+        return tile.block_m, tile.block_n, tile.block_k
+
+    for n, k in ((hidden, 2 * width), (width, hidden)):  # of up and down
+        assert blocks(8192, n, k) == (128, 256, 64)
+        assert blocks(64 * num_experts // top_k, n, k)[:2] != (128, 256)
+    assert blocks(8192, hidden, 16) == (32, 128, 64)  # factors of LoRA
+    assert blocks(8192, 16, hidden) == (128, 32, 64)
+
+
 def test_no_rows_are_a_shape_too(on_h100):
     assert tile_for("up", 0, 768, 2048, torch.bfloat16, CUDA) == tile_for("up", 1, 768, 2048, torch.bfloat16, CUDA)
 

@@ -116,6 +116,13 @@ def test_more_rows_than_a_step(device):
     problem.check(problem.launch())
 
 
+def test_sizes_that_blocks_divide(device):
+    """No column of a tile is masked."""
+    problem = Problem("odd_sizes", torch.bfloat16, device, width=64)
+    problem.left = random_rows(len(problem.left), 32, torch.bfloat16, device)
+    problem.check(problem.launch())
+
+
 def test_expanded_and_transposed_factors(device):
     problem = Problem("balanced", torch.float32, device)
     problem.right = torch.ones((), device=device).expand(problem.right.shape)
