@@ -82,13 +82,15 @@ def jobs_of(chip: str, options: argparse.Namespace) -> Iterator[Job]:
 
 def tiled_jobs(chip: str, family: str, cases: list[Case], every_feature: bool) -> Iterator[Job]:
     """Large tiles with all their features; small tiles, and other dtypes, with those that need most registers."""
-    for dtype in (torch.bfloat16, torch.float32, *([torch.float16] if every_feature else [])):
-        for entry in tiles.table(chip)[family][TABLES[dtype]]:
+    dtypes = (torch.bfloat16, torch.float32, *([torch.float16] if every_feature else []))
+    jobs = [(case, dtype, TABLES[dtype]) for dtype in dtypes for case in cases if not case.fp8]
+    jobs += [(case, torch.bfloat16, "8-bit") for case in cases if case.fp8 and CHIPS[chip].has_fp8]
+    for case, dtype, bits in jobs:
+        for entry in tiles.table(chip)[family][bits]:
             large = entry.tile.block_m != 16 and min(entry.n, entry.k) > 16 and dtype == torch.bfloat16
-            for case in cases:
-                if case.every_tile or large or every_feature:
-                    shape = Shape(entry.rows_per_expert, entry.n, entry.k, dtype)
-                    yield from record(chip, family, case, shape, entry)
+            if case.every_tile or large or every_feature:
+                shape = Shape(entry.rows_per_expert, entry.n, entry.k, dtype)
+                yield from record(chip, family, case, shape, entry)
 
 
 def layer_jobs(steps: list[estimates.Step]) -> Iterator[Job]:

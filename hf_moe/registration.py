@@ -25,6 +25,7 @@ AUTO_CLASSES = {
     AutoModelForQuestionAnswering: "HfMoeForQuestionAnswering",
 }
 EXPERTS_REGISTRY = "transformers.integrations.moe"
+FP8_REGISTRY = "transformers.integrations.finegrained_fp8"
 
 
 def register() -> None:
@@ -36,6 +37,7 @@ def register() -> None:
     for auto_class, name in AUTO_CLASSES.items():
         auto_class.register(HfMoeConfig, LazyClass(partial(_model_class, name), HfMoeConfig), exist_ok=True)
     after_import(EXPERTS_REGISTRY, _register_backends)
+    after_import(FP8_REGISTRY, _register_fp8_backends)
     after_import("peft", _register_adapters)
 
 
@@ -54,6 +56,18 @@ def _register_backends() -> None:
             raise unknown(f"{EXPERTS_REGISTRY} has no {name}")
     interface = registry.ExpertsInterface
     check_parameters({interface.register: ("key", "value"), registry.use_experts_implementation: ("experts_class",)})
+    backends = importlib.import_module("hf_moe.experts.backends")
+    for name in backends.OURS:
+        interface.register(name, backends.forward_of(name))
+
+
+def _register_fp8_backends() -> None:
+    """The same names for fp8 experts, which transformers looks up in a registry of their own."""
+    registry = sys.modules[FP8_REGISTRY]
+    if not hasattr(registry, "FP8ExpertsInterface"):
+        raise unknown(f"{FP8_REGISTRY} has no FP8ExpertsInterface")
+    interface = registry.FP8ExpertsInterface
+    check_parameters({interface.register: ("key", "value")})
     backends = importlib.import_module("hf_moe.experts.backends")
     for name in backends.OURS:
         interface.register(name, backends.forward_of(name))

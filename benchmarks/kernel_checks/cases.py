@@ -68,11 +68,28 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of features. `every_tile`: one that needs most registers, tried with the small tiles too."""
+    """One combination of features.
+
+    Attributes:
+        every_tile: Whether it needs most registers, so that it is tried with the small tiles too.
+        fp8: Whether weights are fp8, for chips that convert it.
+    """
 
     features: str
     launch: Callable[[Shape], Any]
     every_tile: bool = False
+    fp8: bool = False
+
+
+FP8_BLOCK = 128  # rows and columns of a scale in published checkpoints
+
+
+def weight_of(shape: Shape, rows: int, columns: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    """A weight [E, rows, columns] and the scales of its blocks, None for a dense one."""
+    if not fp8:
+        return shape.tensor(E, rows, columns), None
+    grid = (max(1, size // FP8_BLOCK) for size in (rows, columns))
+    return shape.tensor(E, rows, columns, dtype=torch.float8_e4m3fn), shape.tensor(E, *grid, dtype=torch.float32)
 
 
 def pre_width(width: int, form: ExpertForm) -> int:
@@ -80,19 +97,22 @@ def pre_width(width: int, form: ExpertForm) -> int:
 
 
 def up(
-    shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, low: bool = False, store_pre: bool = False
-) -> None:
+    shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, low: bool = False, store_pre: bool = False,
+    fp8: bool = False,
+) -> None:  # fmt: skip
     width, H = shape.n, shape.k
     P = pre_width(width, form)
+    weight, scale = weight_of(shape, *((H, P) if form.transposed else (P, H)), fp8)
     launch_up(
         shape.tensor(shape.num_tokens, H),
-        shape.tensor(E, H, P) if form.transposed else shape.tensor(E, P, H),
+        weight,
         shape.order(),
         form,
         top_k=K,
         bias=shape.tensor(E, P) if bias else None,
         store_pre=store_pre,
         term=low_rank_term(shape, P) if low else None,
+        scale=scale,
     )
 
 
@@ -102,11 +122,12 @@ def low_rank_term(shape: Shape, columns: int) -> LowRankTerm:
 
 def grouped_linear(
     shape: Shape, *, transposed: bool = False, gather: bool = False, bias: bool = False, low: bool = False,
-    weighted: bool = False, scale: float = 1.0,
+    weighted: bool = False, scale: float = 1.0, fp8: bool = False,
 ) -> None:  # fmt: skip
+    weight, weight_scale = weight_of(shape, *((shape.k, shape.n) if transposed else (shape.n, shape.k)), fp8)
     launch_grouped_linear(
         shape.tensor(shape.num_tokens if gather else shape.num_rows, shape.k),
-        shape.tensor(E, shape.k, shape.n) if transposed else shape.tensor(E, shape.n, shape.k),
+        weight,
         shape.order(),
         top_k=K,
         transposed=transposed,
@@ -116,21 +137,26 @@ def grouped_linear(
         row_weights_N=shape.routing_weights().view(-1) if weighted else None,
         term=low_rank_term(shape, shape.n) if low else None,
         scale=scale,
+        weight_scale=weight_scale,
     )
 
 
-def backward_activation(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, low: bool = False) -> None:
+def backward_activation(
+    shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, low: bool = False, fp8: bool = False
+) -> None:
     width, H = shape.n, shape.k
+    weight, scale = weight_of(shape, *((width, H) if form.transposed else (H, width)), fp8)
     down_a = shape.tensor(E, R, width)
     launch_backward_activation(
         shape.tensor(shape.num_tokens, H),
-        shape.tensor(E, width, H) if form.transposed else shape.tensor(E, H, width),
+        weight,
         shape.tensor(shape.num_rows, pre_width(width, form)),
         shape.order(),
         shape.routing_weights(),
         form,
         down_bias=shape.tensor(E, H) if bias else None,
         term=LowRankTerm(shape.tensor(shape.num_rows, R), down_a.transpose(1, 2)) if low else None,
+        scale=scale,
     )
 
 
@@ -158,15 +184,13 @@ def bias_gradient(shape: Shape, *, gather: bool) -> None:
     )
 
 
-def decode(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False) -> None:
+def decode(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, fp8: bool = False) -> None:
     width, H = shape.k, shape.n
     P = pre_width(width, form)
-    experts = ExpertWeights(
-        shape.tensor(E, H, P) if form.transposed else shape.tensor(E, P, H),
-        shape.tensor(E, P) if bias else None,
-        shape.tensor(E, width, H) if form.transposed else shape.tensor(E, H, width),
-        shape.tensor(E, H) if bias else None,
-    )
+    up_weight, up_scale = weight_of(shape, *((H, P) if form.transposed else (P, H)), fp8)
+    down_weight, down_scale = weight_of(shape, *((width, H) if form.transposed else (H, width)), fp8)
+    biases = [shape.tensor(E, size) if bias else None for size in (P, H)]
+    experts = ExpertWeights(up_weight, biases[0], down_weight, biases[1], up_scale, down_scale)
     index_TK = shape.tensor(shape.num_tokens, K, dtype=torch.int64)
     launch_decode(LayerCall(shape.tensor(shape.num_tokens, H), index_TK, shape.routing_weights(), experts, E, form))
 
@@ -205,6 +229,7 @@ DECODE = [
     Case("gpt-oss", lambda shape: decode(shape, GPT_OSS, bias=True)),
     Case("transposed", lambda shape: decode(shape, TRANSPOSED)),
     Case("ungated relu2", lambda shape: decode(shape, RELU2)),
+    Case("fp8", lambda shape: decode(shape, fp8=True), fp8=True),
 ]
 
 # by kernel of the tile tables
@@ -218,6 +243,7 @@ TILED: dict[str, list[Case]] = {
         Case("transposed, training", lambda shape: up(shape, TRANSPOSED, store_pre=True)),
         Case("ungated relu2, training", lambda shape: up(shape, RELU2, store_pre=True)),
         Case("gelu, training", lambda shape: up(shape, GELU, store_pre=True)),
+        Case("fp8, LoRA, training", lambda shape: up(shape, store_pre=True, low=True, fp8=True), fp8=True),
     ],
     "grouped_linear": [
         Case("weighted, scattered", lambda shape: grouped_linear(shape, weighted=True), every_tile=True),
@@ -228,6 +254,8 @@ TILED: dict[str, list[Case]] = {
             lambda shape: grouped_linear(shape, transposed=True, bias=True, weighted=True),
         ),
         Case("LoRA, weighted", lambda shape: grouped_linear(shape, low=True, weighted=True)),
+        Case("fp8, LoRA, weighted", lambda shape: grouped_linear(shape, low=True, weighted=True, fp8=True), fp8=True),
+        Case("fp8, transposed", lambda shape: grouped_linear(shape, transposed=True, fp8=True), fp8=True),
     ],
     "backward_activation": [
         Case("gated", backward_activation, every_tile=True),
@@ -236,6 +264,7 @@ TILED: dict[str, list[Case]] = {
         Case("ungated relu2", lambda shape: backward_activation(shape, RELU2)),
         Case("gelu", lambda shape: backward_activation(shape, GELU)),
         Case("Mixtral's width", lambda shape: backward_activation(replace(shape, n=14336))),
+        Case("fp8, LoRA", lambda shape: backward_activation(shape, low=True, fp8=True), fp8=True),
     ],
     "weight_gradient": [
         Case("right gathered", lambda shape: weight_gradient(shape, gather_right=True), every_tile=True),

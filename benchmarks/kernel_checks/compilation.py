@@ -38,6 +38,11 @@ class Chip:
     tensor_core: str
     small: str
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether float8_e4m3fn is converted in hardware."""
+        return self.target.backend == "cuda" and self.target.arch >= 89
+
 
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 166912, "mma", "mma"),

@@ -231,7 +231,7 @@ def _refusal(layer: MoeLayer, wrappers: list[Any]) -> str | None:
     if wrappers[-1].base_layer is not layer.experts:
         return f"{type(wrappers[-1].base_layer).__name__} stands between PEFT and the experts: adapt before wrapping."
     if isinstance(storage := storage_of(layer.experts), UnreadableStorage):
-        return f"the weights are stored as {storage.format}: load the model in bfloat16."
+        return storage.reason
     implementation = layer.experts.config._experts_implementation
     backend = BACKENDS.get(implementation or "eager")
     if backend is None or (backend.name in OURS and not backend.takes_low_rank):

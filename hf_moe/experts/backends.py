@@ -59,7 +59,9 @@ def choose(request: Request) -> Choice:
 
 def _chosen(request: Request) -> tuple[Backend, Choice]:
     """The row, and its choice in words."""
-    for name in () if request.adapted or request.device.type == "cpu" else delegates():
+    # by the same names transformers runs other kernels for fp8
+    is_delegable = not request.adapted and request.device.type != "cpu" and request.format != "fp8"
+    for name in delegates() if is_delegable else ():
         if refusal(row := BACKENDS[name], request) is None:
             return row, Choice(name, "HF_MOE_DELEGATE allows transformers' kernel")
     passed_over = None
@@ -75,10 +77,8 @@ def _chosen(request: Request) -> tuple[Backend, Choice]:
 def refusal(row: Backend, request: Request) -> str | None:
     """Why a row cannot run a request, as a sentence that ends with a way out."""
     if request.format != "dense":
-        if row.name in OURS and isinstance(storage_of(request.experts), UnreadableStorage):
-            return (
-                f"the weights are stored as {request.format}, which hf_moe does not read: load the model in bfloat16."
-            )
+        if row.name in OURS and isinstance(storage := storage_of(request.experts), UnreadableStorage):
+            return storage.reason
         if row.takes is not None and request.format not in row.takes:
             return f"{row.public_name} has no operators for weights stored as {request.format}: use 'hf_moe_grouped'."
     return row.refuses(request) or _BROKEN.get(row.name)

@@ -13,6 +13,8 @@ from torch import nn
 from hf_moe.experts.activation import ExpertActivation, find_activation
 from hf_moe.layers.skipped_slots import may_skip_slots
 
+_OF_PROJECTIONS = tuple(f"_proj{suffix}" for suffix in ("", "_bias", "_scale_inv", "_activation_scale"))
+
 
 def has_post_expert_norm(experts: nn.Module) -> bool:
     return getattr(experts, "has_post_expert_norm", False)  # the flag is younger than transformers 5.17
@@ -33,9 +35,9 @@ def has_custom_gate(experts: nn.Module) -> bool:
 
 
 def _holds_other_tensors(experts: nn.Module) -> bool:
-    """Whether the module itself has tensors beside projections and their biases."""
+    """Whether the module itself has tensors beside projections, their biases and their scales."""
     own = [name for kind in ("_parameters", "_buffers") for name in vars(experts).get(kind, ())]
-    return any(not name.removesuffix("_bias").endswith("_proj") for name in own)
+    return any(not name.endswith(_OF_PROJECTIONS) for name in own)
 
 
 _known_activations: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, ExpertActivation | None]]" = (

@@ -18,6 +18,7 @@ from hf_moe.experts.pipeline import Operators
 from hf_moe.experts.request import Backend, Request
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_FORMATS = ("dense", "fp8")
 
 
 def _cpu_refuses(request: Request) -> str | None:
@@ -47,6 +48,15 @@ def _triton_refuses(request: Request) -> str | None:
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"hf_moe_triton needs SM80 or newer, this GPU is SM{major}{minor}: use 'hf_moe_grouped'."
+    return _fp8_refuses(device) if request.format == "fp8" else None
+
+
+def _fp8_refuses(device: torch.device) -> str | None:
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "hf_moe_triton reads fp8 weights on NVIDIA GPUs, this one is AMD's: use 'hf_moe_grouped'."
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"hf_moe_triton reads fp8 weights from SM89 on, this GPU is SM{major}{minor}: use 'hf_moe_grouped'."
     return None
 
 
@@ -110,7 +120,8 @@ def _cpu_operators() -> Operators:
 
 def _triton_operators() -> Operators:
     ops = importlib.import_module("hf_moe.kernels.triton.ops")
-    fused = {("dense", False): ops.triton_experts, ("dense", True): ops.triton_experts_lora}
+    fused = {(form, False): ops.triton_experts for form in _TRITON_FORMATS}
+    fused |= {(form, True): ops.triton_experts_lora for form in _TRITON_FORMATS}
     return Operators(ops.triton_grouped_linear, fused)
 
 
@@ -130,6 +141,6 @@ OWN = (
     Backend(
         "hybrid", _hybrid_refuses, _hybrid_operators, ("dense",), _hybrid_suits, "hf_moe_grouped", takes_low_rank=True
     ),
-    Backend("hf_moe_triton", _triton_refuses, _triton_operators, ("dense",), _triton_suits, takes_low_rank=True),
+    Backend("hf_moe_triton", _triton_refuses, _triton_operators, _TRITON_FORMATS, _triton_suits, takes_low_rank=True),
     Backend("hf_moe_grouped", load=_grouped_operators, suits=_always_suits, takes_low_rank=True),
 )

@@ -120,7 +120,7 @@ def _product(operators: Operators, storage: ExpertStorage, transposed: bool) -> 
         return storage.linear
 
     def product(rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
-        weight, bias = weights[:2] if projection == "up" else weights[2:]
+        weight, bias = weights[:2] if projection == "up" else weights[2:4]
         return operators.grouped_linear(rows_NA, weight, bias, plan.expert_end_E, transposed)
 
     return product

@@ -25,9 +25,27 @@ def _own_tensors(refuses: Refusal) -> Refusal:
                 f"transformers reads the module's own tensors, but the weights are stored as {request.format}: use "
                 "'hf_moe'."
             )
-        return refuses(request)
+        return _fp8_refuses(request) if request.format == "fp8" else refuses(request)
 
     return refusal
+
+
+def _fp8_refuses(request: Request) -> str | None:
+    """Transformers' forwards of fp8 experts, "eager" too, fetch kernels from the Hub.
+
+    Source: transformers 5.23, `integrations/finegrained_fp8.py`.
+    """
+    if request.device.type not in ("cuda", "xpu"):
+        return f"transformers' fp8 kernels need a GPU, the experts are on {request.device.type}: use 'hf_moe'."
+    if importlib.util.find_spec("kernels") is None:
+        return "transformers' fp8 kernels need the package `kernels`: install it, or use 'hf_moe'."
+    return None
+
+
+def _sonicmoe_fp8(request: Request) -> str | None:
+    if request.format == "fp8":
+        return "transformers has no sonicmoe for fp8 experts: use 'hf_moe'."
+    return _own_tensors(_sonicmoe_refuses)(request)
 
 
 def _grouped_mm_refuses(request: Request) -> str | None:
@@ -92,7 +110,7 @@ TRANSFORMERS = (
     Backend("eager", _own_tensors(refuses_nothing)),  # the forward of the experts class itself
     Backend("batched_mm", _own_tensors(refuses_nothing)),
     Backend("grouped_mm", _own_tensors(_grouped_mm_refuses)),
-    Backend("sonicmoe", _own_tensors(_sonicmoe_refuses)),
+    Backend("sonicmoe", _sonicmoe_fp8),
     Backend("deepgemm", _own_tensors(_deepgemm_refuses)),
 )
 

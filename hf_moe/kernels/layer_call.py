@@ -13,19 +13,24 @@ from torch import Tensor
 
 
 class ExpertWeights(NamedTuple):
-    """The tensors of the experts, of one floating dtype, any strides.
+    """The tensors of the experts, of one floating dtype, any strides; with scales, matrices are float8_e4m3fn.
 
     Attributes:
         up: `[E, P, H]`, or `[E, H, P]` in a transposed layout.
         up_bias: `[E, P]`.
         down: `[E, H, I]`, or `[E, I, H]` in a transposed layout.
         down_bias: `[E, H]`.
+        up_scale: `[E, X, Y]`, one for each block of `P / X` by `H / Y` values of `up`, whose weights are the products,
+            rounded to the dtype of the rows. Floating, or the bytes of float8_e8m0fnu; not in a transposed layout.
+        down_scale: Likewise; of both matrices or of none.
     """
 
     up: Tensor
     up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
 
 class ExpertForm(NamedTuple):
@@ -135,9 +140,15 @@ _SETTINGS = (
     "int num_ids, str activation, float alpha, float limit, float offset, bool gated, bool transposed, "
     "bool interleaved"
 )
+_SCALES = "Tensor? up_weight_scale, Tensor? down_weight_scale"
 _FACTORS = "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b"
-CALL = f"{_TENSORS}, {_SETTINGS}"
-ADAPTED_CALL = f"{_TENSORS}, {_FACTORS}, {_SETTINGS}, float up_scale, float down_scale"
+# without scales: operators of dense weights alone
+DENSE_CALL = f"{_TENSORS}, {_SETTINGS}"
+DENSE_ADAPTED_CALL = f"{_TENSORS}, {_FACTORS}, {_SETTINGS}, float up_scale, float down_scale"
+CALL = DENSE_CALL.replace(_TENSORS, f"{_TENSORS}, {_SCALES}")
+ADAPTED_CALL = DENSE_ADAPTED_CALL.replace(_TENSORS, f"{_TENSORS}, {_SCALES}")
+
+NO_FP8_GRADIENT = "weights in fp8 have no gradient: call requires_grad_(False) on them, and train adapters."
 
 _NUM_ARGUMENTS = CALL.count(",") + 1
 _ABSENT = (None, None, 1.0)
@@ -153,14 +164,20 @@ def flatten(call: LayerCall) -> tuple:
     return (hidden_TH, index_TK, weights_TK, *experts, *factors, num_ids, *form, up_scale, down_scale)
 
 
+def flatten_dense(call: LayerCall) -> tuple:
+    """The arguments that DENSE_CALL or DENSE_ADAPTED_CALL declares, of a call without scales."""
+    flat = flatten(call)
+    return (*flat[:7], *flat[9:])
+
+
 def unflatten(flat: Sequence) -> LayerCall:
     """The call whose `flatten` is `flat`."""
     hidden_TH, index_TK, weights_TK = flat[:3]
-    experts = ExpertWeights(*flat[3:7])
+    experts = ExpertWeights(*flat[3:9])
     if len(flat) == _NUM_ARGUMENTS:
-        return LayerCall(hidden_TH, index_TK, weights_TK, experts, flat[7], ExpertForm(*flat[8:]))
-    up_a, up_b, down_a, down_b, num_ids = flat[7:12]
-    *form, up_scale, down_scale = flat[12:]
+        return LayerCall(hidden_TH, index_TK, weights_TK, experts, flat[9], ExpertForm(*flat[10:]))
+    up_a, up_b, down_a, down_b, num_ids = flat[9:14]
+    *form, up_scale, down_scale = flat[14:]
     low_rank = LowRankPair(_low_rank(up_a, up_b, up_scale), _low_rank(down_a, down_b, down_scale))
     return LayerCall(hidden_TH, index_TK, weights_TK, experts, num_ids, ExpertForm(*form), low_rank)
 

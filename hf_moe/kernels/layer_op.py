@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from .layer_call import ADAPTED_CALL, CALL, LayerCall, LowRank, flatten, unflatten
+from .layer_call import ADAPTED_CALL, CALL, NO_FP8_GRADIENT, LayerCall, LowRank, flatten, unflatten
 
 
 class Wants(NamedTuple):
@@ -65,6 +65,10 @@ class LayerOp:
         arguments = (ADAPTED_CALL if adapted else CALL).split(", ")
         names = [argument.split()[-1] for argument in arguments]
         self._places = [names.index(name) for name in self._Wants._fields]
+        self._scale = names.index("up_weight_scale")
+        self._values = [
+            place for place, name in enumerate(self._Wants._fields) if name in ("up_weight", "down_weight")
+        ]
         self._num_tensors = sum(argument.startswith("Tensor") for argument in arguments)
         self._define(name, define, ", ".join(arguments))
 
@@ -115,6 +119,7 @@ class LayerOp:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:], *inputs[: self._num_tensors])
         *ctx.settings, ctx.kept = inputs[self._num_tensors :]
+        ctx.is_scaled = inputs[self._scale] is not None
 
     def _differentiate(self, ctx: Any, grad_out_TH: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
@@ -124,6 +129,8 @@ class LayerOp:
                     "This op keeps nothing for backward with keep=False: call it with keep=True, or in no_grad."
                 )
             wants = [ctx.needs_input_grad[place] for place in self._places]
+            if ctx.is_scaled and any(wants[place] for place in self._values):
+                raise ValueError(NO_FP8_GRADIENT)
             found = iter(self._backward_op(grad_out_TH, *ctx.saved_tensors, *ctx.settings, wants))
             for place, wanted in zip(self._places, wants, strict=True):
                 gradients[place] = next(found) if wanted else None
@@ -139,14 +146,14 @@ def gradients_like(call: LayerCall, wants: Iterable[bool]) -> list[Tensor]:
 def _trained(call: LayerCall) -> tuple[Tensor | None, ...]:
     """The tensors that have a gradient, in the order of Wants or AdapterWants."""
     if call.low_rank is None:
-        return call.hidden_TH, call.weights_TK, *call.experts
+        return call.hidden_TH, call.weights_TK, *call.experts[:4]
     factors = [tensor for pair in call.low_rank for tensor in (pair[:2] if pair is not None else (None, None))]
     return call.hidden_TH, call.weights_TK, *factors
 
 
 def _require_frozen(call: LayerCall) -> None:
     names = ("up_weight", "up_bias", "down_weight", "down_bias")
-    pairs = zip(names, call.experts, strict=True)
+    pairs = zip(names, call.experts[:4], strict=True)
     trained = ", ".join(name for name, tensor in pairs if tensor is not None and tensor.requires_grad)
     if trained:
         raise ValueError(

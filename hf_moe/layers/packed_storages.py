@@ -47,7 +47,7 @@ def is_subclass_with_own_values(weight: Any) -> bool:
     return dispatches and not kind.__module__.startswith("torch.")
 
 
-class _OwnWeights:
+class OwnWeights:
     """Base of storages that read an experts module."""
 
     def __init__(self, experts: Any):
@@ -68,14 +68,14 @@ class _OwnWeights:
     def tensors(self) -> None:
         return None
 
-    def operands(self) -> None:
+    def operands(self) -> ExpertWeights | None:
         return None
 
     def prefetch(self, plan: Plan) -> None:
         pass
 
 
-class ParametrizedStorage(_OwnWeights):
+class ParametrizedStorage(OwnWeights):
     """Weights behind `torch.nn.utils.parametrize`.
 
     Frozen experts that can be computed singly are: those with rows, in the forward and again in the backward. Where
@@ -293,7 +293,7 @@ class Stacks(NamedTuple):
 
     def linear(self, rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
         """In plain torch, one expert after the other."""
-        up, up_bias, down, down_bias = self.weights
+        up, up_bias, down, down_bias, *_ = self.weights
         weight, bias = (up, up_bias) if projection == "up" else (down, down_bias)
         width, _ = self.shape(projection)
         return linear_by_matrix(rows_NA, plan, weight, bias, width, self.transposed)
@@ -323,12 +323,23 @@ class SubclassStorage(Stacks):
         return None
 
 
-class UnreadableStorage(_OwnWeights):
-    """Weights in a form that only their own module reads (fp8 and its scales, a placeholder of a parallel wrapper)."""
+class UnreadableStorage(OwnWeights):
+    """Weights in a form that only their own module reads (int8 and its scales, a placeholder of a parallel wrapper).
 
-    def __init__(self, experts: Any, weight: Any):
+    Args:
+        weight: One of them.
+        reason: Why they are not read, with the way out; without it their form is.
+    """
+
+    def __init__(self, experts: Any, weight: Any, reason: str = ""):
         super().__init__(experts)
-        self.weight = weight
+        self.weight, self._reason = weight, reason
+
+    @property
+    def reason(self) -> str:
+        """As a sentence that ends with a way out."""
+        stored = f"the weights are stored as {self.format}, which hf_moe does not read: load the model in bfloat16."
+        return self._reason or stored
 
     @property
     def format(self) -> str:
@@ -345,7 +356,4 @@ class UnreadableStorage(_OwnWeights):
         return self.weight.device if isinstance(self.weight, Tensor) else torch.device("cpu")
 
     def linear(self, rows_NA: Tensor, projection: Projection, plan: Plan) -> Tensor:
-        raise TypeError(
-            f"{type(self.experts).__name__} stores its weights as {self.format}, which hf_moe cannot multiply by: use "
-            "experts_implementation='eager', or load the model in bfloat16."
-        )
+        raise TypeError(f"{type(self.experts).__name__} runs with experts_implementation='eager' alone: {self.reason}")

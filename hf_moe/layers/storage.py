@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_moe.kernels.layer_call import ExpertWeights
 from hf_moe.layers.expert_rows import Plan, Projection
+from hf_moe.layers.fp8_storage import fp8_storage, is_scaled
 from hf_moe.layers.geometry import parametrization_of, up_name
 from hf_moe.layers.packed_storages import (
     ParametrizedStorage,
@@ -114,26 +115,29 @@ def storage_of(experts: Any) -> ExpertStorage:
         experts: A module under transformers' `use_experts_implementation` decorator.
 
     Returns:
-        What was attached as `experts.expert_storage`; else the module's own tensors: dense, computed by a
+        What was attached as `experts.expert_storage`; else the module's own tensors: dense, fp8, computed by a
         parametrisation, of a tensor class that packs its values, or, of another kind, a storage that names it and
         multiplies nothing.
 
     Raises:
-        ValueError: If something parametrises the module's own tensors while a storage is attached, as PEFT does in the
-            forward of an adapter that is not accelerated: it would have no effect.
+        ValueError: If something parametrises the module's own tensors while a storage is attached or they are fp8, as
+            PEFT does in the forward of an adapter that is not accelerated: it would have no effect.
     """
     attached = attached_storage(experts)
     up, down = up_name(experts), "down_proj"
     if "parametrizations" in experts._modules:
-        if attached is not None and any(parametrization_of(experts, name) is not None for name in (up, down)):
+        form = "fp8" if is_scaled(experts) else None if attached is None else attached.format
+        if form is not None and any(parametrization_of(experts, name) is not None for name in (up, down)):
             raise ValueError(
-                f"the weights are stored as {attached.format}, so what parametrises the module's own tensors has no "
+                f"the weights are stored as {form}, so what parametrises the module's own tensors has no "
                 "effect: call hf_moe.accelerate_adapters(model) for LoRA on experts."
             )
         if attached is None and _is_computed(experts, up, down):
             return ParametrizedStorage(experts)
     if attached is not None:
         return attached
+    if is_scaled(experts):
+        return fp8_storage(experts)
     up_weight, weight = _read(experts, up), _read(experts, down)
     if not _is_stack(up_weight) or not _is_stack(weight):
         return UnreadableStorage(experts, weight)

@@ -242,7 +242,8 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     for layer in layers:
         weight, backend, storage = _storage(layer), _backend(layer), storage_of(layer.experts)
         is_attached = attached_storage(layer.experts) is not None
-        if not is_attached and (weight is None or weight.dtype not in DENSE_DTYPES):
+        is_fp8 = storage.format == "fp8"
+        if not is_attached and not is_fp8 and (weight is None or weight.dtype not in DENSE_DTYPES):
             kind = "in a form of their own" if weight is None else f"as {weight.dtype}"
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)
@@ -250,7 +251,7 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
         if storage.format != "dense":
             who = (
                 "hf_moe's backends run them"
-                if is_attached
+                if is_attached or is_fp8
                 else "it decides which of transformers' own backends run them"
             )
             text = f"Expert weights are stored as {storage.format}: {who}."

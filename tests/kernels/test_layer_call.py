@@ -25,6 +25,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_the_flat_form_becomes_the_same_call(adapters):
     call = kernel_cases.layer("balanced", "gpt_oss").call(ADAPTERS[adapters])
+    call = call._replace(experts=call.experts._replace(up_scale=torch.ones(1), down_scale=torch.zeros(1)))
     assert same(unflatten(flatten(call)), call)
 
 
@@ -35,6 +36,7 @@ def test_every_value_stands_where_the_schema_names_it(adapters, schema):
     assert flat["hidden"] is call.hidden_TH
     assert flat["weights"] is call.weights_TK
     assert flat["down_bias"] is call.experts.down_bias
+    assert flat["up_weight_scale"] is call.experts.up_scale is None
     assert {name: flat[name] for name in call.form._fields} == call.form._asdict()
     if call.low_rank is not None:
         assert flat["down_b"] is call.low_rank.down.b

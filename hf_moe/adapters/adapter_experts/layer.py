@@ -109,7 +109,7 @@ class AdapterExpertsLayer(nn.Module, BaseTunerLayer):
         return next(self.get_base_layer().parameters()).device
 
     def _compute_dtype(self, rows: torch.dtype) -> torch.dtype:
-        """The dtype that the base's experts compute in; that of the rows where their storage does not tell (fp8)."""
+        """The dtype that the base's experts compute in; that of the rows where their storage does not tell."""
         dtype = storage_of(self.get_base_layer()).dtype
         return dtype if dtype in DENSE_DTYPES else rows
 

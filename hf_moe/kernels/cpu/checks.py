@@ -16,9 +16,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 def require_layer(call: LayerCall) -> None:
     """Raise ValueError for a call that the kernels do not take."""
-    hidden_TH, index_TK, weights_TK, (up, up_bias, down, down_bias), num_ids, form, _ = call
+    hidden_TH, index_TK, weights_TK, (up, up_bias, down, down_bias, *scales), num_ids, form, _ = call
     dtype, (tokens, H), E = hidden_TH.dtype, hidden_TH.shape, up.shape[0]
     _require_dtype(dtype)
+    if scales != [None, None]:
+        raise ValueError("the CPU's kernels take no scales: use weights that are dense.")
     if form.activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {form.activation!r}.")
     width = down.shape[1 if form.transposed else 2]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layer_call import LayerCall, LowRankPair, flatten
+from ..layer_call import LayerCall, LowRankPair, flatten_dense
 from ..layer_op import AdapterWants, LayerOp
 from .build import load_kernels
 from .checks import require_adapters, require_layer
@@ -39,7 +39,7 @@ def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
     load_kernels()
     require_layer(call)
     require_adapters(call)
-    out_TH, *kept = torch.ops.hf_moe_cpu.experts_lora_forward.default(*flatten(call), keep)
+    out_TH, *kept = torch.ops.hf_moe_cpu.experts_lora_forward.default(*flatten_dense(call), keep)
     return out_TH, Kept(*kept)
 
 
@@ -49,7 +49,7 @@ def _kept_like(call: LayerCall, keep: bool) -> Kept:
 
 
 def _backward(grad_TH: Tensor, call: LayerCall, kept: Kept, wants: AdapterWants) -> list[Tensor]:
-    gradients = torch.ops.hf_moe_cpu.experts_lora_backward.default(grad_TH, *kept, *flatten(call), list(wants))
+    gradients = torch.ops.hf_moe_cpu.experts_lora_backward.default(grad_TH, *kept, *flatten_dense(call), list(wants))
     return [gradient for gradient, wanted in zip(gradients, wants, strict=True) if wanted]
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layer_call import LayerCall, flatten
+from ..layer_call import LayerCall, flatten_dense
 from ..layer_op import LayerOp, Wants
 from ..linear_op import define_linear_op
 from .build import load_kernels
@@ -43,7 +43,7 @@ def cpu_experts(call: LayerCall) -> Tensor:
 def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
     load_kernels()
     require_layer(call)
-    out_TH, pre_NP = torch.ops.hf_moe_cpu.experts_forward.default(*flatten(call), keep)
+    out_TH, pre_NP = torch.ops.hf_moe_cpu.experts_forward.default(*flatten_dense(call), keep)
     return out_TH, Kept(pre_NP)
 
 
@@ -58,7 +58,7 @@ def rows_like(call: LayerCall, width: int | None) -> Tensor:
 
 
 def _backward(grad_TH: Tensor, call: LayerCall, kept: Kept, wants: Wants) -> list[Tensor]:
-    gradients = torch.ops.hf_moe_cpu.experts_backward.default(grad_TH, *kept, *flatten(call), list(wants))
+    gradients = torch.ops.hf_moe_cpu.experts_backward.default(grad_TH, *kept, *flatten_dense(call), list(wants))
     return [gradient for gradient, wanted in zip(gradients, wants, strict=True) if wanted]
 
 

@@ -16,7 +16,7 @@ and backward, each line only if its result is wanted:
 
 Operators:
 
-    ops.py                  the layer with dense weights, and one linear map per expert
+    ops.py                  the layer with dense or fp8 weights, and one linear map per expert
     low_rank.py             the layer under adapters, which add low-rank terms to the same launches
     hybrid.py               the layer where torch's grouped product is faster
     layer.py                what the three share: checks, what is kept, steps of several launches
@@ -35,5 +35,6 @@ Kernels and their launchers:
 For all of them:
 
     activation.py           activations in closed form
+    fp8.py                  weights of 8 bits, multiplied by the scales of their blocks as they are loaded
     tiles.py                tile sizes by device, dtype and shape, from tiles/*.json
 """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..layer_call import ExpertForm
 from .activation import activate_backward, form_constants, glu_backward
+from .fp8 import load_weight, scale_arguments, scale_places
 from .grouped_linear import (
     ROW_TILES_PER_GROUP,
     LowRankTerm,
@@ -25,7 +26,6 @@ from .grouped_linear import (
     bounds_of_tile,
     column_halves,
     halves,
-    load_weight,
     rows_between,
     step_masks,
     term_arguments,
@@ -184,9 +184,9 @@ def gradient_tile(
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_M rows of one expert; tuples as `backward_activation_kernel` makes them."""
-    grad_out, weight, pre, weights, grad_pre, weighted_act, partial, order = tensors
+    grad_out, weight, pre, weights, grad_pre, weighted_act, partial, order, weight_scale = tensors
     H, width = sizes
-    stride_out, stride_h, stride_i = strides
+    stride_out, stride_h, stride_i, stride_scale_i, stride_scale_h = strides
     TOP_K: tl.constexpr = FLAGS[0]
     HAS_LOW: tl.constexpr = FLAGS[1]
     STORE_ACT: tl.constexpr = FLAGS[2]
@@ -195,6 +195,8 @@ def gradient_tile(
     BLOCK_K: tl.constexpr = BLOCKS[0]
     BLOCK_R: tl.constexpr = BLOCKS[1]
     NARROW: tl.constexpr = BLOCKS[2]
+    SCALE_N: tl.constexpr = BLOCKS[3]
+    SCALE_K: tl.constexpr = BLOCKS[4]
     rows, row_ok = rows_between(first_row, end_row, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
     col_ok = cols < width
@@ -202,11 +204,13 @@ def gradient_tile(
     ks = tl.arange(0, BLOCK_K)
     out_at = grad_out + (slots // TOP_K).to(tl.int64)[:, None] * stride_out + ks[None, :]
     weight_at = weight + ks[:, None] * stride_h + cols[None, :] * stride_i
+    scales = (scale_places(weight_scale, cols, stride_scale_i, SCALE_N), stride_scale_h)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
         g_ok, w_ok = step_masks(row_ok, col_ok, H - k, EVEN_K, BLOCK_K)
         g = tl.load(out_at + k, mask=g_ok, other=0.0)
-        acc = tl.dot(g, load_weight(weight_at + k * stride_h, w_ok), acc, input_precision="ieee")
+        w = load_weight(weight_at + k * stride_h, w_ok, scales, k, g.dtype, SCALE_K, BLOCK_K)
+        acc = tl.dot(g, w, acc, input_precision="ieee")
     acc = add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
     weight_M = tl.load(weights + slots, mask=row_ok, other=0.0).to(tl.float32)
     products = activation_gradients(
@@ -223,6 +227,7 @@ def backward_activation_kernel(
     grad_out, down_weight, pre, weights, grad_pre, weighted_act, partial, order, expert_end, tile_expert, tile_row,
     num_rows, num_tiles, H, width, stride_out, stride_e, stride_h, stride_i,
     low_NR, low_weight, R, stride_low_e, stride_low_b, stride_low_r,
+    weight_scale, stride_scale_e, stride_scale_n, stride_scale_k, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_LOW: tl.constexpr,
     STORE_ACT: tl.constexpr, STORE_PARTIAL: tl.constexpr, EVEN_K: tl.constexpr,
@@ -232,7 +237,7 @@ def backward_activation_kernel(
     """One tile of rows and activation columns; grid (M * C,)."""
     FORM: tl.constexpr = (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED)
     FLAGS: tl.constexpr = (TOP_K, HAS_LOW, STORE_ACT, STORE_PARTIAL, EVEN_K)
-    BLOCKS: tl.constexpr = (BLOCK_K, BLOCK_R, NARROW)
+    BLOCKS: tl.constexpr = (BLOCK_K, BLOCK_R, NARROW, SCALE_N, SCALE_K)
     tile, column_tile = tile_of_program(num_tiles, tl.cdiv(width, BLOCK_N), GROUP)
     expert, first, end = bounds_of_tile(tile, tile_expert, tile_row, expert_end, num_rows)
     col = column_tile * BLOCK_N
@@ -243,9 +248,10 @@ def backward_activation_kernel(
         )  # fmt: skip
         return
     weight = down_weight + expert.to(tl.int64) * stride_e
-    tensors = (grad_out, weight, pre, weights, grad_pre, weighted_act, partial, order)
+    scale_of_expert = weight_scale + expert.to(tl.int64) * stride_scale_e
+    tensors = (grad_out, weight, pre, weights, grad_pre, weighted_act, partial, order, scale_of_expert)
     sizes = (H, width)
-    strides = (stride_out, stride_h, stride_i)
+    strides = (stride_out, stride_h, stride_i, stride_scale_n, stride_scale_k)
     low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
     if HALVES:
         if end - first <= BLOCK_M // 2:
@@ -336,6 +342,7 @@ def launch_backward_activation(
     *,
     down_bias: Tensor | None = None,
     term: LowRankTerm | None = None,
+    scale: Tensor | None = None,
     need_act: bool = True,
     need_grad_weights: bool = True,
 ) -> ActivationGradients:
@@ -347,6 +354,7 @@ def launch_backward_activation(
         pre_NP: Saved by the forward pass, in expert order, contiguous.
         weights_TK: Routing weights of any float dtype.
         down_bias: [E, H], part of the routing weights' gradient only.
+        scale: Of blocks of an fp8 `down_weight`, as in ExpertWeights.
         term: Added to `grad_out @ down_weight`, an adapter's part; its weight is [E, I, R].
     """
     (num_rows, P), H, top_k = pre_NP.shape, grad_out_TH.shape[1], weights_TK.shape[1]
@@ -366,7 +374,8 @@ def launch_backward_activation(
             grad_out_TH, down_weight, pre_NP, weights_TK.contiguous(),
             grad_pre_NP, grad_pre_NP if weighted_act_NI is None else weighted_act_NI, partial_NC, *arguments,
             num_rows, num_tiles, H, width, grad_out_TH.stride(0), *weight_EHI.stride(),
-            **term_arguments(term, down_weight), TOP_K=top_k, **form_constants(form),
+            **term_arguments(term, down_weight), **scale_arguments(scale, down_weight, swapped=True),
+            TOP_K=top_k, **form_constants(form),
             STORE_ACT=need_act, STORE_PARTIAL=need_grad_weights, EVEN_K=H % tile.block_k == 0,
             BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
             NARROW=narrow, HALVES=halves(tile), GROUP=ROW_TILES_PER_GROUP,
@@ -380,5 +389,5 @@ def launch_backward_activation(
         nothing_TK = weights_TK.new_empty(weights_TK.shape, dtype=torch.float32) if need_grad_weights else None
         return ActivationGradients(grad_pre_NP, weighted_act_NI, nothing_TK)
     rows_per_expert = num_rows // down_weight.shape[0]
-    tile = tile_for("backward_activation", rows_per_expert, width, H, pre_NP.dtype, pre_NP.device, launch=run)
+    tile = tile_for("backward_activation", rows_per_expert, width, H, down_weight.dtype, pre_NP.device, launch=run)
     return ActivationGradients(grad_pre_NP, weighted_act_NI, run(tile))

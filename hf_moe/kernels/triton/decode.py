@@ -29,6 +29,7 @@ from torch import Tensor
 from ..layer_call import LayerCall
 from . import tiles
 from .activation import activate, form_constants, glu
+from .fp8 import load_scale, scale_arguments, scaled
 from .routing import require_gpu
 from .tiles import Tile
 from .weight_gradient import unit_stride_rows
@@ -36,6 +37,7 @@ from .weight_gradient import unit_stride_rows
 # transposed, outputs are neighbours in memory: a run of 64 is a full line of 128 bytes in 16 bits, 16 are a sector
 TRANSPOSED_RUN = 64
 SHORTEST_RUN = 16
+SHORTEST_SCALED = 32  # of fp8, a sector
 
 
 @triton.jit
@@ -51,6 +53,7 @@ def split_pre(pre, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr):
 def decode_up_kernel(
     hidden, index, up_weight, up_bias, act,
     num_rows, num_experts, H, width, stride_hidden, stride_e, stride_p, stride_h,
+    weight_scale, stride_scale_e, stride_scale_n, stride_scale_k, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -81,6 +84,12 @@ def decode_up_kernel(
     for k in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         k_ok = ks < H - k
         w = tl.load(weight_at + k * stride_h, mask=col_ok[:, None] & k_ok[None, :], other=0.0)
+        if SCALE_N > 0:
+            scale_at = weight_scale + expert.to(tl.int64) * stride_scale_e
+            scale_at = scale_at + (cols // SCALE_N)[:, None] * stride_scale_n
+            all_ok = col_ok[:, None] & k_ok[None, :]
+            factor = load_scale(scale_at, k, ks[None, :], stride_scale_k, col_ok[:, None], all_ok, SCALE_K, BLOCK_K)
+            w = scaled(w, factor, hidden.dtype.element_ty)
         acc += w.to(tl.float32) * tl.load(hidden_at + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
     pre = tl.sum(acc, axis=1)
     if HAS_BIAS:
@@ -99,6 +108,7 @@ def decode_up_kernel(
 def decode_down_kernel(
     act, index, weights, down_weight, down_bias, out,
     num_tokens, num_experts, num_ids, H, width, stride_e, stride_h, stride_i,
+    weight_scale, stride_scale_e, stride_scale_n, stride_scale_k, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +137,12 @@ def decode_down_kernel(
     for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         k_ok = ks < width - k
         w = tl.load(weight_at + k * stride_i, mask=ok & k_ok[None, None, :], other=0.0)
+        if SCALE_N > 0:
+            scale_at = weight_scale + expert.to(tl.int64)[:, None, None] * stride_scale_e
+            scale_at = scale_at + (cols // SCALE_N)[None, :, None] * stride_scale_n
+            all_ok = ok & k_ok[None, None, :]
+            factor = load_scale(scale_at, k, ks[None, None, :], stride_scale_k, ok, all_ok, SCALE_K, BLOCK_K)
+            w = scaled(w, factor, out.dtype.element_ty)
         value = tl.load(act_at + k, mask=slot_ok[:, None] & k_ok[None, :], other=0.0)
         acc += w.to(tl.float32) * value[:, None, :]
     y = tl.sum(acc, axis=2)
@@ -139,14 +155,17 @@ def decode_down_kernel(
     tl.store(out + token.to(tl.int64) * H + cols, total.to(out.dtype.element_ty), mask=col_ok)
 
 
-def output_block(tile: Tile, transposed: bool, slots: int = 1) -> tuple[int, int]:
+def output_block(tile: Tile, transposed: bool, slots: int = 1, scale_k: int = 0) -> tuple[int, int]:
     """Outputs and steps of a block that holds the tile's number of weights, for `slots` experts at once.
 
-    It is wide in the direction in which weights lie in memory.
+    It is wide in the direction in which weights lie in memory, but no wider than `scale_k` inputs that share a scale.
     """
     outputs, shortest = (TRANSPOSED_RUN, SHORTEST_RUN) if transposed else (tile.block_n, 1)
     outputs = max(shortest, outputs // slots)
-    return outputs, max(1, tile.block_n * tile.block_k // (slots * outputs))
+    block_k = max(1, tile.block_n * tile.block_k // (slots * outputs))
+    if scale_k >= SHORTEST_SCALED and block_k % scale_k == 0:
+        return outputs * (block_k // scale_k), scale_k
+    return outputs, block_k
 
 
 def launch_decode(call: LayerCall) -> Tensor:
@@ -194,13 +213,15 @@ def _launch_up(call: LayerCall, overlap: bool) -> Tensor:
     width = P // 2 if form.gated else P
     act_NI = torch.empty(T * K, width, dtype=torch.float32, device=hidden_TH.device)
 
+    scales = scale_arguments(call.experts.up_scale, weight)
+
     def run(tile: Tile) -> None:
-        columns, block_k = output_block(tile, form.transposed)
+        columns, block_k = output_block(tile, form.transposed, 1, scales["SCALE_K"])
         block_n = max(1, columns // 2) if form.gated else columns
         decode_up_kernel[(T * K * triton.cdiv(width, block_n),)](
             hidden_TH, index_TK, weight, hidden_TH if bias is None else bias, act_NI,
             T * K, E, H, width, hidden_TH.stride(0), *_strides(weight, form.transposed),
-            TOP_K=K, HAS_BIAS=bias is not None, **form_constants(form), OVERLAP=overlap,
+            **scales, TOP_K=K, HAS_BIAS=bias is not None, **form_constants(form), OVERLAP=overlap,
             BLOCK_N=block_n, BLOCK_K=block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
 
@@ -216,12 +237,14 @@ def _launch_down(act_NI: Tensor, call: LayerCall, overlap: bool) -> Tensor:
     out_TH = torch.empty(T, H, dtype=call.hidden_TH.dtype, device=act_NI.device)
     options = {"launch_pdl": True} if overlap else {}  # other chips' compilers do not know it
 
+    scales = scale_arguments(call.experts.down_scale, weight)
+
     def run(tile: Tile) -> None:
-        block_n, block_k = output_block(tile, transposed, slots)
+        block_n, block_k = output_block(tile, transposed, slots, scales["SCALE_K"])
         decode_down_kernel[(T * triton.cdiv(H, block_n),)](
             act_NI, call.index_TK, call.weights_TK, weight, act_NI if bias is None else bias, out_TH,
             T, E, call.num_ids, H, width, *_strides(weight, transposed),
-            TOP_K=K, SLOTS=slots, HAS_BIAS=bias is not None, OVERLAP=overlap,
+            **scales, TOP_K=K, SLOTS=slots, HAS_BIAS=bias is not None, OVERLAP=overlap,
             BLOCK_N=block_n, BLOCK_K=block_k, STAGES=tile.num_stages, num_warps=tile.num_warps, **options,
         )  # fmt: skip
 

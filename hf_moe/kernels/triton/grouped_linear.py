@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fp8 import load_weight, scale_arguments, scale_places
 from .routing import RowOrder, require_gpu
 from .tiles import Tile, tile_for
 from .weight_gradient import block_of, unit_stride_rows
@@ -95,12 +96,6 @@ def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.cons
 
 
 @triton.jit
-def load_weight(weight_at, ok):
-    """One block of an expert's matrix, as it is multiplied."""
-    return tl.load(weight_at, mask=ok, other=0.0)
-
-
-@triton.jit
 def step_masks(row_ok, col_ok, left, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Masks of the rows [M, BLOCK_K] and of the weight [BLOCK_K, N] where `left` columns of the rows are left."""
     x_ok = row_ok[:, None]
@@ -113,12 +108,19 @@ def step_masks(row_ok, col_ok, left, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
-def multiply(acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """acc + rows @ weight^T over A, from the places of the first BLOCK_K columns of the rows and of the weight."""
+def multiply(
+    acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, scales,
+    EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_K: tl.constexpr,
+):  # fmt: skip
+    """acc + rows @ weight^T over A, from the places of the first BLOCK_K columns of the rows and of the weight.
+
+    scales: As `load_weight` takes them.
+    """
     for k in range(0, A, BLOCK_K):
         x_ok, w_ok = step_masks(row_ok, col_ok, A - k, EVEN_K, BLOCK_K)
         x = tl.load(rows_at, mask=x_ok, other=0.0)
-        acc = tl.dot(x, load_weight(weight_at, w_ok), acc, input_precision="ieee")
+        w = load_weight(weight_at, w_ok, scales, k, x.dtype, SCALE_K, BLOCK_K)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
         rows_at += BLOCK_K
         weight_at += BLOCK_K * stride_a
     return acc
@@ -187,9 +189,9 @@ def linear_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The results of BLOCK_M rows of one expert; tuples as `grouped_linear_kernel` makes them."""
-    rows_in, weight, bias_EB, row_weights_N, out_NB, order_N = tensors
+    rows_in, weight, bias_EB, row_weights_N, out_NB, order_N, weight_scale = tensors
     A, B, scale = sizes
-    stride_rows, stride_b, stride_a = strides
+    stride_rows, stride_b, stride_a, stride_scale_b, stride_scale_a = strides
     TOP_K: tl.constexpr = FLAGS[0]
     GATHER: tl.constexpr = FLAGS[1]
     SCATTER: tl.constexpr = FLAGS[2]
@@ -200,6 +202,8 @@ def linear_tile(
     BLOCK_K: tl.constexpr = BLOCKS[0]
     BLOCK_R: tl.constexpr = BLOCKS[1]
     NARROW: tl.constexpr = BLOCKS[2]
+    SCALE_N: tl.constexpr = BLOCKS[3]
+    SCALE_K: tl.constexpr = BLOCKS[4]
     rows, row_ok = rows_between(first, end, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
     col_ok = cols < B
@@ -211,8 +215,9 @@ def linear_tile(
     ks = tl.arange(0, BLOCK_K)
     rows_at = rows_in + source.to(tl.int64)[:, None] * stride_rows + ks[None, :]
     weight_at = weight + cols.to(tl.int64)[None, :] * stride_b + ks.to(tl.int64)[:, None] * stride_a
+    scales = (scale_places(weight_scale, cols, stride_scale_b, SCALE_N), stride_scale_a)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply(acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, EVEN_K, BLOCK_K)
+    acc = multiply(acc, rows_at, row_ok, weight_at, col_ok, A, stride_a, scales, EVEN_K, BLOCK_K, SCALE_K)
     acc *= scale
     acc = add_term(acc, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
     row_weights = rows
@@ -227,6 +232,7 @@ def grouped_linear_kernel(
     rows_in, weight, bias_EB, row_weights_N, out_NB, order_N, expert_end_E, expert_M, row_M,
     num_rows, num_tiles, A, B, scale, stride_rows, stride_weight_e, stride_weight_b, stride_weight_a,
     low_NR, low_weight, R, stride_low_e, stride_low_b, stride_low_r,
+    weight_scale, stride_scale_e, stride_scale_n, stride_scale_k, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW_WEIGHTS: tl.constexpr, HAS_LOW: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -234,7 +240,7 @@ def grouped_linear_kernel(
 ):  # fmt: skip
     """out = row_weight * (scale * row @ weight[e]^T + low @ low_weight[e]^T + bias[e]); grid (M * column tiles,)."""
     FLAGS: tl.constexpr = (TOP_K, GATHER, SCATTER, HAS_BIAS, HAS_ROW_WEIGHTS, HAS_LOW, EVEN_K)
-    BLOCKS: tl.constexpr = (BLOCK_K, BLOCK_R, NARROW)
+    BLOCKS: tl.constexpr = (BLOCK_K, BLOCK_R, NARROW, SCALE_N, SCALE_K)
     tile, col_block = tile_of_program(num_tiles, tl.cdiv(B, BLOCK_N), GROUP)
     expert, first, end = bounds_of_tile(tile, expert_M, row_M, expert_end_E, num_rows)
     col = col_block * BLOCK_N
@@ -246,9 +252,11 @@ def grouped_linear_kernel(
         store_columns(zeros, (out_NB, rows, out_NB), rows, row_ok, col, B, False, False, BLOCK_M, BLOCK_N, NARROW)
         return
 
-    tensors = (rows_in, weight + expert.to(tl.int64) * stride_weight_e, bias_EB, row_weights_N, out_NB, order_N)
+    scale_of_expert = weight_scale + expert.to(tl.int64) * stride_scale_e
+    matrix = weight + expert.to(tl.int64) * stride_weight_e
+    tensors = (rows_in, matrix, bias_EB, row_weights_N, out_NB, order_N, scale_of_expert)
     sizes = (A, B, scale)
-    strides = (stride_rows, stride_weight_b, stride_weight_a)
+    strides = (stride_rows, stride_weight_b, stride_weight_a, stride_scale_n, stride_scale_k)
     low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
     if HALVES:
         if end - first <= BLOCK_M // 2:
@@ -272,16 +280,18 @@ def launch_grouped_linear(
     row_weights_N: Tensor | None = None,
     term: LowRankTerm | None = None,
     scale: float = 1.0,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """`row_weight * (scale * row @ weight[e]^T + term + bias[e])` for every row of every expert e.
 
     Args:
         rows: [N, A] in expert order, or [T, A] with `gather`: row r reads `rows[order.order_N[r] // top_k]`.
-        weight: [E, B, A], or [E, A, B] if `transposed`; any strides, the dtype of `rows`.
+        weight: [E, B, A], or [E, A, B] if `transposed`; any strides, the dtype of `rows`, or fp8 with `weight_scale`.
         order: Its `order_N` is read only with `gather`, `scatter` or `row_weights_N`.
         bias: [E, B].
         scatter: Whether row r is written to place `order.order_N[r]` instead of r.
         row_weights_N: A factor per slot, such as the routing weights.
+        weight_scale: Of blocks of the weight, in its layout, as in ExpertWeights.
 
     Returns:
         [N, B] in the dtype of `rows`, accumulated in float32 and rounded once; zeros for the rows of no expert.
@@ -300,6 +310,7 @@ def launch_grouped_linear(
             rows, weight, weight if bias is None else bias.contiguous(),  # an absent operand's pointer is never read
             weight if row_weights_N is None else row_weights_N.contiguous(), out_NB, *arguments,
             num_rows, num_tiles, A, B, scale, rows.stride(0), *weight_EBA.stride(), **term_arguments(term, weight),
+            **scale_arguments(weight_scale, weight, transposed),
             TOP_K=top_k, GATHER=gather, SCATTER=scatter, HAS_BIAS=bias is not None,
             HAS_ROW_WEIGHTS=row_weights_N is not None, EVEN_K=A % block_k == 0,
             BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k, NARROW=EPILOGUE_COLUMNS,
@@ -307,5 +318,5 @@ def launch_grouped_linear(
         )  # fmt: skip
 
     if out_NB.numel():
-        run(tile_for("grouped_linear", num_rows // num_experts, B, A, rows.dtype, rows.device, launch=run))
+        run(tile_for("grouped_linear", num_rows // num_experts, B, A, weight.dtype, rows.device, launch=run))
     return out_NB

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..layer_call import LayerCall
 from .combine import launch_sum_k
+from .fp8 import SCALES, VALUES
 from .grouped_linear import LowRankTerm, launch_grouped_linear
 from .routing import RowOrder, size_of_maps
 from .weight_gradient import launch_bias_gradient, launch_weight_gradient
@@ -53,9 +54,13 @@ def kept_like(call: LayerCall, keep: bool) -> Kept:
 def require_layer(call: LayerCall) -> None:
     """Refuse tensors whose shapes or dtypes do not fit each other."""
     _require_shapes(call)
-    hidden_TH, (up, up_bias, down, down_bias) = call.hidden_TH, call.experts
+    hidden_TH, (up, up_bias, down, down_bias, up_scale, down_scale) = call.hidden_TH, call.experts
     up_factors, down_factors = call.low_rank or (None, None)
-    tensors = {"hidden": hidden_TH, "up_weight": up, "up_bias": up_bias, "down_weight": down, "down_bias": down_bias}
+    tensors = {"hidden": hidden_TH, "up_bias": up_bias, "down_bias": down_bias}
+    if up_scale is None and down_scale is None:
+        tensors |= {"up_weight": up, "down_weight": down}
+    else:
+        require_scales(call)
     for name, factors in (("up", up_factors), ("down", down_factors)):
         tensors |= {} if factors is None else {f"{name}_a": factors.a, f"{name}_b": factors.b}
     require_one_dtype(**tensors)
@@ -68,6 +73,27 @@ def require_one_dtype(**tensors: Tensor | None) -> None:
         raise ValueError(f"rows, expert weights and biases must have one dtype, got {found}. Cast them to one.")
 
 
+def require_scales(call: LayerCall) -> None:
+    """Refuse scales that do not cut fp8 weights into equal blocks."""
+    for name in ("up", "down"):
+        weight, scale = getattr(call.experts, name), getattr(call.experts, f"{name}_scale")
+        if weight.dtype != VALUES or scale is None or scale.dtype not in SCALES or call.form.transposed:
+            raise ValueError(
+                f"scales belong to both weights, {VALUES} and not transposed, and are floating or uint8, got {name} "
+                f"{weight.dtype}, its scale {None if scale is None else scale.dtype}, transposed="
+                f"{call.form.transposed}: give dense weights without scales."
+            )
+        if (
+            scale.dim() != 3
+            or len(scale) != len(weight)
+            or any(size % max(1, blocks) for size, blocks in zip(weight.shape, scale.shape, strict=True))
+        ):
+            raise ValueError(
+                f"the scales {list(scale.shape)} do not cut {name} {list(weight.shape)} into equal blocks: give "
+                "[E, blocks of rows, blocks of columns]."
+            )
+
+
 def require_width(**widths: int) -> None:
     """Refuse matrices without rows or columns: a grid of no programs is an error of the driver."""
     for name, width in widths.items():
@@ -76,7 +102,7 @@ def require_width(**widths: int) -> None:
 
 
 def _require_shapes(call: LayerCall) -> None:
-    hidden_TH, index_TK, weights_TK, (up, _, down, _), _, form, _ = call
+    hidden_TH, index_TK, weights_TK, (up, _, down, *_), _, form, _ = call
     if hidden_TH.dim() != 2 or index_TK.dim() != 2 or index_TK.shape != weights_TK.shape:
         shapes = tuple(tuple(tensor.shape) for tensor in (hidden_TH, index_TK, weights_TK))
         raise ValueError(f"hidden [T, H], index [T, K] and weights [T, K] are needed, got {shapes}.")
@@ -104,6 +130,7 @@ def project_down(act_NI: Tensor, call: LayerCall, order: RowOrder, term: LowRank
         scatter=True,
         row_weights_N=call.weights_TK.reshape(-1),
         term=term,
+        weight_scale=call.experts.down_scale,
     )
     return launch_sum_k(rows_NH, top_k, act_NI.dtype)
 
@@ -112,7 +139,14 @@ def hidden_gradient(grad_pre_NP: Tensor, call: LayerCall, order: RowOrder, term:
     """grad_pre @ up_weight, with an adapter's part, summed over every token's slots."""
     top_k, transposed = call.top_k, not call.form.transposed
     rows_NH = launch_grouped_linear(
-        grad_pre_NP, call.experts.up, order, top_k=top_k, transposed=transposed, scatter=True, term=term
+        grad_pre_NP,
+        call.experts.up,
+        order,
+        top_k=top_k,
+        transposed=transposed,
+        scatter=True,
+        term=term,
+        weight_scale=call.experts.up_scale,
     )
     return launch_sum_k(rows_NH, top_k, grad_pre_NP.dtype)
 

@@ -83,7 +83,15 @@ def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
     order = sort_rows(index_TK, call.num_experts, num_ids)
     term = _through_a(hidden_TH, adapters.up, order, top_k, gather=True)
     act_NI, pre_NP = launch_up(
-        hidden_TH, experts.up, order, form, top_k=top_k, bias=experts.up_bias, store_pre=keep, term=term
+        hidden_TH,
+        experts.up,
+        order,
+        form,
+        top_k=top_k,
+        bias=experts.up_bias,
+        store_pre=keep,
+        term=term,
+        scale=experts.up_scale,
     )
     out_TH = project_down(act_NI, call, order, _through_a(act_NI, adapters.down, order, top_k))
     if pre_NP is None:
@@ -99,7 +107,7 @@ def _backward(grad_out_TH: Tensor, call: LayerCall, kept: Kept, wants: AdapterWa
     term = _through_b(grad_out_TH, down, order, top_k, gather=True)
     grad_pre_NP, weighted_act_NI, grad_weights_TK = launch_backward_activation(
         grad_out_TH, call.experts.down, kept.pre_NP, order, call.weights_TK, call.form,
-        down_bias=call.experts.down_bias, term=term,
+        scale=call.experts.down_scale, down_bias=call.experts.down_bias, term=term,
         need_act=wants.down_a or wants.down_b, need_grad_weights=wants.weights,
     )  # fmt: skip
     up_term = _through_b(grad_pre_NP, up, order, top_k) if wants.hidden or wants.up_a else None

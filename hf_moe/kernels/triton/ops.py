@@ -1,4 +1,4 @@
-"""Differentiable Triton ops: one layer of experts with dense weights, and one linear map per expert.
+"""Differentiable Triton ops: one layer of experts with dense or fp8 weights, and one linear map per expert.
 
 Saved for backward are the arguments, the order of the rows and the pre-activation; activations, expert outputs and
 permuted copies are recomputed or never exist.
@@ -41,7 +41,7 @@ DECODE_ROWS_PER_EXPERT = 1
 def triton_experts(call: LayerCall) -> Tensor:
     """Compute the weighted sum of every token's experts [T, H], in the dtype of the hidden states.
 
-    Differentiable in hidden states, routing weights, expert weights and biases.
+    Differentiable in hidden states, routing weights, biases and dense expert weights.
 
     An id out of range makes its token NaN where rows are few and nothing is kept for backward (`decode.py`); else it
     is an error.
@@ -64,7 +64,14 @@ def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
         return launch_decode(call), kept_like(call, keep)
     order = sort_rows(index_TK, call.num_experts, num_ids)
     act_NI, pre_NP = launch_up(
-        hidden_TH, experts.up, order, form, top_k=call.top_k, bias=experts.up_bias, store_pre=keep
+        hidden_TH,
+        experts.up,
+        order,
+        form,
+        top_k=call.top_k,
+        bias=experts.up_bias,
+        store_pre=keep,
+        scale=experts.up_scale,
     )
     out_TH = project_down(act_NI, call, order)
     return out_TH, kept_like(call, keep) if pre_NP is None else Kept(pre_NP, *order)
@@ -76,7 +83,8 @@ def _backward(grad_out_TH: Tensor, call: LayerCall, kept: Kept, wants: Wants) ->
     order, top_k, transposed = kept.order, call.top_k, call.form.transposed
     grad_pre_NP, weighted_act_NI, grad_weights_TK = launch_backward_activation(
         grad_out_TH, call.experts.down, kept.pre_NP, order, call.weights_TK, call.form,
-        down_bias=call.experts.down_bias, need_act=wants.down_weight, need_grad_weights=wants.weights,
+        scale=call.experts.down_scale, down_bias=call.experts.down_bias, need_act=wants.down_weight,
+        need_grad_weights=wants.weights,
     )  # fmt: skip
     gradients = []
     if wants.hidden:

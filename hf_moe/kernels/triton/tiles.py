@@ -25,7 +25,13 @@ FOLDER = Path(__file__).parent / "tiles"
 KERNELS = ("up", "grouped_linear", "backward_activation", "weight_gradient", "decode_up", "decode_down")
 AUTOTUNE = "HF_MOE_AUTOTUNE"
 # Dots of float32 are exact products without tensor cores: their tiles are others.
-TABLES = {torch.bfloat16: "16-bit", torch.float16: "16-bit", torch.float32: "32-bit"}
+TABLES = {
+    torch.bfloat16: "16-bit",
+    torch.float16: "16-bit",
+    torch.float32: "32-bit",
+    # products are those of 16 bits; a table lists entries where those tiles would leave no registers for scales
+    torch.float8_e4m3fn: "8-bit",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def tile_for(
         rows_per_expert: Mean number of routed rows, T*K // E.
         n: Output columns (weight gradient: its second dimension).
         k: Reduced dimension (weight gradient: its first dimension).
-        dtype: Of the operands.
+        dtype: Of the weights, or of both operands.
         device: "cuda", or "cpu" for Triton's interpreter.
         launch: Runs the kernel with a tile, as often as asked. With HF_MOE_AUTOTUNE=1 the fastest tile is searched
             with it, once for each device, dtype, n, k and power of two of rows.
@@ -128,7 +134,7 @@ def table(name: str) -> dict[str, dict[str, tuple[Entry, ...]]]:
 def read_table(path: Path) -> dict[str, dict[str, tuple[Entry, ...]]]:
     """Read and check one file: `{kernel: {"16-bit": [{"rows_per_expert", "n", "k", "tile"}], "32-bit": [...]}}`.
 
-    A tile is `[block_m, block_n, block_k, num_warps, num_stages]`.
+    "8-bit" may be left out, it is then as "16-bit". A tile is `[block_m, block_n, block_k, num_warps, num_stages]`.
 
     Raises:
         ValueError: With the file, the value and the rule.
@@ -137,6 +143,7 @@ def read_table(path: Path) -> dict[str, dict[str, tuple[Entry, ...]]]:
     if set(content) != set(KERNELS):
         raise ValueError(f"{path} must hold the kernels {sorted(KERNELS)}, got {sorted(content)}: add or rename them.")
     for kernel, classes in content.items():
+        classes.setdefault("8-bit", classes.get("16-bit"))
         if set(classes) != set(TABLES.values()) or not all(classes.values()):
             wanted = sorted(set(TABLES.values()))
             raise ValueError(f"{path}: {kernel} must list entries for {wanted} each, got {sorted(classes)}.")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..layer_call import ExpertForm
 from .activation import activate, form_constants, glu
 from .backward_activation import store_act, store_pre
+from .fp8 import load_weight, scale_arguments, scale_places
 from .grouped_linear import (
     EPILOGUE_COLUMNS,
     ROW_TILES_PER_GROUP,
@@ -23,7 +24,6 @@ from .grouped_linear import (
     bounds_of_tile,
     column_halves,
     halves,
-    load_weight,
     multiply,
     rows_between,
     step_masks,
@@ -91,15 +91,19 @@ def store_activation(
 
 @triton.jit
 def multiply_two(
-    first, second, rows_at, row_ok, weights_at, col_ok, A, stride_a, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    first, second, rows_at, row_ok, weights_at, col_ok, A, stride_a, scales,
+    EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_K: tl.constexpr,
+):  # fmt: skip
     """`multiply` of the same rows by two blocks of the weight."""
     first_at, second_at = weights_at
+    first_scales, second_scales = scales
     for k in range(0, A, BLOCK_K):
         x_ok, w_ok = step_masks(row_ok, col_ok, A - k, EVEN_K, BLOCK_K)
         x = tl.load(rows_at, mask=x_ok, other=0.0)
-        first = tl.dot(x, load_weight(first_at, w_ok), first, input_precision="ieee")
-        second = tl.dot(x, load_weight(second_at, w_ok), second, input_precision="ieee")
+        w = load_weight(first_at, w_ok, first_scales, k, x.dtype, SCALE_K, BLOCK_K)
+        first = tl.dot(x, w, first, input_precision="ieee")
+        w = load_weight(second_at, w_ok, second_scales, k, x.dtype, SCALE_K, BLOCK_K)
+        second = tl.dot(x, w, second, input_precision="ieee")
         rows_at += BLOCK_K
         first_at += BLOCK_K * stride_a
         second_at += BLOCK_K * stride_a
@@ -112,9 +116,9 @@ def up_tile(
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The results of BLOCK_M rows of one expert; tuples as `up_kernel` makes them."""
-    hidden_TH, weight, bias_EP, act_NI, pre_NP, order_N = tensors
+    hidden_TH, weight, bias_EP, act_NI, pre_NP, order_N, weight_scale = tensors
     H, width = sizes
-    stride_hidden, stride_p, stride_h = strides
+    stride_hidden, stride_p, stride_h, stride_scale_p, stride_scale_h = strides
     GATED: tl.constexpr = FORM[4]
     INTERLEAVED: tl.constexpr = FORM[5]
     TOP_K: tl.constexpr = FLAGS[0]
@@ -125,6 +129,8 @@ def up_tile(
     BLOCK_K: tl.constexpr = BLOCKS[1]
     BLOCK_R: tl.constexpr = BLOCKS[2]
     NARROW: tl.constexpr = BLOCKS[3]
+    SCALE_N: tl.constexpr = BLOCKS[4]
+    SCALE_K: tl.constexpr = BLOCKS[5]
     # columns of the weight in the first accumulator
     WIDE: tl.constexpr = 2 * BLOCK_N if GATED and not TWO else BLOCK_N
     lanes = tl.arange(0, WIDE)
@@ -142,15 +148,19 @@ def up_tile(
     ks = tl.arange(0, BLOCK_K)
     hidden_at = hidden_TH + token[:, None] * stride_hidden + ks[None, :]
     weight_at = weight + cols.to(tl.int64)[None, :] * stride_p + ks.to(tl.int64)[:, None] * stride_h
+    scales = (scale_places(weight_scale, cols, stride_scale_p, SCALE_N), stride_scale_h)
     pre = tl.zeros((BLOCK_M, WIDE), tl.float32)
     if TWO:
         both_at = (weight_at, weight_at + tl.cast(width, tl.int64) * stride_p)
-        gate, up = multiply_two(pre, pre, hidden_at, row_ok, both_at, col_ok, H, stride_h, EVEN_K, BLOCK_K)
+        both_scales = (scales, (scale_places(weight_scale, cols + width, stride_scale_p, SCALE_N), stride_scale_h))
+        gate, up = multiply_two(
+            pre, pre, hidden_at, row_ok, both_at, col_ok, H, stride_h, both_scales, EVEN_K, BLOCK_K, SCALE_K
+        )
         gate = add_term(gate, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
         up = add_term(up, low, rows, row_ok, cols + width, col_ok, HAS_LOW, BLOCK_R)
         pre = tl.reshape(tl.join(gate, up), (BLOCK_M, 2 * BLOCK_N))
     else:
-        pre = multiply(pre, hidden_at, row_ok, weight_at, col_ok, H, stride_h, EVEN_K, BLOCK_K)
+        pre = multiply(pre, hidden_at, row_ok, weight_at, col_ok, H, stride_h, scales, EVEN_K, BLOCK_K, SCALE_K)
         pre = add_term(pre, low, rows, row_ok, cols, col_ok, HAS_LOW, BLOCK_R)
     to = (act_NI, pre_NP, bias_EP + expert.to(tl.int64) * (2 * width if GATED else width))
     store_activation(pre, to, first_row, first_col, row_ok, width, FORM, FLAGS, BLOCK_M, BLOCK_N, NARROW)
@@ -161,6 +171,7 @@ def up_kernel(
     hidden_TH, weight, bias_EP, act_NI, pre_NP, order_N, expert_end_E, expert_M, row_M,
     num_rows, num_tiles, H, width, stride_hidden, stride_weight_e, stride_weight_p, stride_weight_h,
     low_NR, low_weight, R, stride_low_e, stride_low_b, stride_low_r,
+    weight_scale, stride_scale_e, stride_scale_n, stride_scale_k, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     TOP_K: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, TWO: tl.constexpr, STORE_PRE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, EVEN_K: tl.constexpr,
@@ -170,7 +181,7 @@ def up_kernel(
     """act and, if stored, pre of one tile of rows and BLOCK_N columns of I; grid (M * column tiles,)."""
     FORM: tl.constexpr = (KIND, ALPHA, LIMIT, OFFSET, GATED, INTERLEAVED)
     FLAGS: tl.constexpr = (TOP_K, TWO, STORE_PRE, HAS_BIAS, HAS_LOW, EVEN_K)
-    BLOCKS: tl.constexpr = (BLOCK_N, BLOCK_K, BLOCK_R, NARROW)
+    BLOCKS: tl.constexpr = (BLOCK_N, BLOCK_K, BLOCK_R, NARROW, SCALE_N, SCALE_K)
     tile, col_block = tile_of_program(num_tiles, tl.cdiv(width, BLOCK_N), GROUP)
     expert, first, end = bounds_of_tile(tile, expert_M, row_M, expert_end_E, num_rows)
     first_col = col_block * BLOCK_N
@@ -182,9 +193,11 @@ def up_kernel(
             store_pre(pre_NP, zeros, zeros, first, first_col, row_ok, width, GATED, INTERLEAVED, BLOCK_M, BLOCK_N)
         return
 
-    tensors = (hidden_TH, weight + expert.to(tl.int64) * stride_weight_e, bias_EP, act_NI, pre_NP, order_N)
+    scale_of_expert = weight_scale + expert.to(tl.int64) * stride_scale_e
+    matrix = weight + expert.to(tl.int64) * stride_weight_e
+    tensors = (hidden_TH, matrix, bias_EP, act_NI, pre_NP, order_N, scale_of_expert)
     sizes = (H, width)
-    strides = (stride_hidden, stride_weight_p, stride_weight_h)
+    strides = (stride_hidden, stride_weight_p, stride_weight_h, stride_scale_n, stride_scale_k)
     low = (low_NR, low_weight + expert.to(tl.int64) * stride_low_e, R, stride_low_b, stride_low_r)
     if HALVES:
         if end - first <= BLOCK_M // 2:
@@ -205,13 +218,15 @@ def launch_up(
     bias: Tensor | None = None,
     store_pre: bool = False,
     term: LowRankTerm | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Activations of every routed row, in expert order.
 
     Args:
-        weight: [E, P, H], or [E, H, P] if transposed; any strides, the dtype of `hidden_TH`.
+        weight: [E, P, H], or [E, H, P] if transposed; any strides, the dtype of `hidden_TH`, or fp8 with `scale`.
         bias: [E, P].
         term: Added to the pre-activation; its weight is [E, P, R].
+        scale: Of blocks of the weight, as in ExpertWeights.
 
     Returns:
         act_NI and, with `store_pre`, pre_NP, both in the dtype of `hidden_TH`; zeros for the rows of no expert.
@@ -233,6 +248,7 @@ def launch_up(
             hidden_TH, weight, weight if bias is None else bias.contiguous(),  # an absent operand is never read
             act_NI, act_NI if pre_NP is None else pre_NP, *arguments,
             num_rows, num_tiles, H, width, hidden_TH.stride(0), *weight_EPH.stride(), **term_arguments(term, weight),
+            **scale_arguments(scale, weight),
             TOP_K=top_k, **form_constants(form), TWO=two, STORE_PRE=store_pre, HAS_BIAS=bias is not None,
             EVEN_K=H % block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             NARROW=EPILOGUE_COLUMNS // 2, HALVES=halves(tile), GROUP=ROW_TILES_PER_GROUP,
@@ -240,5 +256,5 @@ def launch_up(
         )  # fmt: skip
 
     if act_NI.numel():
-        run(tile_for("up", num_rows // num_experts, width, H, hidden_TH.dtype, hidden_TH.device, launch=run))
+        run(tile_for("up", num_rows // num_experts, width, H, weight.dtype, hidden_TH.device, launch=run))
     return act_NI, pre_NP

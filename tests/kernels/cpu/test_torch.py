@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_moe.kernels.cpu import cpu_experts, cpu_grouped_linear, unavailable_reason
 from hf_moe.kernels.cpu import ops as cpu_ops
 from hf_moe.kernels.cpu.build import load_kernels
-from hf_moe.kernels.layer_call import ADAPTED_CALL, CALL, ExpertForm, ExpertWeights, LayerCall, flatten
+from hf_moe.kernels.layer_call import DENSE_ADAPTED_CALL, DENSE_CALL, ExpertForm, ExpertWeights, LayerCall, flatten
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
@@ -28,10 +28,10 @@ def random_call(dtype=torch.float32, tokens=12, requires_grad=True) -> LayerCall
 def test_the_compiled_operators_take_a_call_in_its_flat_form():
     load_kernels()
     ops = torch.ops.hf_moe_cpu
-    assert f"({CALL}, bool keep)" in str(ops.experts_forward.default._schema)
-    assert f"{CALL}, bool[6] need)" in str(ops.experts_backward.default._schema)
-    assert f"({ADAPTED_CALL}, bool keep)" in str(ops.experts_lora_forward.default._schema)
-    assert f"{ADAPTED_CALL}, bool[6] need)" in str(ops.experts_lora_backward.default._schema)
+    assert f"({DENSE_CALL}, bool keep)" in str(ops.experts_forward.default._schema)
+    assert f"{DENSE_CALL}, bool[6] need)" in str(ops.experts_backward.default._schema)
+    assert f"({DENSE_ADAPTED_CALL}, bool keep)" in str(ops.experts_lora_forward.default._schema)
+    assert f"{DENSE_ADAPTED_CALL}, bool[6] need)" in str(ops.experts_lora_backward.default._schema)
 
 
 @pytest.mark.parametrize("keep", [True, False])

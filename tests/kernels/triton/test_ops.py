@@ -203,7 +203,7 @@ def test_gradients_through_a_checkpoint(device):
 
 def test_errors_name_value_rule_and_way_out(interpreter):
     layer = kernel_cases.layer("sentinels", "silu")
-    call, (up, _, down, _) = layer.call(), layer.call().experts
+    call, (up, _, down, *_) = layer.call(), layer.call().experts
     with pytest.raises(ValueError, match=r"one dtype, got hidden bfloat16, up_weight float32.*Cast"):
         triton_experts(call._replace(hidden_TH=layer.hidden.bfloat16()))
     with pytest.raises(ValueError, match=r"\(4, 48, 16\) and \(4, 16, 24\) do not fit hidden size 16, gated=False"):
