@@ -1,6 +1,6 @@
 """The GPU tests where only torch, triton, transformers, peft and pytest are: no extras, hf_moe not installed.
 
-It imports every test file, so that it is a stage of .ci/run instead of a part of every run.
+It imports every test file, so that it runs in .ci/run alone.
 """
 
 import os
