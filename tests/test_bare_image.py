@@ -1,10 +1,15 @@
-"""The GPU tests where only torch, triton, transformers, peft and pytest are: no extras, hf_moe not installed."""
+"""The GPU tests where only torch, triton, transformers, peft and pytest are: no extras, hf_moe not installed.
+
+It imports every test file, so that it runs in .ci/run alone.
+"""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = """
@@ -27,6 +32,7 @@ ABSENT = (
 )
 
 
+@pytest.mark.long
 def test_every_gpu_test_is_collected_without_extras_and_installation():
     """`python -m pytest -m gpu` from the root; what it selects is all in tests/kernels, but it imports every file."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}

@@ -52,6 +52,7 @@ def _backends_that_need_no_compiler(monkeypatch):
     """The benchmark is under test, not the backends: `hf_moe` runs what `hf_moe_grouped` runs."""
     monkeypatch.setattr(contestants, "chosen", lambda experts, case: {"runs": OURS, "because": "tested"})
     monkeypatch.setitem(ExpertsInterface._global_mapping, "hf_moe", ExpertsInterface._global_mapping[OURS])
+    monkeypatch.setattr(timing, "ATTEMPTS", 1)  # other tests run beside these: every measurement would be repeated
 
 
 def options(folder, *arguments):
@@ -80,7 +81,9 @@ ONE_CASE = ("--tokens", "16", "--dtypes", "float32", "--modes", "train")
 def measured(tmp_path_factory):
     """Results of every tiny CPU case."""
     folder = tmp_path_factory.mktemp("measured")
-    assert command.run(options(folder)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "ATTEMPTS", 1)
+        assert command.run(options(folder)) == 0
     return folder
 
 
@@ -102,6 +105,7 @@ def test_results_say_what_was_measured_and_where(measured):
         assert ("streaming floor" in record["floors_ms"]) == (record["mode"] == "forward")
 
 
+@pytest.mark.long
 def test_the_command_runs_as_a_script(tmp_path):
     arguments = [
         "--quick",
@@ -356,6 +360,7 @@ def test_rounds_are_shared_and_slow_contestants_leave_early():
 def test_a_disturbed_measurement_is_repeated(monkeypatch):
     # seconds used by all, by this process, and passed: others take a core, then a twentieth of one, then nothing
     used = iter([(0, 0, 0), (4, 2, 2), (4, 2, 2), (6.1, 4, 4), (6.1, 4, 4), (8.1, 6, 6)])
+    monkeypatch.setattr(timing, "ATTEMPTS", 3)
     monkeypatch.setattr(timing, "_used_seconds", lambda: next(used))
     monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
     found = timing.time_undisturbed({"eager": Contestant(lambda: 1.0)}, FakeClock(), 0.0, ("eager",))

@@ -107,6 +107,7 @@ def test_the_sweep_holds_tiles_that_launchers_take():
     for kernel, candidates in SWEPT_TILES.items():
         assert len(set(candidates)) == len(candidates)
         assert Tile(128, 256, 64, 8, 3) in candidates or kernel == "up"
+        assert kernel not in tiles.ROW_TILED or {tile.block_m for tile in candidates} <= set(tiles.TILE_HEIGHTS)
     assert all(products.tiles_of(TINY, kernel) for kernel in SWEPT_TILES)
     assert [title for title in map(products.title, SWEPT_TILES["up"]) if tables.numbers(title)[3] == 16]
     assert GPU.few.slots * (GPU.tokens // 8) // GPU.few.experts == GPU.swept.slots * GPU.tokens // GPU.swept.experts

@@ -45,21 +45,23 @@ class Floors:
     saved_bytes: int
 
 
-def floors(device: Device, shape: tuple[int, int, int, int], tokens: int, rank: int = 16) -> Floors:
-    """For `tokens` tokens that reach every expert; `shape` is (H, I, E, K)."""
+def floors(
+    device: Device, shape: tuple[int, int, int, int], tokens: int, rank: int = 16, weight_bytes: int = BYTES
+) -> Floors:
+    """For `tokens` tokens that reach every expert; `shape` is (H, I, E, K). Gradients of weights are in 16 bits."""
     hidden, width, experts, slots = shape
     rows = tokens * slots
     x, row_bytes = tokens * hidden * BYTES, rows * hidden * BYTES
     pre, act = rows * 2 * width * BYTES, rows * width * BYTES
-    down = hidden * width * experts * BYTES
+    down, grad_down = (hidden * width * experts * each for each in (weight_bytes, BYTES))
     product = 2 * rows * hidden * width  # FLOPs of the down projection; the up projection has twice as many
     # the weights, the gathered rows, the activation written and read, the slots' outputs written and read, the sum
     forward_bytes = 3 * down + row_bytes + 2 * act + 2 * row_bytes + x
     saving_forward = device.ms(3 * product, forward_bytes + pre)
     to_activation = device.ms(product, row_bytes + down + 2 * pre + act)
     to_rows = device.ms(2 * product, pre + 2 * down + 2 * row_bytes + x)
-    to_up = device.ms(2 * product, pre + row_bytes + 2 * down)
-    to_down = device.ms(product, act + row_bytes + down)
+    to_up = device.ms(2 * product, pre + row_bytes + 2 * grad_down)
+    to_down = device.ms(product, act + row_bytes + grad_down)
     frozen = saving_forward + to_activation + to_rows
     factors = device.ms(6 * rows * rank * (2 * hidden + 3 * width), 3 * (row_bytes + 3 * act))
     return Floors(
@@ -71,17 +73,21 @@ def floors(device: Device, shape: tuple[int, int, int, int], tokens: int, rank: 
     )
 
 
-def decode_floor(device: Device, shape: tuple[int, int, int, int], batch: int) -> float:
+def decode_floor(device: Device, shape: tuple[int, int, int, int], batch: int, weight_bytes: int = BYTES) -> float:
     """Milliseconds: the experts that uniform routing is expected to hit are read once."""
     hidden, width, experts, slots = shape
     hit = experts * (1 - (1 - slots / experts) ** batch)
-    nbytes = (hit * 3 * hidden * width + 2 * batch * hidden + 2 * batch * slots * width) * BYTES
+    nbytes = hit * 3 * hidden * width * weight_bytes + (2 * batch * hidden + 2 * batch * slots * width) * BYTES
     return device.ms(6 * batch * slots * hidden * width, nbytes)
 
 
-def floor_of(device: Device, shape: tuple[int, int, int, int], tokens: int, mode: str) -> float:
+def floor_of(
+    device: Device, shape: tuple[int, int, int, int], tokens: int, mode: str, weight_bytes: int = BYTES
+) -> float:
     """Milliseconds of a mode: forward, frozen, train, lora or decode."""
-    return decode_floor(device, shape, tokens) if mode == "decode" else getattr(floors(device, shape, tokens), mode)
+    if mode == "decode":
+        return decode_floor(device, shape, tokens, weight_bytes)
+    return getattr(floors(device, shape, tokens, weight_bytes=weight_bytes), mode)
 
 
 def main() -> None:

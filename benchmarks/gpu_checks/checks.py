@@ -20,8 +20,8 @@ from torch import Tensor
 from hf_moe.kernels.layer_call import LayerCall
 from hf_moe.kernels.triton.hybrid import triton_hybrid_experts
 from hf_moe.kernels.triton.ops import triton_experts, triton_experts_lora
-from hf_moe.kernels.triton.routing import TILE_HEIGHTS, sort_rows
-from hf_moe.kernels.triton.tiles import Tile
+from hf_moe.kernels.triton.routing import sort_rows
+from hf_moe.kernels.triton.tiles import TILE_HEIGHTS, Tile
 from kernel_cases import Layer, plain_layer
 
 from ..expert_layers.correctness import Judge, Outcome, distance

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_moe.kernels.triton import backward_activation, grouped_linear, tiles, up, weight_gradient
 from hf_moe.kernels.triton.combine import launch_sum_k
-from hf_moe.kernels.triton.routing import TILE_HEIGHTS, sort_rows
+from hf_moe.kernels.triton.routing import sort_rows
 from hf_moe.kernels.triton.tiles import Tile
 
 from .problems import SWIGLU, random_layer
@@ -26,11 +26,8 @@ LAUNCHERS = {
     "backward_activation": backward_activation,
     "weight_gradient": weight_gradient,
 }
-
-
-# other numbers than the shipped one of row tiles that share a weight tile in L2; a weight gradient has no row tiles
+# other numbers than the shipped one of row tiles that share a weight tile in L2
 GROUPS = (4, 16)
-GROUPED = ("up", "grouped_linear", "backward_activation")
 
 
 class Product(NamedTuple):
@@ -104,8 +101,7 @@ def products_of(sizes: Sizes, tokens: int, dtype: torch.dtype, device: str) -> d
 def tiles_of(setting: Setting, kernel: str) -> list[Tile]:
     """Tiles to try: those of the setting, and every one that the tables of this device ship."""
     shipped = [] if setting.device == "cpu" else tiles.candidates(kernel, torch.bfloat16, this_device())
-    found = dict.fromkeys([*setting.tiles[kernel], *shipped])
-    return [tile for tile in found if kernel == "weight_gradient" or tile.block_m in TILE_HEIGHTS]
+    return list(dict.fromkeys([*setting.tiles[kernel], *shipped]))
 
 
 def this_device() -> str:

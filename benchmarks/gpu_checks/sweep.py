@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from hf_moe.kernels.triton.tiles import ROW_TILED
+
 from ..expert_layers.clocks import Clock, Contestant, CpuClock, CudaClock
 from ..expert_layers.results import write_json
 from ..expert_layers.timing import time_rounds
 from .checks import ERRORS, tile_check
-from .products import GROUPED, GROUPS, Product, products_of, shipped_tile, tiles_of, title, with_groups, with_tile
+from .products import GROUPS, Product, products_of, shipped_tile, tiles_of, title, with_groups, with_tile
 from .setting import Setting
 
 SHIPPED = "shipped"
@@ -55,7 +57,7 @@ def _contestants(
         return shipped, {}
     tiles = [tile for tile in tiles_of(setting, kernel) if tile_check(kernel, tile) in right]
     by_tile = {title(tile): Contestant(with_tile(kernel, tile)(product.launch)) for tile in tiles}
-    groups = GROUPS if kernel in GROUPED else ()
+    groups = GROUPS if kernel in ROW_TILED else ()
     by_group = {f"{count} row tiles": Contestant(with_groups(kernel, count)(product.launch)) for count in groups}
     return shipped | by_tile, by_group
 

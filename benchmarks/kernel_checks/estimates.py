@@ -4,7 +4,6 @@ A launch takes the time of its slowest resource (tensor cores, memory, L2) times
 has the rates and says what is assumed.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -13,7 +12,7 @@ from expert_layers import roofline
 from .compilation import CHIPS, Resources
 from .devices import DEVICES, Compiled, Device
 from .launches import Call, Launch
-from .layers import MODES, Layer, Mode, TorchCall, layers, step
+from .layers import Layer, Mode, TorchCall, layers_and_modes, step
 from .traffic import FAMILIES, Traffic, grad_weights, streaming, traffic
 from .uniform import Routing
 
@@ -38,9 +37,10 @@ class Step:
 
 
 def steps(chips: list[str]) -> Iterator[Step]:
-    for chip, layer, mode in itertools.product(chips, layers(), MODES):
-        sized = replace(layer, tokens=mode.tokens)
-        yield Step(chip, sized, mode, tuple(step(sized, mode, CHIPS[chip].target, chip)))
+    for chip in chips:
+        for layer, mode in layers_and_modes(CHIPS[chip].has_fp8):
+            sized = replace(layer, tokens=mode.tokens)
+            yield Step(chip, sized, mode, tuple(step(sized, mode, CHIPS[chip].target, chip)))
 
 
 def to_compile(found: list[Step]) -> Iterator[tuple[Step, Launch]]:
@@ -76,7 +76,8 @@ def of_step(found: Step, resources: dict[tuple[str, Launch], Resources]) -> tupl
     for name, device in devices_of(found.chip).items():
         limits = roofline.Device(device.tflops, device.hbm_tbs)
         mode = found.mode.name.split()[0].replace("training", "train").lower()
-        floor = roofline.floor_of(limits, (layer.hidden, layer.width, layer.experts, layer.slots), layer.tokens, mode)
+        shape, weight_bytes = (layer.hidden, layer.width, layer.experts, layer.slots), 1 if layer.fp8 else 2
+        floor = roofline.floor_of(limits, shape, layer.tokens, mode, weight_bytes)
         total = sum(row["ms"][name] for row in launches)
         facts = {"chip": found.chip, "device": name, "layer": layer.name, "mode": found.mode.name}
         totals.append(facts | {"ms": round(total, 4), "floor_ms": round(floor, 4), "launches": _count(found)})

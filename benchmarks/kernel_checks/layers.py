@@ -3,6 +3,7 @@
 Between Triton's launches torch runs operators of its own (a scan, copies); these are recorded too, by name.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ from hf_moe.kernels.layer_call import ExpertForm, ExpertWeights, LayerCall, LowR
 from hf_moe.kernels.layer_op import AdapterWants, LayerOp, Wants
 from hf_moe.kernels.triton.ops import triton_experts, triton_experts_lora
 
+from .cases import FP8_BLOCK
 from .launches import Call, recording
 
 TOKENS, RANK = 8192, 16
 DECODE_TOKENS = (1, 4, 16, 64)
+FP8_MODELS = ("Qwen3-30B-A3B", "DeepSeek-V3")  # published in fp8
 # torch's operators between our launches, and how many kernels each starts
 KERNELS_OF_TORCH = {"cumsum": 2, "eq": 1, "_assert_async": 1, "clone": 1, "_to_copy": 1, "copy_": 1, "zero_": 1}
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided"}
@@ -29,7 +32,7 @@ ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided"}
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the reference models under uniform routing, of `tokens` tokens."""
+    """A layer of the reference models under uniform routing, of `tokens` tokens; its weights in bfloat16 or fp8."""
 
     name: str
     hidden: int
@@ -37,13 +40,21 @@ class Layer:
     experts: int
     slots: int
     tokens: int = TOKENS
+    fp8: bool = False
 
     def tensor(self, *sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     def call(self, factors: LowRankPair | None = None) -> LayerCall:
         E, H, width = self.experts, self.hidden, self.width
-        experts = ExpertWeights(self.tensor(E, 2 * width, H), None, self.tensor(E, H, width), None)
+        up, down = (2 * width, H), (H, width)
+        if self.fp8:
+            values = (self.tensor(E, *sizes, dtype=torch.float8_e4m3fn) for sizes in (up, down))
+            grids = ([size // FP8_BLOCK for size in sizes] for sizes in (up, down))
+            scales = (self.tensor(E, *grid, dtype=torch.float32) for grid in grids)
+            experts = ExpertWeights(next(values), None, next(values), None, *scales)
+        else:
+            experts = ExpertWeights(self.tensor(E, *up), None, self.tensor(E, *down), None)
         index_TK = self.tensor(self.tokens, self.slots, dtype=torch.int64)
         weights_TK = self.tensor(self.tokens, self.slots, dtype=torch.float32)
         return LayerCall(self.tensor(self.tokens, H), index_TK, weights_TK, experts, E, ExpertForm("silu"), factors)
@@ -111,9 +122,12 @@ MODES = (
 )
 
 
-def layers() -> Iterator[Layer]:
-    for name, shape in MODELS.items():
-        yield Layer(name, *shape)
+def layers_and_modes(with_fp8: bool) -> Iterator[tuple[Layer, Mode]]:
+    """Every layer in every mode; `with_fp8` also those that are published in fp8, which are not trained here."""
+    yield from itertools.product((Layer(name, *shape) for name, shape in MODELS.items()), MODES)
+    if with_fp8:
+        stored = (Layer(f"{name} fp8", *MODELS[name], fp8=True) for name in FP8_MODELS)
+        yield from itertools.product(stored, (mode for mode in MODES if mode.wants is None))
 
 
 def step(layer: Layer, mode: Mode, target: GPUTarget, chip: str) -> list[Call | TorchCall]:

@@ -7,8 +7,8 @@ SHOWN = "Qwen3-30B-A3B"  # the layer whose launches are rendered
 HEAD = f"""# Estimated times of a layer of experts
 
 Estimates, not measurements: `{UPDATE}` compiles the shipped kernels and needs no GPU.
-Milliseconds in bf16 at 8192 tokens (decode: at 1 to 64) with uniform routing, and in brackets how many times the
-roofline's floor. Everything that is assumed is in `kernel_estimates.json`.
+Milliseconds in bf16 (fp8: weights in fp8, in blocks of 128 x 128) at 8192 tokens (decode: at 1 to 64) with uniform
+routing, and in brackets how many times the roofline's floor. Everything that is assumed is in `kernel_estimates.json`.
 """
 COLUMNS = "kernel | tile | matrix | registers | programs | loop | GFLOP | HBM GB | L2 GB | ms | bound by | in"
 
@@ -23,7 +23,7 @@ def steps_markdown(steps: list[dict]) -> str:
         lines += [f"| layer | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
         for layer in dict.fromkeys(row["layer"] for row in of_device):
             cells = {row["mode"]: _cell(row) for row in of_device if row["layer"] == layer}
-            lines.append(f"| {layer} | {' | '.join(cells[mode] for mode in modes)} |")
+            lines.append(f"| {layer} | {' | '.join(cells.get(mode, '') for mode in modes)} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -57,6 +57,10 @@ class Arguments:
         tensors = {id(self[name]): self[name] for name in names}
         return sum(_nbytes(tensor) for tensor in tensors.values())
 
+    def scales(self) -> tuple[str, ...]:
+        """The name of the scales of fp8 weights; dense ones have none."""
+        return ("weight_scale",) if self.values.get("SCALE_N", 0) else ()
+
     def require_known(self, *names: str) -> None:
         """Raise ValueError for a matrix by expert that the model of this kernel does not know."""
         known = {id(self[name]) for name in names}
@@ -96,6 +100,8 @@ def _gathered_again(rows_TH: Tensor, routing: Routing, l2_bytes: float) -> float
 class Product:
     """Rows of every expert times its matrix, by the names that a kernel has for them.
 
+    The instructions that convert fp8 are not counted: it is assumed that they run beside the products.
+
     Attributes:
         columns: The size that the column tiles cut; a gated matrix has twice as many columns.
         epilogue: What moves after the product.
@@ -113,12 +119,13 @@ class Product:
         padded = column_tiles * arguments["BLOCK_N"] * (columns // arguments[self.columns])
         rows = _Rows(arguments, routing, column_tiles)
         flops = rows.flops(padded, math.ceil(inner / arguments["BLOCK_K"]) * arguments["BLOCK_K"])
-        l2, matrices = rows.l2(inner, columns, rows_NA, matrix), (self.matrix,)
+        l2, matrices = rows.l2(inner, columns, rows_NA, matrix), (self.matrix, *arguments.scales())
+        l2 += rows.tiles * arguments.nbytes(*arguments.scales()) / routing.experts
         if arguments["HAS_LOW"]:
             low, rank = arguments["low_weight"], arguments["R"]
             flops += rows.flops(padded, max(rank, arguments["BLOCK_R"]))
             l2 += rows.l2(rank, columns, rows_NA, low)
-            matrices = (self.matrix, "low_weight")
+            matrices = (*matrices, "low_weight")
         arguments.require_known(*matrices)
         hbm = _memory(arguments, routing, matrices)
         if arguments.values.get("GATHER", True):  # without that choice, a kernel always gathers
@@ -159,9 +166,10 @@ def weight_gradient(arguments: Arguments, routing: Routing, l2_bytes: float) -> 
 
 def _decode(arguments: Arguments, routing: Routing, weight: str) -> Traffic:
     """Every slot reads its expert through L2; no tensor cores."""
-    arguments.require_known(weight)
-    hbm = _memory(arguments, routing, (weight,))
-    return Traffic(0.0, hbm, arguments.nbytes(weight) / routing.experts * routing.rows)
+    matrices = (weight, *arguments.scales())
+    arguments.require_known(*matrices)
+    hbm = _memory(arguments, routing, matrices)
+    return Traffic(0.0, hbm, arguments.nbytes(*matrices) / routing.experts * routing.rows)
 
 
 def decode_up(arguments: Arguments, routing: Routing, l2_bytes: float) -> Traffic:
@@ -195,7 +203,6 @@ FAMILIES: dict[str, Callable[[Arguments, Routing, float], Traffic]] = {
     "count_kernel": streaming,
     "place_kernel": streaming,
     "tile_maps_kernel": streaming,
-    "ids_in_range_kernel": streaming,
     # sums and steps between two products
     "sum_k_kernel": streaming,
     "bias_gradient_kernel": streaming,

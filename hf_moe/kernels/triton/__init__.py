@@ -3,7 +3,7 @@
 One layer, forward; names end with their shape (T tokens, K slots, N = T*K routed rows, E experts, H hidden, I width,
 P pre-activation, R rank):
 
-    order, expert_end = sort_rows(index_TK)                     routing: slots by expert; the CPU waits for nothing
+    order, expert_end, tile_maps = sort_rows(index_TK)          routing: slots by expert; the CPU waits for nothing
     act_NI, pre_NP    = up(hidden_TH[order // K], up_weight)    up: gather, product, activation; pre kept to train
     rows_NH[order]    = weights_N * (act_NI @ down_weight)      grouped_linear: scatter to slots
     out_TH            = rows_NH.view(T, K, H).sum(1)            combine: float32, in the order of the slots

@@ -23,7 +23,7 @@ from .backward_activation import (
     store_pre,
     store_zeros,
 )
-from .grouped_linear import rows_of_tile
+from .grouped_linear import bounds_of_tile, rows_between
 from .routing import RowOrder
 from .weight_gradient import block_of, unit_stride_rows
 
@@ -106,8 +106,8 @@ def activation_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """act of a tile of rows, the bias added to pre in place; zeros in both past the last expert's end. Grid (M, C)."""
-    expert, _rows, row_ok = rows_of_tile(tl.program_id(0), expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
-    first_row = tl.load(row_M + tl.program_id(0))
+    expert, first_row, end = bounds_of_tile(tl.program_id(0), expert_M, row_M, expert_end_E, num_rows)
+    _, row_ok = rows_between(first_row, end, BLOCK_M)
     first_col = tl.program_id(1) * BLOCK_N
     if expert < 0:
         store_zeros(
@@ -136,8 +136,8 @@ def activation_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Epilogue of `backward_activation_kernel` for a product in memory. Grid (M, C)."""
-    expert, rows, row_ok = rows_of_tile(tl.program_id(0), expert_M, row_M, expert_end_E, num_rows, BLOCK_M)
-    first_row = tl.load(row_M + tl.program_id(0))
+    expert, first_row, end = bounds_of_tile(tl.program_id(0), expert_M, row_M, expert_end_E, num_rows)
+    rows, row_ok = rows_between(first_row, end, BLOCK_M)
     first_col = tl.program_id(1) * BLOCK_N
     if expert < 0:
         store_zeros(

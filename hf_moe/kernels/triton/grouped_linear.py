@@ -40,7 +40,7 @@ class LowRankTerm(NamedTuple):
 
 
 def term_arguments(term: LowRankTerm | None, unused: Tensor) -> dict[str, Any]:
-    """Arguments of kernels that call `add_low_rank`; `unused` stands for the operands of a term that is absent."""
+    """Arguments of kernels that call `add_term`; `unused` stands for the operands of a term that is absent."""
     rows_NR, weight = (unused, unused) if term is None else (term.rows_NR.contiguous(), term.weight)
     (stride_e, stride_b, stride_r), rank = weight.stride(), 0 if term is None else weight.shape[2]
     return {
@@ -85,14 +85,6 @@ def rows_between(first, end, BLOCK_M: tl.constexpr):
     """(rows of a tile, whether a row is the tile's)."""
     rows = first + tl.arange(0, BLOCK_M)
     return rows, (rows >= 0) & (rows < end)
-
-
-@triton.jit
-def rows_of_tile(tile, expert_M, row_M, expert_end_E, num_rows, BLOCK_M: tl.constexpr):
-    """(expert, rows, whether a row is the tile's), as `bounds_of_tile`."""
-    expert, first, end = bounds_of_tile(tile, expert_M, row_M, expert_end_E, num_rows)
-    rows, row_ok = rows_between(first, end, BLOCK_M)
-    return expert, rows, row_ok
 
 
 @triton.jit

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import TILE_HEIGHTS
+
 # the places compare every pair of slots of a program: 128 spill on gfx942
 SLOTS_PER_PROGRAM = 64
 # a warp of gfx942 has 64 lanes, and a histogram has at least one bin a lane
 FEWEST_BINS = 64
 TILES_PER_STEP = 64
-# A layer's kernels may have tiles of different heights: one launch maps all of them.
-TILE_HEIGHTS = (16, 32, 64, 128)
 # Triton compiles a kernel again for a pointer that is not a multiple of 16 bytes.
 ALIGNED = 4
 

@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "tiles"
 KERNELS = ("up", "grouped_linear", "backward_activation", "weight_gradient", "decode_up", "decode_down")
+# A layer's kernels may have row tiles of different heights: one launch maps all of them (routing.py). The tile of a
+# weight gradient is of no rows, and decode has none.
+TILE_HEIGHTS = (16, 32, 64, 128)
+ROW_TILED = ("up", "grouped_linear", "backward_activation")
 AUTOTUNE = "HF_MOE_AUTOTUNE"
 # Dots of float32 are exact products without tensor cores: their tiles are others.
 TABLES = {
@@ -116,7 +120,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def table(name: str) -> dict[str, dict[str, tuple[Entry, ...]]]:
-    """The entries for a device by kernel and dtype class ("16-bit", "32-bit"); the default's for an unknown device."""
+    """The entries for a device by kernel and class of TABLES ("16-bit", ...); the default's for an unknown device."""
     path = FOLDER / f"{name}.json"
     if not path.exists():
         known = sorted(file.stem for file in FOLDER.glob("*.json") if file.stem != "default")
@@ -148,12 +152,15 @@ def read_table(path: Path) -> dict[str, dict[str, tuple[Entry, ...]]]:
             wanted = sorted(set(TABLES.values()))
             raise ValueError(f"{path}: {kernel} must list entries for {wanted} each, got {sorted(classes)}.")
     return {
-        kernel: {bits: tuple(_entry(item, f"{path}: {kernel}, {bits}") for item in items) for bits, items in c.items()}
-        for kernel, c in content.items()
+        kernel: {
+            bits: tuple(_entry(item, f"{path}: {kernel}, {bits}", kernel in ROW_TILED) for item in items)
+            for bits, items in classes.items()
+        }
+        for kernel, classes in content.items()
     }
 
 
-def _entry(item: dict, where: str) -> Entry:
+def _entry(item: dict, where: str, row_tiled: bool) -> Entry:
     keys = {"rows_per_expert", "n", "k", "tile"}
     if set(item) != keys or not isinstance(item["tile"], list) or len(item["tile"]) != 5:
         raise ValueError(f"{where}: an entry has {sorted(keys)}, tile with 5 numbers, got {item}.")
@@ -163,6 +170,8 @@ def _entry(item: dict, where: str) -> Entry:
         raise ValueError(f"{where}: shapes and tiles are positive integers, got {item}.")
     if any(number & (number - 1) for number in powers):
         raise ValueError(f"{where}: blocks and warps must be powers of two (Triton's rule), got tile {item['tile']}.")
+    if row_tiled and item["tile"][0] not in TILE_HEIGHTS:
+        raise ValueError(f"{where}: block_m must be one of {TILE_HEIGHTS}, got tile {item['tile']}.")
     return Entry(**item | {"tile": Tile(*item["tile"])})
 
 

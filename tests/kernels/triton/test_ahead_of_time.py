@@ -1,6 +1,7 @@
 """The checks of benchmarks/ahead_of_time.py: what is shipped passes, what spills does not, no kernel escapes.
 
-They run in processes of their own: where the interpreter is on, nothing compiles. All of them are a stage of .ci/run.
+They run in processes of their own: where the interpreter is on, nothing compiles. All shipped kernels, and the long
+tests here, are stages of .ci/run.
 """
 
 import importlib.util
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def test_a_shipped_kernel_passes_and_its_needs_are_written(tmp_path):
     assert "triton" in result["versions"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tile_that_spills_is_refused_with_its_name():
     """Two accumulators of 128 x 128 need more registers than an A100's threads have."""
     done = check("--chip", "sm_80", "--kernel", "up", "--features", "training", "--tile", "128,128,64,8,3")
@@ -46,11 +48,31 @@ def test_a_tile_that_spills_is_refused_with_its_name():
     assert "hf_moe/kernels/triton/tiles/sm_80.json" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tile_larger_than_shared_memory_is_refused():
     done = check("--chip", "sm_120", "--kernel", "up", "--features", "inference", "--tile", "64,128,64,8,5")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "may use 101376 bytes of shared memory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({}, None),
+        ({"spilled": 8}, "must keep its values in registers, spills 8"),
+        ({"stack": 16}, "must keep its values in registers, spills 0, stack 16"),
+        ({"shared_memory": 101377}, "may use 101376 bytes of shared memory, needs 101377"),
+        ({"instructions": {"cp.async": 4}}, "must multiply with mma instructions"),
+        ({"instructions": {"mma": 4}}, "must load its operands with cp.async"),
+    ],
+)
+def test_a_broken_rule_names_the_table_of_the_chip(change, rule):
+    """What `broken_rules` says of a compiled kernel; the long tests above compile such kernels."""
+    from benchmarks.kernel_checks.compilation import CHIPS, Resources, broken_rules
+
+    fits = Resources(128, 0, 0, 101376, {"mma": 4, "cp.async": 4}, 128, "mma m16n8k16", 1)
+    broken = broken_rules(replace(fits, **change), "sm_120", CHIPS["sm_120"], 8)
+    assert [rule in text and text.endswith("triton/tiles/sm_120.json.") for text in broken] == [True] * bool(rule)
 
 
 PTX = """

@@ -178,6 +178,16 @@ def test_few_tokens_read_the_experts_that_they_hit():
     assert work.hbm == pytest.approx(work.l2 + 2 * H + 4 * 8 * WIDTH)
 
 
+def test_fp8_weights_cost_half_the_bytes_and_their_scales():
+    scale = meta(E, 2 * WIDTH // 128, H // 128, dtype=torch.float32)
+    changed = {"weight": meta(E, 2 * WIDTH, H, dtype=torch.float8_e4m3fn), "weight_scale": scale, "SCALE_N": 128}
+    dense, fp8 = traffic(up_call(), QWEN3, 50e6), traffic(up_call(**changed), QWEN3, 50e6)
+    nbytes = 2 * WIDTH * H - 4 * scale[0].numel()
+    assert dense.flops == fp8.flops
+    assert dense.hbm - fp8.hbm == E * nbytes
+    assert dense.l2 - fp8.l2 == pytest.approx(QWEN3.tiles(128) * nbytes)
+
+
 def test_gathered_rows_that_l2_cannot_hold_are_read_again():
     small, large = (traffic(up_call(), QWEN3, size) for size in (2 * T * H / 4, 2 * T * H))
     assert small.hbm - large.hbm == pytest.approx(2 * T * H * 7 * 0.75)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_moe.kernels.triton import routing
+from hf_moe.kernels.triton.tiles import TILE_HEIGHTS
 from numerics import ROUTINGS
 
 LARGE = {
@@ -49,7 +50,7 @@ def test_tiles_of_every_height_cover_every_row_once(name, device):
     index = INDICES[name]().to(device)
     num_experts = experts_of(index) - (name == "sentinels")
     order = routing.sort_rows(index, num_experts, num_experts + 1)
-    for block_m in routing.TILE_HEIGHTS:
+    for block_m in TILE_HEIGHTS:
         tiles = order.tiles(block_m)
         assert tiles.expert_M.numel() == -(-index.numel() // block_m) + min(num_experts + 1, index.numel())
         wanted = expected_tiles(order.expert_end_E.tolist(), index.numel(), block_m)

@@ -105,6 +105,7 @@ MALFORMED = {
     "misspelt key": (lambda content: change(content, {"rows": 16, "n": 8, "k": 8, "tile": [16] * 5}), "an entry has"),
     "short tile": (lambda content: change(content, ENTRY | {"tile": [16, 16]}), "tile with 5 numbers"),
     "no power of two": (lambda content: change(content, ENTRY | {"tile": [48, 16, 16, 4, 2]}), "powers of two"),
+    "no map": (lambda content: change(content, ENTRY | {"tile": [256, 16, 16, 4, 2]}), "block_m must be one of"),
     "text": (lambda content: change(content, ENTRY | {"n": "8"}), "positive integers"),
     "zero": (lambda content: change(content, ENTRY | {"tile": [16, 16, 16, 0, 2]}), "positive integers"),
 }
