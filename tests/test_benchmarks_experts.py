@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -308,6 +309,26 @@ def test_who_waits_for_the_gpu_is_named_as_late(monkeypatch):
     assert [timer(), timer()] == pytest.approx([1e-3 + 1e-5] * 2)
     assert timer.late
     assert timer.sleep == FIRST_SLEEP
+
+
+def test_who_waits_for_the_gpu_is_refused_before_a_capture_begins(monkeypatch):
+    modes = []
+    gpu = mock.MagicMock(set_sync_debug_mode=modes.append)
+
+    def forward():
+        if modes:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch, "cuda", gpu)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        timing.captured(forward)
+    assert modes == ["error", "default"]
+    gpu.graph.assert_not_called()
+
+
+def test_every_value_is_read_once_for_the_streaming_floor(monkeypatch):
+    monkeypatch.setattr(contestants, "MOST_VALUES_OF_A_DOT", 3)
+    assert sum(contestants.streaming(56, "cpu")()) == 7
 
 
 def test_no_case_begins_after_the_deadline_and_the_same_command_goes_on(tmp_path, capsys):
