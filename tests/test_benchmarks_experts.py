@@ -1,6 +1,7 @@
 """The experts benchmark at tiny sizes: right before timed, resumable, and the README says what was measured."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -209,6 +210,21 @@ def test_results_of_another_machine_are_not_mixed(measured, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--experts", "7"), "no case of the plan"),
+        (("--implementations", "liger", "eager"), "knows eager, .*, got liger"),  # on a GPU alone
+        (("--report",), "does not exist: measure first"),
+        (("--device", "cuda"), "needs a GPU"),
+    ],
+)
+def test_what_measures_nothing_is_refused(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.run(options(tmp_path, *arguments)) == 2
+    assert re.search(says, capsys.readouterr().out)
+
+
 def test_the_gpu_plan_runs_with_a_clock_of_the_cpu(tmp_path, monkeypatch):
     """Decoding and LoRA, through stock PEFT and accelerated, are compared with float64 like everything else."""
     cases = [replace(case, dtype="float32") for case in quick(cuda_plan()).cases]
