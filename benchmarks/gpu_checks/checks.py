@@ -270,7 +270,9 @@ def collected(setting: Setting, path: Path, stopped: Collection[int] = ()) -> li
         name: {"name": name, "operator": check.operator, "objection": UNREACHED}
         for name, check in checks_of(setting).items()
     }
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        if not line.endswith("\n"):  # a full disk cut it off
+            continue
         record = json.loads(line)
         if record.pop("part", None) in stopped:
             record["objection"] = STOPPED

@@ -152,10 +152,10 @@ class Run:
             self._stage("check", [str(part) for part in range(self.setting.check_processes)], side_by_side=True)
         finally:
             found = checks.collected(self.setting, output / LINES, self.stopped)
-            write_json(output / "checks.json", found)
-            (output / LINES).unlink(missing_ok=True)
             wrong = ",".join(sorted(checks.wrong_operators(found)))
             self._say_checks(found, wrong)
+            write_json(output / "checks.json", found)
+            (output / LINES).unlink(missing_ok=True)
         return wrong
 
     def _stage(self, name: str, parts: list[str], wrong: str = "", side_by_side: bool = False) -> None:
@@ -217,8 +217,11 @@ def summary(found: Mapping[str, Any]) -> list[str]:
         best = sorted(result["ms"].items(), key=lambda pair: pair[1])[:4]
         shipped = f" (shipped: {result['shipped']})" if "shipped" in result else ""
         lines.append(f"{launch}{shipped}: " + "; ".join(f"{tile} {ms:g}" for tile, ms in best))
-    verdicts = predictions.verdicts(found, found["facts"]["device"])
-    return lines + (predictions.report(verdicts) or ["no prediction was made for this device"])
+    device = found["facts"]["device"]
+    held = predictions.report(predictions.verdicts(found, device))
+    return lines + (
+        held or [f"predictions for {device}: {predictions.number_for(device)} were made, none was measured"]
+    )
 
 
 def _time(result: Mapping[str, Any]) -> str:
