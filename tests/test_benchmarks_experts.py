@@ -114,7 +114,7 @@ def test_the_command_runs_as_a_script(tmp_path):
         "--output",
         tmp_path,
         "--implementations",
-        "hf_moe_none",
+        "eager",
     ]
     script = [sys.executable, ROOT / "benchmarks" / "experts.py", *arguments, "--tokens", "1", "--modes", "forward"]
     subprocess.run(script, check=True, capture_output=True, cwd=tmp_path)
