@@ -208,8 +208,6 @@ def test_results_of_another_machine_are_not_mixed(measured, tmp_path, capsys):
     assert load(tmp_path)["device"] != "another machine"
 
 
-@pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -225,6 +223,8 @@ def test_what_measures_nothing_is_refused(arguments, says, tmp_path, capsys, mon
     assert re.search(says, capsys.readouterr().out)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_gpu_plan_runs_with_a_clock_of_the_cpu(tmp_path, monkeypatch):
     """Decoding and LoRA, through stock PEFT and accelerated, are compared with float64 like everything else."""
     cases = [replace(case, dtype="float32") for case in quick(cuda_plan()).cases]
