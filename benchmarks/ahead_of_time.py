@@ -221,12 +221,19 @@ def only_tile(tile: Tile) -> AbstractContextManager:
     return mock.patch.object(tiles, "table", return_value=entries)
 
 
+def tile_of(text: str) -> Tile:
+    numbers = text.split(",")
+    if len(numbers) != len(dataclasses.fields(Tile)) or not all(map(str.isdigit, numbers)):
+        raise argparse.ArgumentTypeError(f"a tile is M,N,K,WARPS,STAGES, such as 128,128,64,8,3, got {text!r}")
+    return Tile(*map(int, numbers))
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", action="append", choices=sorted(CHIPS), help="only this chip (repeatable)")
     parser.add_argument("--kernel", action="append", choices=[*TILED, *OTHERS], help="only this one (repeatable)")
     parser.add_argument("--features", action="append", help="only cases of this name (repeatable)")
-    parser.add_argument("--tile", help="M,N,K,WARPS,STAGES instead of the shipped tiles")
+    parser.add_argument("--tile", type=tile_of, help="M,N,K,WARPS,STAGES instead of the shipped tiles")
     parser.add_argument("--all", action="store_true", help="every feature with every tile, and every chip")
     parser.add_argument("--estimates", action="store_true", help="only the launches of whole layers, and their times")
     parser.add_argument("--update", action="store_true", help="write the tables in benchmarks/results/")
@@ -237,6 +244,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, help="JSON file for what the kernels need")
     options = parser.parse_args(arguments)
+    if not options.against.exists():
+        parser.error(f"--against {options.against} does not exist.")
     cases = options.kernel or options.features or options.tile
     if options.estimates and (cases or options.all):
         parser.error("--estimates runs whole layers with the shipped tiles: it goes with --chip alone.")
@@ -248,7 +257,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options, start = parse(arguments), time.perf_counter()
     chips = options.chip or (CHIPS if options.all else DEFAULT_CHIPS)
-    with only_tile(Tile(*map(int, options.tile.split(",")))) if options.tile else nullcontext():
+    with only_tile(options.tile) if options.tile else nullcontext():
         found = [] if options.estimates else [job for chip in chips for job in jobs_of(chip, options)]
     whole = not (options.kernel or options.features or options.tile)
     failures = without_model() + ([] if options.estimates or not whole else never_launched(found))

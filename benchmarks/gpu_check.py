@@ -15,6 +15,7 @@ After it, --tiles sm_90 runs nothing: it writes OUTPUT/sm_90.json, that device's
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,4 +27,5 @@ if "--tiny" in sys.argv:
 from benchmarks.gpu_checks.command import parser, run  # noqa: E402
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who stops the run gets its summary, as with Ctrl-C
     sys.exit(run(parser(__doc__).parse_args()))

@@ -1,11 +1,13 @@
 """The experts benchmark at tiny sizes: right before timed, resumable, and the README says what was measured."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_the_command_runs_as_a_script(tmp_path):
         "--output",
         tmp_path,
         "--implementations",
-        "hf_moe_none",
+        "eager",
     ]
     script = [sys.executable, ROOT / "benchmarks" / "experts.py", *arguments, "--tokens", "1", "--modes", "forward"]
     subprocess.run(script, check=True, capture_output=True, cwd=tmp_path)
@@ -208,6 +210,21 @@ def test_results_of_another_machine_are_not_mixed(measured, tmp_path, capsys):
     assert load(tmp_path) == data
     assert command.run(options(tmp_path, *ONE_CASE, "--fresh")) == 0
     assert load(tmp_path)["device"] != "another machine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--experts", "7"), "no case of the plan"),
+        (("--implementations", "liger", "eager"), "knows eager, .*, got liger"),  # on a GPU alone
+        (("--report",), "does not exist: measure first"),
+        (("--device", "cuda"), "needs a GPU"),
+    ],
+)
+def test_what_measures_nothing_is_refused(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.run(options(tmp_path, *arguments)) == 2
+    assert re.search(says, capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -312,6 +329,26 @@ def test_who_waits_for_the_gpu_is_named_as_late(monkeypatch):
     assert [timer(), timer()] == pytest.approx([1e-3 + 1e-5] * 2)
     assert timer.late
     assert timer.sleep == FIRST_SLEEP
+
+
+def test_who_waits_for_the_gpu_is_refused_before_a_capture_begins(monkeypatch):
+    modes = []
+    gpu = mock.MagicMock(set_sync_debug_mode=modes.append)
+
+    def forward():
+        if modes:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch, "cuda", gpu)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        timing.captured(forward)
+    assert modes == ["error", "default"]
+    gpu.graph.assert_not_called()
+
+
+def test_every_value_is_read_once_for_the_streaming_floor(monkeypatch):
+    monkeypatch.setattr(contestants, "MOST_VALUES_OF_A_DOT", 3)
+    assert sum(contestants.streaming(56, "cpu")()) == 7
 
 
 def test_no_case_begins_after_the_deadline_and_the_same_command_goes_on(tmp_path, capsys):

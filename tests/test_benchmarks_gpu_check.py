@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ def test_a_wrong_operator_is_named_and_not_timed(tmp_path, monkeypatch):
     wrong, right = "triton: wide", "routing: E=4 T=8 torch.int64"
     chosen = {name: check for name, check in checks.checks_of(TINY).items() if name in (wrong, right)}
     monkeypatch.setattr(checks, "checks_of", lambda setting: chosen)
-    checks.run_part(TINY, 0, tmp_path, until=time.time() + 100)
-    found = {record["name"]: record for record in checks.collected(TINY, tmp_path)}
+    checks.run_part(TINY, 0, tmp_path / "checks.jsonl", until=time.time() + 100)
+    found = {record["name"]: record for record in checks.collected(TINY, tmp_path / "checks.jsonl")}
     assert found[right]["objection"] is None
     assert "allowed" in found[wrong]["objection"]
     assert found[wrong]["share_of_allowed_error"] > 1
@@ -66,12 +67,15 @@ def test_a_crash_is_known_by_name_and_what_was_not_reached_is_not_right(tmp_path
     lines = [
         {"name": "one", "operator": "triton", "objection": checks.CRASHED},
         {"name": "one", "operator": "triton", "objection": None},
-        {"name": "two", "operator": "hybrid", "objection": checks.CRASHED},
+        {"name": "two", "operator": "hybrid", "objection": checks.CRASHED, "part": 1},
     ]
-    (tmp_path / "part0.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = {record["name"]: record["objection"] for record in checks.collected(TINY, tmp_path)}
+    path = tmp_path / "checks.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "thr')  # the disk was full
+    found = {record["name"]: record["objection"] for record in checks.collected(TINY, path)}
     assert found == {"one": None, "two": checks.CRASHED, "three": checks.UNREACHED}
-    assert checks.wrong_operators(checks.collected(TINY, tmp_path)) == {"hybrid"}
+    assert checks.wrong_operators(checks.collected(TINY, path)) == {"hybrid"}
+    stopped = checks.collected(TINY, path, {1})  # by us, out of time: the benchmark may time it
+    assert (stopped[1]["objection"], checks.wrong_operators(stopped)) == (checks.STOPPED, set())
     assert times.contestants({"hybrid"}) == ["hf_moe", "hf_moe_triton", "liger", "scattermoe"]
     assert checks.wrong_operators([{"operator": "routing", "objection": "no"}]) >= {"triton", "lora"}
 
@@ -100,6 +104,33 @@ def test_a_stage_that_crashes_or_hangs_costs_that_stage(tmp_path, monkeypatch, c
     assert all(record["objection"] for record in json.loads((tmp_path / "out" / "checks.json").read_text()))
     assert command.run(options) == 2  # results of two runs are not mixed
     assert "give an empty folder" in capsys.readouterr().err
+    options.output = tmp_path / "program.py"
+    assert command.run(options) == 2
+    assert "results cannot be written" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_from_outside_keeps_what_it_found(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(command, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(command.Run, "_wait", mock.Mock(side_effect=KeyboardInterrupt))
+    options = command.parser(None).parse_args(["--tiny", "--output", str(tmp_path / "out")])
+    (tmp_path / "out").mkdir()
+    line = {"name": "lora: rank 4", "operator": "lora", "objection": None}
+    (tmp_path / "out" / command.LINES).write_text(json.dumps(line) + "\n")
+    assert command.run(options) == 1
+    assert "stopped from outside: the rest was not run" in (tmp_path / "out" / "summary.txt").read_text()
+    found = {record["name"]: record["objection"] for record in json.loads((tmp_path / "out/checks.json").read_text())}
+    assert found["lora: rank 4"] is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"), [({}, "no sweep of a GPU"), ({"tile_table": "sm_80"}, "a sweep for sm_80")]
+)
+def test_a_table_is_made_of_a_sweep_on_its_own_device(facts, says, tmp_path, capsys):
+    for name, content in (("facts", facts), ("sweep", {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert command.write_tiles(tmp_path, "sm_90") == 2
+    assert says in capsys.readouterr().err
 
 
 def test_the_sweep_holds_tiles_that_launchers_take():
@@ -173,7 +204,10 @@ def test_a_prediction_that_does_not_hold_names_its_assumption():
     lines = command.summary(run)
     assert [line for line in lines if "WRONG in 1 of 2" in line and "from L2 to the multiprocessors" in line]
     assert "    down at 128x128x64, 8 warps, 3 stages, ms: 0.9, above 0.43 to 0.73" in lines
-    assert command.summary(run | {"facts": {"device": "cpu"}})[-1] == "no prediction was made for this device"
+    assert command.summary(run | {"facts": {"device": "cpu"}})[-1].endswith("cpu: 0 were made, none was measured")
+    (line,) = command.summary({"facts": run["facts"]})
+    assert line.startswith("predictions for NVIDIA H200: ")
+    assert " 0 were made" not in line
 
 
 @needs_interpreter

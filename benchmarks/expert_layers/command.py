@@ -48,19 +48,31 @@ def parser(description: str | None) -> ArgumentParser:
 
 
 def run(options: Namespace) -> int:
-    """The exit status: 1 if an implementation is wrong or `hf_moe` refuses, 2 if the results are from elsewhere."""
+    """The exit status: 1 if an implementation is wrong or `hf_moe` refuses, 2 if nothing could be measured."""
     console, begin = Console(), time.monotonic()
     if options.report or options.readme:
         return report(options, console)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("--device cuda needs a GPU, and torch finds none.", console)
+    known = who.contestant_names(options.device)
+    if unknown := sorted(set(options.implementations or ()) - set(known)):
+        return _refuse(f"--implementations knows {', '.join(known)}, got {', '.join(unknown)}.", console)
     plan = cuda_plan() if options.device == "cuda" else cpu_plan()
     plan = quick(plan) if options.quick else plan
     plan = replace(plan, cases=tuple(case for case in plan.cases if _is_chosen(case, options)))
+    if not plan.cases:
+        return _refuse("no case of the plan is of these experts, tokens, dtypes and modes.", console)
     plan = replace(plan, case_seconds=options.case_seconds or plan.case_seconds)
     deadline = None if options.seconds is None else begin + options.seconds
     if options.fresh:
         (options.output / f"{plan.name}.json").unlink(missing_ok=True)
     threads = options.threads or len(os.sched_getaffinity(0))
     return run_plan(plan, options.implementations, options.output, threads, deadline, console)
+
+
+def _refuse(reason: str, console: Console) -> int:
+    console.print(reason, style="red", markup=False, soft_wrap=True)
+    return 2
 
 
 def run_plan(
@@ -77,8 +89,7 @@ def run_plan(
     try:
         results = Results(output / f"{plan.name}.json", plan.device, environment(plan.device, threads), header)
     except ResultsError as error:
-        console.print(error, style="red", markup=False, soft_wrap=True)
-        return 2
+        return _refuse(str(error), console)
     failures = measure(plan, names, results, clock, console, deadline)
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)
@@ -88,7 +99,10 @@ def run_plan(
 def report(options: Namespace, console: Console) -> int:
     """Tables, plots and targets of the results that are there; with `--readme` the README's section too."""
     plan = "experts_cuda" if options.device == "cuda" else "experts_cpu"
-    data = json.loads((options.output / f"{plan}.json").read_text())
+    path = options.output / f"{plan}.json"
+    if not path.exists():
+        return _refuse(f"{path} does not exist: measure first, or name another --device or --output.", console)
+    data = json.loads(path.read_text())
     for path in plot_ratios(data, options.output / "plots"):
         console.print(path, soft_wrap=True)
     for table in (times_table(data), verdict_table(verdicts(data))):

@@ -34,10 +34,14 @@ FLOORS = {
 }
 PEERS = {"liger": "liger_kernel", "scattermoe": "scattermoe"}
 # tensor libraries raise all of these for a dtype, a device or a size that they do not run
-ERRORS = (ValueError, NotImplementedError, ImportError, KeyError, RuntimeError)
+ERRORS: tuple[type[Exception], ...] = (ValueError, NotImplementedError, ImportError, KeyError, RuntimeError)
+if importlib.util.find_spec("triton") is not None:  # too much shared memory, ptxas: a plain Exception
+    ERRORS += (importlib.import_module("triton.errors").TritonError,)
 COPY_LIMIT = 2 << 30
 DENSE_GRADIENT_LIMIT = 8 << 30
 REFERENCE_LIMIT = 512
+# cuBLAS counts in 32 bits
+MOST_VALUES_OF_A_DOT = 1 << 30
 SKIPPED = {
     "batched_mm": f"it copies the weights of every row (T * K * bytes of an expert, three times for training); "
     f"skipped above {COPY_LIMIT >> 30} GiB",
@@ -164,8 +168,8 @@ class DenseMlp(nn.Module):
 
 def streaming(nbytes: int, device: str) -> Callable[[], object]:
     """Reads `nbytes` of memory once."""
-    halves = torch.ones(2, max(nbytes // 8, 1), device=device)
-    return lambda: torch.dot(halves[0], halves[1])
+    halves = torch.ones(2, max(nbytes // 8, 1), device=device).split(MOST_VALUES_OF_A_DOT, dim=1)
+    return lambda: [torch.dot(left, right) for left, right in halves]
 
 
 def wants_gradients(mode: str) -> bool:

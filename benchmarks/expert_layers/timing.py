@@ -149,13 +149,19 @@ def captured(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A replay of the CUDA graph of `forward`; its result stays in one place.
 
     Raises:
-        RuntimeError: If `forward` waits for the device, which a graph cannot hold.
+        RuntimeError: If `forward` waits for the device, which a graph cannot hold. A capture that fails would leave
+            this process on the capture's stream, its allocator as if it went on.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):  # compiles and tunes
+        for _ in range(2):  # compiles and tunes
             forward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            forward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):

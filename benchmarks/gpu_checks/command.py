@@ -4,7 +4,6 @@ import importlib
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
@@ -27,6 +26,8 @@ SHARES = {"check": 0.42, "times": 0.55, "sweep": 0.7, "profile": 0.9}
 # a process that is past its time ends between two cases; then it is stopped
 PATIENCE = 20.0
 FILES = ("facts", "checks", "experts_cuda", "sweep", "profile")
+# of the checks, while they run
+LINES = "checks.jsonl"
 
 
 def parser(description: str | None) -> ArgumentParser:
@@ -39,7 +40,6 @@ def parser(description: str | None) -> ArgumentParser:
     for name in ("--stage", "--part", "--wrong"):
         found.add_argument(name, default="", help=SUPPRESS)
     found.add_argument("--until", type=float, default=0.0, help=SUPPRESS)
-    found.add_argument("--work", type=Path, help=SUPPRESS)
     return found
 
 
@@ -59,19 +59,30 @@ def run(options: Namespace) -> int:
     if there := [name for name in FILES if (options.output / f"{name}.json").exists()]:
         print(f"{options.output} holds {', '.join(there)} of another run: give an empty folder.", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as work:
-        return Run(setting, options, Path(work), time.time() + options.seconds).all_stages()
+    end = time.time() + options.seconds
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_json(options.output / "facts.json", facts(setting))
+    except OSError as error:
+        print(f"results cannot be written: {error}. Give another --output.", file=sys.stderr)
+        return 2
+    return Run(setting, options, end).all_stages()
 
 
 def write_tiles(output: Path, device: str) -> int:
-    path = output / f"{device}.json"
-    tables.write_table(tables.table_from(json.loads((output / "sweep.json").read_text()), device), path)
+    found, path = read(output), output / f"{device}.json"
+    measured = found.get("facts", {}).get("tile_table")
+    if "sweep" not in found or measured != device:
+        what = f"a sweep for {measured}" if "sweep" in found and measured else "no sweep of a GPU"
+        print(f"{output} holds {what}, and {device}.json is made from one on that device.", file=sys.stderr)
+        return 2
+    tables.write_table(tables.table_from(found["sweep"], device), path)
     print(path)
     return 0
 
 
 def _check(setting: Setting, options: Namespace, wrong: set[str]) -> int:
-    checks.run_part(setting, int(options.part), options.work, options.until)
+    checks.run_part(setting, int(options.part), options.output / LINES, options.until)
     return 0
 
 
@@ -114,45 +125,62 @@ class Run:
 
     setting: Setting
     options: Namespace
-    work: Path
     end: float
     lines: list[str] = field(default_factory=list)
     failed: bool = False
+    stopped: set[int] = field(default_factory=set)  # parts of the checks
 
     def all_stages(self) -> int:
         output = self.options.output
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "facts.json", facts(self.setting))
-        self._stage("check", [str(part) for part in range(self.setting.check_processes)], side_by_side=True)
-        found = checks.collected(self.setting, self.work)
-        write_json(output / "checks.json", found)
-        wrong = ",".join(sorted(checks.wrong_operators(found)))
-        self._say_checks(found, wrong)
-        self._stage("times", self.setting.layers(), wrong)
-        self._stage("sweep", [""], wrong)
-        self._stage("profile", [""], wrong)
+        try:
+            wrong = self._checked()
+            self._stage("times", self.setting.layers(), wrong)
+            self._stage("sweep", [""], wrong)
+            self._stage("profile", [""], wrong)
+        except KeyboardInterrupt:
+            self.failed = True
+            self.lines.append("stopped from outside: the rest was not run")
         self.lines += summary(read(output))
         (output / "summary.txt").write_text("\n".join(self.lines) + "\n")
         print("\n".join(self.lines), flush=True)
         return 1 if self.failed else 0
 
+    def _checked(self) -> str:
+        """Operators that are wrong, with commas between them."""
+        output = self.options.output
+        try:
+            self._stage("check", [str(part) for part in range(self.setting.check_processes)], side_by_side=True)
+        finally:
+            found = checks.collected(self.setting, output / LINES, self.stopped)
+            wrong = ",".join(sorted(checks.wrong_operators(found)))
+            self._say_checks(found, wrong)
+            write_json(output / "checks.json", found)
+            (output / LINES).unlink(missing_ok=True)
+        return wrong
+
     def _stage(self, name: str, parts: list[str], wrong: str = "", side_by_side: bool = False) -> None:
         begin = time.time()
         until = begin + SHARES[name] * max(self.end - begin, 0.0)
         started: list[tuple[str, subprocess.Popen]] = []
-        for at, part in enumerate(parts):
-            # of parts in a row, each may take half of what is left, the last all of it
-            own = until if side_by_side or at == len(parts) - 1 else time.time() + max(until - time.time(), 0.0) / 2
-            started.append((part, self._start(name, part, wrong, own)))
-            if not side_by_side:
-                self._wait(name, *started.pop(), own)
-        for part, process in started:
-            self._wait(name, part, process, until)
-        self.lines.append(f"{name}: {time.time() - begin:.0f} s")
+        try:
+            for at, part in enumerate(parts):
+                # of parts in a row, each may take half of what is left, the last all of it
+                is_free = side_by_side or at == len(parts) - 1
+                own = until if is_free else time.time() + max(until - time.time(), 0.0) / 2
+                started.append((part, self._start(name, part, wrong, own)))
+                if not side_by_side:
+                    self._wait(name, *started[-1], own)
+            for part, process in started if side_by_side else ():
+                self._wait(name, part, process, until)
+        finally:
+            for _, process in started:
+                process.kill()
+                process.wait()
+            self.lines.append(f"{name}: {time.time() - begin:.0f} s")
 
     def _start(self, name: str, part: str, wrong: str, until: float) -> subprocess.Popen:
-        command = [sys.executable, PROGRAM, "--output", self.options.output, "--work", self.work, "--stage", name]
-        command += ["--part", part, "--wrong", wrong, "--until", until, *(["--tiny"] if self.options.tiny else [])]
+        command = [sys.executable, PROGRAM, "--output", self.options.output, "--stage", name, "--part", part]
+        command += ["--wrong", wrong, "--until", until, *(["--tiny"] if self.options.tiny else [])]
         return subprocess.Popen([str(word) for word in command])
 
     def _wait(self, name: str, part: str, process: subprocess.Popen, until: float) -> None:
@@ -161,8 +189,9 @@ class Run:
             what = "" if status == 0 else f"ended with {status}"
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
             what = "was stopped: out of time"
+            if name == "check":
+                self.stopped.add(int(part))
         if what:
             self.failed = True
             self.lines.append(f"{name} {part} {what}")
@@ -171,7 +200,9 @@ class Run:
         objections = [record for record in found if record["objection"] is not None]
         self.failed |= bool(objections)
         self.lines.append(f"{len(found) - len(objections)} of {len(found)} checks right; not timed: {wrong or 'none'}")
-        self.lines += [f"    NOT RIGHT {record['name']}: {record['objection']}" for record in objections]
+        for record in objections:
+            label = "NOT RIGHT " if checks.was_judged(record) else ""
+            self.lines.append(f"    {label}{record['name']}: {record['objection']}")
         print("\n".join(self.lines), flush=True)
 
 
@@ -186,8 +217,11 @@ def summary(found: Mapping[str, Any]) -> list[str]:
         best = sorted(result["ms"].items(), key=lambda pair: pair[1])[:4]
         shipped = f" (shipped: {result['shipped']})" if "shipped" in result else ""
         lines.append(f"{launch}{shipped}: " + "; ".join(f"{tile} {ms:g}" for tile, ms in best))
-    verdicts = predictions.verdicts(found, found["facts"]["device"])
-    return lines + (predictions.report(verdicts) or ["no prediction was made for this device"])
+    device = found["facts"]["device"]
+    held = predictions.report(predictions.verdicts(found, device))
+    return lines + (
+        held or [f"predictions for {device}: {predictions.number_for(device)} were made, none was measured"]
+    )
 
 
 def _time(result: Mapping[str, Any]) -> str:

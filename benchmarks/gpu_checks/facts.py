@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..expert_layers.results import commit, environment
+from .products import this_device
 from .setting import Setting
 
 
@@ -14,6 +15,7 @@ def facts(setting: Setting) -> dict[str, Any]:
     if setting.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
+            "tile_table": this_device(),
             "multiprocessors": properties.multi_processor_count,
             "l2_mb": properties.L2_cache_size >> 20,
             "memory_gb": round(properties.total_memory / 2**30),

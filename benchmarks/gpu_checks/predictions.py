@@ -24,13 +24,21 @@ class Verdict(NamedTuple):
 
 def verdicts(run: Mapping[str, Any], device: str) -> list[Verdict]:
     """Those predictions for `device` that the files of a run, by name, have something measured for."""
-    predictions = json.loads(PREDICTIONS.read_text())["predictions"]
-    pairs = [(prediction, _measured(run, prediction["where"])) for prediction in predictions]
+    pairs = [(prediction, _measured(run, prediction["where"])) for prediction in _made_for(device)]
     return [
         Verdict(prediction, measured)
         for prediction, measured in pairs
-        if measured is not None and prediction["device"] in device and _is_made_for(prediction, run)
+        if measured is not None and _has_tiles_of(prediction, run)
     ]
+
+
+def number_for(device: str) -> int:
+    return len(_made_for(device))
+
+
+def _made_for(device: str) -> list[dict[str, Any]]:
+    predictions = json.loads(PREDICTIONS.read_text())["predictions"]
+    return [prediction for prediction in predictions if prediction["device"] in device]
 
 
 def _measured(run: Mapping[str, Any], places: list[list[str]]) -> float | None:
@@ -43,7 +51,7 @@ def _measured(run: Mapping[str, Any], places: list[list[str]]) -> float | None:
     return None
 
 
-def _is_made_for(prediction: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+def _has_tiles_of(prediction: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
     shipped = {launch: facts.get("shipped", "") for launch, facts in run.get("sweep", {}).items()}
     wanted = prediction.get("tiles", {})
     return all(shipped.get(launch, "").startswith(f"{blocks}x") for launch, blocks in wanted.items())

@@ -26,7 +26,7 @@ def profile_layer(setting: Setting, wrong: set[str], output: Path, until: float)
         if time.time() > until or operator in wrong:
             continue
         try:
-            found[name] = _kernels(run, setting.device)
+            found[name] = _kernels(run, setting.device) or {"failed": "the profiler saw no kernel"}
         except ERRORS as error:
             found[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
         write_json(output / "profile.json", found)

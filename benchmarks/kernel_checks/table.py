@@ -70,7 +70,8 @@ def _by_step(rows: list[dict], chips: Collection[str]) -> dict[tuple[str, str, s
 def _largest_change(old: list[dict], new: list[dict], step: tuple[str, str, str]) -> str:
     before, after = _by_kernel(old, *step), _by_kernel(new, *step)
     kernel = max(after, key=lambda name: after[name] - before.get(name, 0.0), default="")
-    return f"most of it in {kernel or 'small launches'} ({before.get(kernel, 0):.4g} -> {after.get(kernel, 0):.4g} ms)"
+    was, now = before.get(kernel, 0.0), after.get(kernel, 0.0)
+    return f"most of it in {kernel} ({was:.4g} -> {now:.4g} ms)" if now > was else "most of it between the launches"
 
 
 def _by_kernel(rows: list[dict], layer: str, mode: str, device: str) -> dict[str, float]:

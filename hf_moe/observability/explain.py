@@ -18,8 +18,9 @@ from hf_moe.layers.unseen_experts import unseen_experts
 from hf_moe.loading.config_files import config_errors
 from hf_moe.loading.pretrained import build_empty, read_config
 from hf_moe.models.configuration_hf_moe import refuse_huge
-from hf_moe.observability.unquantised_experts import unquantised_experts
+from hf_moe.observability.unquantised_experts import quantisation_method, unquantised_experts
 
+_FP8_SCALES = ("_scale_inv", "activation_scale")
 ACTIVE_RULE = (
     "active = all parameters outside of the routed experts (embeddings and output head counted whole, tied ones once) "
     "+ top_k / num_experts of the routed experts and of adapters on them"
@@ -127,14 +128,14 @@ def explain_layers(model: nn.Module, layers: list[MoeLayer]) -> Explanation:
     total, active = _count_parameters(model, layers)
     refused, warnings = _refusals(layers)
     unseen = unseen_experts(model, layers)
-    more = [unseen, unquantised_experts(model, layers, config)]
+    more = [unseen, unquantised_experts(model, layers, config), _fp8_to_come(layers, config)]
     return Explanation(
         model_class=type(inner).__name__,
         model_type=getattr(config, "model_type", "unknown"),
         dtype=_dtype_name(model, layers),
         total_parameters=total,
         active_parameters=None if unseen else active,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=sum(p.numel() for name, p in model.named_parameters() if _can_train(name, p)),
         router=_router_state(layers),
         layers=tuple(_groups(layers)),
         backend=", ".join(dict.fromkeys(_backend(layer) for layer in layers)),
@@ -205,6 +206,12 @@ def _numel(parameter: nn.Parameter) -> int:
     return parameter.numel() if shape is None else shape.numel()
 
 
+def _can_train(name: str, parameter: nn.Parameter) -> bool:
+    """Transformers loads fp8 weights and their scales as if they were trained; they have no gradient."""
+    is_of_fp8 = (parameter.is_floating_point() and parameter.itemsize == 1) or name.endswith(_FP8_SCALES)
+    return parameter.requires_grad and not is_of_fp8
+
+
 def _router_state(layers: list[MoeLayer]) -> str:
     states = {_trainable(layer) for layer in layers if layer.router is not None}
     if not states:
@@ -264,6 +271,18 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
             text = f"Backend {backend!r} is not in hf_moe's table: what it refuses is not known."
             warnings.setdefault(text, []).append(layer.name)
     return refused, [f"{join_ranges(names)}: {text}" for text, names in warnings.items()]
+
+
+def _fp8_to_come(layers: list[MoeLayer], config: Any) -> str | None:
+    """Of a model without weights: its checkpoint is of fp8, and what is described is not."""
+    storages = [storage_of(layer.experts) for layer in layers]
+    is_dense = any(storage.device.type == "meta" and storage.format == "dense" for storage in storages)
+    if not is_dense or quantisation_method(config) != "fp8":
+        return None
+    return (
+        "The checkpoint stores fp8. On a GPU from SM89 on its experts stay so, and more backends refuse them than are "
+        "named here: explain(model) tells. Elsewhere transformers unpacks them while it loads, as is described here."
+    )
 
 
 def _device(storage: ExpertStorage) -> torch.device:

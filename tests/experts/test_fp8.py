@@ -22,6 +22,7 @@ from hf_moe.layers.expert_rows import Plan
 from hf_moe.layers.fp8_storage import OTHERWISE
 from hf_moe.layers.packed_storages import UnreadableStorage
 from hf_moe.layers.storage import storage_of
+from hf_moe.observability.explain import explain_config
 from storages import assert_compiles
 from tiny_fp8 import quantise, with_fp8_experts
 from tiny_lora import build, fill, outputs, results
@@ -190,6 +191,11 @@ def test_a_checkpoint_loads_runs_and_is_saved_as_it_was(qwen, tmp_path):
     expected = dict(with_fp8_experts(model)[0].named_parameters())
     assert {name: each.dtype for name, each in loaded.named_parameters()} == {n: p.dtype for n, p in expected.items()}
     assert all(torch.equal(each.float(), expected[name].float()) for name, each in loaded.named_parameters())
+    found, of_config = hf_moe.explain(loaded), explain_config(str(tmp_path / "fp8"))
+    experts = [p for layer in hf_moe.moe_layers(loaded) for p in layer.experts.parameters()]
+    assert found.trainable_parameters == sum(p.numel() for p in loaded.parameters()) - sum(p.numel() for p in experts)
+    assert any("The checkpoint stores fp8" in warning for warning in of_config.warnings)
+    assert not any("The checkpoint" in warning for warning in found.warnings)
     out = outputs(loaded, inputs)
     with pytest.raises(ValueError, match=NO_FP8_GRADIENT[:30]):  # transformers loads them as if they were trained
         out.sum().backward()

@@ -91,7 +91,6 @@ def test_packed_experts_are_not_called_unquantised():
         ({"quant_method": "torchao", "quant_type": {"default": "int8"}}, "torchao, which quantises linear layers"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "FqnToConfig"}}}, "whether that reaches"),
         ({"quant_method": "compressed-tensors"}, "whether that reaches the experts"),
-        ({"quant_method": "fp8"}, None),
         ({"quant_method": "mxfp4"}, None),
     ],
 )
