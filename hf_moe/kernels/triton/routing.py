@@ -146,7 +146,7 @@ def sort_rows(index_TK: Tensor, num_experts: int, num_ids: int) -> RowOrder:
             f"num_ids must be {num_experts} (the experts) or {num_experts + 1} (with the sentinel), got {num_ids}."
         )
     require_gpu(index_TK)
-    index_N = index_TK.reshape(-1)
+    index_N = index_TK.reshape(-1).contiguous()  # [T, 1] cut out of more columns is flattened to a strided view
     order_N = torch.empty(index_N.numel(), dtype=torch.int32, device=index_N.device)
     if not index_N.numel():
         return rows_in_order(order_N, torch.zeros(num_experts, dtype=torch.int32, device=index_N.device))
