@@ -110,7 +110,8 @@ def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.cons
     tl.store(count_SB + bins.to(tl.int64) * num_blocks + block, counts, mask=bins <= num_ids)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"], do_not_specialize_on_alignment=["index_N"])
+# num_ids: Triton makes a 1 a constant, which has no `.to`
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_ids"], do_not_specialize_on_alignment=["index_N"])
 def place_kernel(
     index_N, end_SB, order_N, expert_end_E, all_in_range, num_rows, num_blocks, num_ids, num_experts,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
