@@ -195,14 +195,15 @@ def decode(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = False, fp8: 
     launch_decode(LayerCall(shape.tensor(shape.num_tokens, H), index_TK, shape.routing_weights(), experts, E, form))
 
 
-def routing(shape: Shape) -> None:
+def routing(shape: Shape, num_experts: int = E, sentinel: bool = True) -> None:
     index_TK = shape.tensor(shape.num_tokens, K, dtype=torch.int64)
-    sort_rows(index_TK, E, E + 1)
+    sort_rows(index_TK, num_experts, num_experts + sentinel)
 
 
 def sum_k(shape: Shape) -> None:
     rows_NH = shape.tensor(shape.num_rows, shape.n)
-    launch_sum_k(rows_NH, K, shape.dtype)
+    index_TK = shape.tensor(shape.num_tokens, K, dtype=torch.int64)
+    launch_sum_k(rows_NH, K, shape.dtype, index_TK=index_TK, num_ids=E)
     launch_sum_k(rows_NH, K, shape.dtype, shape.routing_weights())
 
 
@@ -218,6 +219,7 @@ def between_products(shape: Shape, form: ExpertForm = SWIGLU, *, bias: bool = Fa
         K,
         weights_TK=weights_TK if bias else None,
         index_TK=shape.tensor(shape.num_tokens, K, dtype=torch.int64) if bias else None,
+        num_ids=E,
         bias=shape.tensor(E, shape.n) if bias else None,
     )
     down_bias = shape.tensor(E, shape.n) if bias else None
@@ -280,7 +282,10 @@ TILED: dict[str, list[Case]] = {
 }
 # kernels whose sizes are no tile table's
 OTHERS: dict[str, list[Case]] = {
-    "routing": [Case("int64 ids", routing)],
+    "routing": [
+        Case("int64 ids", routing),
+        Case("one expert", lambda shape: routing(shape, 1, sentinel=False)),  # Triton makes a 1 a constant
+    ],
     "between_products": [
         Case("gated", between_products),
         Case("gpt-oss", lambda shape: between_products(shape, GPT_OSS, bias=True)),

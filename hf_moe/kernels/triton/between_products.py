@@ -23,6 +23,7 @@ from .backward_activation import (
     store_pre,
     store_zeros,
 )
+from .combine import nan_without_expert
 from .grouped_linear import bounds_of_tile, rows_between
 from .routing import RowOrder
 from .weight_gradient import block_of, unit_stride_rows
@@ -56,8 +57,8 @@ def row_of_slot_kernel(order_N, expert_end_E, row_N, num_rows, num_experts, BLOC
 
 @triton.jit(do_not_specialize_on_alignment=["weights_N", "index_N"])
 def combine_rows_kernel(
-    rows_NH, row_N, weights_N, index_N, bias_EH, out_TH, H,
-    K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    rows_NH, row_N, weights_N, index_N, bias_EH, out_TH, H, num_ids,
+    K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over k of weight * (rows[row of slot k] + bias). Grid (T, column blocks)."""
     token = tl.program_id(0).to(tl.int64)
@@ -74,6 +75,8 @@ def combine_rows_kernel(
         if HAS_WEIGHTS:
             value *= tl.load(weights_N + slot, mask=row >= 0, other=0.0).to(tl.float32)
         total += value
+        if HAS_IDS:
+            total = nan_without_expert(total, index_N, slot, num_ids)
     tl.store(out_TH + token * H + cols, total.to(out_TH.dtype.element_ty), mask=cols < H)
 
 
@@ -191,7 +194,7 @@ def launch_row_of_slot(order: RowOrder) -> Tensor:
 
 def launch_combine_rows(
     rows_NH: Tensor, row_N: Tensor, top_k: int, *, weights_TK: Tensor | None = None, index_TK: Tensor | None = None,
-    bias: Tensor | None = None,
+    num_ids: int = 0, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum every token's rows, which are in expert order, in float32 and in the order of the slots.
 
@@ -199,7 +202,8 @@ def launch_combine_rows(
         rows_NH: Contiguous; rows past the last expert's end are not read.
         row_N: Of `launch_row_of_slot`.
         weights_TK: A factor per slot, of any float dtype.
-        index_TK: The slots' experts, with `bias` [E, H] only: it is added before the factor.
+        index_TK: The slots' ids: a token is NaN if one of them is not in `[0, num_ids)`.
+        bias: [E, H], added before the factor; with `index_TK` only.
 
     Returns:
         [T, H] in the dtype of `rows_NH`; zeros for tokens without rows.
@@ -212,7 +216,8 @@ def launch_combine_rows(
         combine_rows_kernel[(num_rows // top_k, triton.cdiv(H, block))](
             rows_NH, row_N, unused if weights_TK is None else weights_TK.contiguous(),
             row_N if index_TK is None else index_TK.contiguous(), unused if bias is None else bias.contiguous(),
-            out_TH, H, K=top_k, HAS_WEIGHTS=weights_TK is not None, HAS_BIAS=bias is not None, BLOCK=block,
+            out_TH, H, num_ids, K=top_k, HAS_WEIGHTS=weights_TK is not None, HAS_IDS=index_TK is not None,
+            HAS_BIAS=bias is not None, BLOCK=block,
         )  # fmt: skip
     return out_TH
 

@@ -73,8 +73,15 @@ def _forward(call: LayerCall, keep: bool) -> tuple[Tensor, Kept]:
     pre_NP = _product(rows_NH, experts.up, order, form.transposed)
     act_NI = launch_activation(pre_NP, order, form, experts.up_bias)
     rows_NH = _product(act_NI, experts.down, order, form.transposed)
-    options = {"weights_TK": weights_TK, "index_TK": index_TK, "bias": experts.down_bias}
-    out_TH = launch_combine_rows(rows_NH, launch_row_of_slot(order), call.top_k, **options)
+    out_TH = launch_combine_rows(
+        rows_NH,
+        launch_row_of_slot(order),
+        call.top_k,
+        weights_TK=weights_TK,
+        index_TK=index_TK,
+        num_ids=num_ids,
+        bias=experts.down_bias,
+    )
     return out_TH, Kept(pre_NP, *order) if keep else kept_like(call, keep)
 
 

@@ -118,7 +118,10 @@ def _require_shapes(call: LayerCall) -> None:
 
 
 def project_down(act_NI: Tensor, call: LayerCall, order: RowOrder, term: LowRankTerm | None = None) -> Tensor:
-    """Down projection of rows in expert order, with an adapter's part, and weighted sum over every token's slots."""
+    """Down projection of rows in expert order, with an adapter's part, and weighted sum over every token's slots.
+
+    NaN for tokens with an id that is not in [0, num_ids).
+    """
     top_k = call.top_k
     rows_NH = launch_grouped_linear(
         act_NI,
@@ -132,7 +135,7 @@ def project_down(act_NI: Tensor, call: LayerCall, order: RowOrder, term: LowRank
         term=term,
         weight_scale=call.experts.down_scale,
     )
-    return launch_sum_k(rows_NH, top_k, act_NI.dtype)
+    return launch_sum_k(rows_NH, top_k, act_NI.dtype, index_TK=call.index_TK, num_ids=call.num_ids)
 
 
 def hidden_gradient(grad_pre_NP: Tensor, call: LayerCall, order: RowOrder, term: LowRankTerm | None = None) -> Tensor:
@@ -166,7 +169,7 @@ def weight_gradient(
 
 def bias_gradient(rows: Tensor, order: RowOrder, top_k: int, weights_TK: Tensor | None = None) -> Tensor:
     """Sum [E, B] of every expert's rows; with routing weights, of rows by token times their weights."""
-    row_weights_N = None if weights_TK is None else weights_TK.reshape(-1)
+    row_weights_N = None if weights_TK is None else weights_TK.reshape(-1).contiguous()
     gather = weights_TK is not None
     return launch_bias_gradient(
         rows, order, top_k=top_k, gather=gather, out_dtype=rows.dtype, row_weights_N=row_weights_N

@@ -43,8 +43,8 @@ def triton_experts(call: LayerCall) -> Tensor:
 
     Differentiable in hidden states, routing weights, biases and dense expert weights.
 
-    An id out of range makes its token NaN where rows are few and nothing is kept for backward (`decode.py`); else it
-    is an error.
+    An id out of range makes its token NaN. It is an error besides, except where rows are few and nothing is kept for
+    backward (`decode.py`), and on builds of torch without assertions on the device (ROCm's default).
 
     Before CUDA graphs are captured, every batch size runs once: that compiles and loads all that a capture launches,
     whatever the tensors hold. HF_MOE_AUTOTUNE=1 times tiles in that first run.

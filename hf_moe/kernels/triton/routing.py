@@ -110,7 +110,8 @@ def count_kernel(index_N, count_SB, num_rows, num_blocks, num_ids, BINS: tl.cons
     tl.store(count_SB + bins.to(tl.int64) * num_blocks + block, counts, mask=bins <= num_ids)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"], do_not_specialize_on_alignment=["index_N"])
+# num_ids: Triton makes a 1 a constant, which has no `.to`
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_ids"], do_not_specialize_on_alignment=["index_N"])
 def place_kernel(
     index_N, end_SB, order_N, expert_end_E, all_in_range, num_rows, num_blocks, num_ids, num_experts,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -146,7 +147,7 @@ def sort_rows(index_TK: Tensor, num_experts: int, num_ids: int) -> RowOrder:
             f"num_ids must be {num_experts} (the experts) or {num_experts + 1} (with the sentinel), got {num_ids}."
         )
     require_gpu(index_TK)
-    index_N = index_TK.reshape(-1)
+    index_N = index_TK.reshape(-1).contiguous()  # [T, 1] cut out of more columns is flattened to a strided view
     order_N = torch.empty(index_N.numel(), dtype=torch.int32, device=index_N.device)
     if not index_N.numel():
         return rows_in_order(order_N, torch.zeros(num_experts, dtype=torch.int32, device=index_N.device))

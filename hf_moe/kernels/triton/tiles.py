@@ -1,7 +1,8 @@
 """Tile sizes of the Triton kernels: shipped tables by device, kernel, dtype and shape.
 
 `tile_for` takes the entry nearest to a shape from `tiles/<device>.json` (`sm_90.json`, `gfx942.json`, ...). A device
-without a file gets `tiles/default.json`, small tiles that fit everywhere, and one log line. Every tile in these files
+without a file gets `tiles/default.json`, small tiles that fit everywhere, and one log line; so does, without the line,
+a width that is no multiple of 16. Every tile in these files
 is compiled ahead of time for its device, without spills and within its shared memory (benchmarks/ahead_of_time.py).
 
 HF_MOE_AUTOTUNE=1 times the device's tiles at every new shape instead, for the launchers that pass `launch`. Timing
@@ -28,6 +29,7 @@ KERNELS = ("up", "grouped_linear", "backward_activation", "weight_gradient", "de
 TILE_HEIGHTS = (16, 32, 64, 128)
 ROW_TILED = ("up", "grouped_linear", "backward_activation")
 AUTOTUNE = "HF_MOE_AUTOTUNE"
+SMALLEST_WIDTH = 128  # of a layer; what is narrower is the rank of an adapter
 # Dots of float32 are exact products without tensor cores: their tiles are others.
 TABLES = {
     torch.bfloat16: "16-bit",
@@ -191,7 +193,9 @@ def _check(kernel: str, dtype: torch.dtype) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _nearest(kernel: str, rows_per_expert: int, n: int, k: int, dtype: torch.dtype, name: str) -> Tile:
-    entries = table(name)[kernel][TABLES[dtype]]
+    # rows that begin anywhere in a line of memory are loaded element by element: a chip's wide tiles spill there
+    uneven = any(size >= SMALLEST_WIDTH and size % 16 for size in (n, k))
+    entries = table("default" if uneven else name)[kernel][TABLES[dtype]]
     return min(entries, key=lambda entry: entry.distance(rows_per_expert, n, k)).tile
 
 

@@ -56,7 +56,8 @@ def test_combine_matches_float64(routing, weighted, dtype, device):
     case = kernel_cases.layer(routing, bias=True).to(dtype, device)
     order, (tokens, top_k) = order_of(case), case.index.shape
     slots_NH = torch.randn(tokens * top_k, case.hidden.shape[1]).to(device, dtype)
-    options = {"weights_TK": case.weights, "index_TK": case.index, "bias": case.down_bias} if weighted else {}
+    ids = {"index_TK": case.index, "num_ids": case.num_experts + 1}
+    options = {"weights_TK": case.weights, "bias": case.down_bias, **ids} if weighted else {}
     rows_NH = poisoned(slots_NH[order.order_N.long()], order)
     actual = between_products.launch_combine_rows(
         rows_NH, between_products.launch_row_of_slot(order), top_k, **options

@@ -9,7 +9,8 @@ import torch
 import kernel_cases
 from hf_moe.kernels.layer_call import flatten
 from hf_moe.kernels.triton import layer as layer_steps
-from hf_moe.kernels.triton import ops
+from hf_moe.kernels.triton import ops, routing
+from hf_moe.kernels.triton.hybrid import triton_hybrid_experts
 from hf_moe.kernels.triton.ops import triton_experts, triton_grouped_linear
 from hf_moe.kernels.triton.routing import require_gpu, size_of_maps
 from kernel_cases import DTYPES, FORMS, Layer, assert_right
@@ -55,6 +56,29 @@ def test_nan_stays_in_its_token(device):
     results = run(layer, torch.ones_like(layer.hidden))
     for name in ("out", "hidden"):
         assert torch.equal(results[name].isnan().any(1), layer.hidden.isnan().any(1))
+
+
+@pytest.mark.parametrize("op", [triton_experts, triton_hybrid_experts])
+def test_a_token_with_a_wrong_id_is_nan_where_assertions_are_off(op, monkeypatch, device):
+    monkeypatch.setattr(routing, "_require_ids", lambda *arguments: None)
+    monkeypatch.setattr(ops, "DECODE_ROWS_PER_EXPERT", 0)
+    layer = kernel_cases.layer("sentinels", "gpt_oss").to(torch.float32, device)
+    index = layer.index.clone()
+    index[2, 1], index[5, 0] = -1, 1 << 40
+    wrong = torch.isin(torch.arange(len(index), device=device), torch.tensor([2, 5], device=device))
+    assert torch.equal(op(replace(layer, index=index).call()).isnan(), wrong[:, None].expand_as(layer.hidden))
+
+
+@pytest.mark.parametrize("op", [triton_experts, triton_hybrid_experts])
+def test_ids_and_weights_may_be_a_column_of_more(op, device):
+    layer = kernel_cases.layer("one_expert_takes_all", "gpt_oss").to(torch.float32, device)
+    index = (layer.index + torch.arange(len(layer.index), device=device)[:, None]) % 4
+    results = []
+    for columns in ((index, layer.weights), (index.repeat(1, 3)[:, :1], kernel_cases.amid_nan(layer.weights))):
+        leaves = replace(layer, index=columns[0], weights=columns[1]).differentiable()
+        out = op(leaves.call())
+        results.append([out, *torch.autograd.grad(out.sum(), list(leaves.tensors().values()))])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_weights_of_routing_may_be_float32_under_16_bit_rows(device):

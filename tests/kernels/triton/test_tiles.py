@@ -66,6 +66,13 @@ def test_weight_gradients_get_wide_tiles_when_rows_are_many(layer, name, monkeyp
     assert blocks(8192, 16, hidden) == (128, 32, 64)
 
 
+@pytest.mark.parametrize(("n", "k"), [(2044, 768), (768, 2044)])
+def test_widths_of_no_whole_loads_get_tiles_that_do_not_spill_there(n, k, on_h100):
+    for kernel in tiles.KERNELS:
+        chosen = tiles.tile_for(kernel, 512, n, k, torch.bfloat16, torch.device("cuda"))
+        assert chosen in tiles.candidates(kernel, torch.bfloat16, "default")
+
+
 def test_no_rows_are_a_shape_too(on_h100):
     assert tile_for("up", 0, 768, 2048, torch.bfloat16, CUDA) == tile_for("up", 1, 768, 2048, torch.bfloat16, CUDA)
 
