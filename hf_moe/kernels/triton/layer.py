@@ -101,6 +101,17 @@ def require_width(**widths: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {width}: give the layer one.")
 
 
+def require_span(**weights: Tensor) -> None:
+    """Refuse matrices of which one is spread over more memory than an int32 counts: some offsets are of that type."""
+    for name, weight in weights.items():
+        pairs = zip(weight.shape[1:], weight.stride()[1:], strict=True)
+        if (span := sum((size - 1) * stride for size, stride in pairs)) >= 2**31:
+            raise ValueError(
+                f"a matrix of {name} may be spread over 2^31 elements at most, got {span + 1} by strides "
+                f"{weight.stride()}: call contiguous()."
+            )
+
+
 def _require_shapes(call: LayerCall) -> None:
     hidden_TH, index_TK, weights_TK, (up, _, down, *_), _, form, _ = call
     if hidden_TH.dim() != 2 or index_TK.dim() != 2 or index_TK.shape != weights_TK.shape:
@@ -115,6 +126,7 @@ def _require_shapes(call: LayerCall) -> None:
             "transposed [E, H, P] and [E, I, H], where P is 2I if gated."
         )
     require_width(hidden_size=H, expert_width=width)
+    require_span(up_weight=up, down_weight=down)
 
 
 def project_down(act_NI: Tensor, call: LayerCall, order: RowOrder, term: LowRankTerm | None = None) -> Tensor:

@@ -242,6 +242,9 @@ def test_errors_name_value_rule_and_way_out(interpreter):
     experts = call.experts._replace(up=up[..., :0], down=down[:, :0])
     with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0: give the layer one"):
         triton_experts(call._replace(hidden_TH=layer.hidden[:, :0], experts=experts))
+    spread = torch.empty(7168, 2048, 256, device="meta").permute(2, 0, 1)  # experts innermost
+    with pytest.raises(ValueError, match=r"a matrix of down_weight may be spread over 2\^31 elements at most, got 37"):
+        layer_steps.require_span(up_weight=spread[:, :2], down_weight=spread)
     with pytest.raises(ValueError, match="expert_width must be at least 1, got 0"):
         triton_experts(call._replace(experts=call.experts._replace(up=up[:, :0], down=down[..., :0])))
 
