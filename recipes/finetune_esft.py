@@ -19,7 +19,7 @@ from typing import Any
 from hf_moe.adapters.esft import fold_selected_experts, train_selected_experts
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.select_experts import select_experts
-from hf_moe.finetuning.arguments import RECIPE, RecipeError, parse_recipe
+from hf_moe.finetuning.arguments import WEIGHT_RECIPE, RecipeError, parse_recipe
 from hf_moe.finetuning.card import write_results
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
@@ -48,7 +48,7 @@ class EsftArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    esft, base, texts, training = parse_recipe((EsftArguments, *RECIPE), arguments, __file__)
+    esft, base, texts, training = parse_recipe((EsftArguments, *WEIGHT_RECIPE), arguments, __file__)
     job = prepare("ESFT", command_line(__file__, arguments), esft, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)

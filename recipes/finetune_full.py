@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_moe.adapters.frozen_router import freeze_router
-from hf_moe.finetuning.arguments import RECIPE, parse_recipe
+from hf_moe.finetuning.arguments import WEIGHT_RECIPE, parse_recipe
 from hf_moe.finetuning.card import write_results
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
@@ -40,7 +40,7 @@ class FullArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    full, base, texts, training = parse_recipe((FullArguments, *RECIPE), arguments, __file__)
+    full, base, texts, training = parse_recipe((FullArguments, *WEIGHT_RECIPE), arguments, __file__)
     job = prepare("Full fine-tuning", command_line(__file__, arguments), full, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)

@@ -6,6 +6,7 @@
     packing_check.py   proof that the model keeps packed examples apart
     other_towers.py    vision and audio towers, which training on text leaves as they are
     measure.py         held-out loss and chosen experts of every domain
+    run/               learning rate, memory and plan before training; evaluation and log lines while it runs
     train.py           the ordinary Trainer over the job, and what became of it
     save.py            an adapter or a model, with the routers' hash
     report.py          `report.json`, and the table of domains

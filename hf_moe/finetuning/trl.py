@@ -19,13 +19,20 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_moe.adapters.expert_lora import expert_lora_config
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.finetuning.arguments import SMOKE_HELP, ExpertLoraArguments, ModelArguments, RecipeError, shorten
-from hf_moe.finetuning.prepare import Job, known_config, load_model, load_tokenizer, refuse_used_folder
+from hf_moe.finetuning.arguments import (
+    PATIENCE_HELP,
+    SMOKE_HELP,
+    ExpertLoraArguments,
+    ModelArguments,
+    RecipeError,
+    check_early_stopping,
+    shorten,
+)
+from hf_moe.finetuning.prepare import Job, chosen_model, known_config, load_model, load_tokenizer, refuse_used_folder
 from hf_moe.finetuning.report import run_report
 from hf_moe.finetuning.save import save_adapter
 from hf_moe.finetuning.train import MetricsFile, Trained, refuse_shards
 from hf_moe.finetuning.trl_data import TrlDataArguments
-from hf_moe.io.names import without_folders
 from hf_moe.io.whole_files import write_json
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 
@@ -74,6 +81,9 @@ class _FrozenRouterArguments:
 
     router_aux_loss_coef: float | None = field(default=0.0)
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.03)
+    early_stopping_patience: int | None = field(default=None, metadata={"help": PATIENCE_HELP})
     smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
     def __post_init__(self) -> None:
@@ -87,20 +97,23 @@ def _set_up(arguments: Any) -> None:
         arguments.bf16 = False
     if arguments.smoke:
         shorten(arguments)
+    check_early_stopping(arguments)
 
 
 @dataclass
 class SftArguments(_FrozenRouterArguments, SFTConfig):
     """TRL's SFTConfig for a frozen router."""
 
-    output_dir: str | None = field(default="sft-trl-output")
+    output_dir: str | None = field(default="sft-output")
+    learning_rate: float = field(default=1e-4)
 
 
 @dataclass
 class DpoArguments(_FrozenRouterArguments, DPOConfig):
     """TRL's DPOConfig for a frozen router."""
 
-    output_dir: str | None = field(default="dpo-trl-output")
+    output_dir: str | None = field(default="dpo-output")
+    learning_rate: float = field(default=5e-6)  # of TRL's own DPO script with LoRA
 
 
 def refuse_broken_trackio() -> None:
@@ -152,7 +165,7 @@ def prepare_for_trl(
     data = TrlData(*read(texts, training, tokenizer, base.chat_options))
     # TRL cannot build a model type that another package registers
     model = load_model(base, training.device, config)
-    choices = {**asdict(adapter), "model": without_folders(base.model)}
+    choices = {**asdict(adapter), **chosen_model(base, model)}
     return Job(method, command, choices, training, tokenizer, data, model, router_hash(model))
 
 
