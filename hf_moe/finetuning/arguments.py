@@ -49,7 +49,7 @@ class ModelArguments:
 class SourceArguments:
     """The data sets that it learns from. In YAML each may also be a mapping: path, domain, weight, config, split."""
 
-    datasets: list[str] = field(
+    data: list[str] = field(
         default_factory=list,
         metadata={"help": "Files (.jsonl .json .csv, also .gz; .parquet .txt .md), folders, or Hub names."},
     )
@@ -60,8 +60,8 @@ class SourceArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.datasets:
-            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
+        if not self.data:
+            raise RecipeError("no data: give at least one data set (data, --data).")
         if not 0 < self.held_out < 1:
             raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
         if self.held_out_records < 1:

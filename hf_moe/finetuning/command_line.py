@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,7 +12,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from hf_moe.finetuning.arguments import RecipeError
-from hf_moe.finetuning.yaml_config import read_yaml
+from hf_moe.finetuning.yaml_config import beside_config, read_yaml
+
+RENAMED = {"datasets": "data"}
 
 
 def parse_recipe(
@@ -29,14 +32,16 @@ def parse_recipe(
     """
     parser = HfArgumentParser(list(kinds), allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="A YAML file; options of the command line win over it.")
+    given_options = sys.argv[1:] if arguments is None else arguments
+    refuse_old_names(each[2:].partition("=")[0] for each in given_options if each.startswith("--"))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     config = first.parse_known_args(arguments)[0].config
     if config is not None:
-        if recipe is not None and config.parent == Path() and not config.exists():
+        if recipe is not None and not config.is_absolute() and not config.exists():
             shipped = Path(recipe).with_name("configs") / config
             config = shipped if shipped.exists() else config
-        given = read_yaml(config)
+        given = beside_config(read_yaml(config), config)
         _set_defaults(parser, given, config)
         _refuse_wrong_types(kinds, given, config)
     try:
@@ -47,14 +52,22 @@ def parse_recipe(
         raise RecipeError(str(error)) from error
 
 
+def refuse_old_names(names: Iterable[str]) -> None:
+    """Raises RecipeError for a choice that has another name now."""
+    for name in names:
+        if name in RENAMED:
+            raise RecipeError(f"{name} is called {RENAMED[name]} now.")
+
+
 def _set_defaults(parser: HfArgumentParser, given: dict[str, Any], config: Path) -> None:
+    refuse_old_names(given)
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     for key, value in given.items():
         if key not in actions:
             near = get_close_matches(str(key), actions, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " --help lists the keys."
             raise RecipeError(f"{config}: unknown key {key!r}.{hint}")
-        if key != "datasets" and isinstance(value, int | float) and not isinstance(value, bool):
+        if key != "data" and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)  # argparse gives strings their type: YAML reads 1e-4 as a string too
         parser.set_defaults(**{key: value})
         actions[key].required = False

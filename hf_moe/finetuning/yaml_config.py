@@ -57,3 +57,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecipeError(f"the config {str(path)!r} must be a mapping of keys to values, got {type(value).__name__}.")
     return value
+
+
+def beside_config(given: dict[str, Any], config: Path) -> dict[str, Any]:
+    """What a config says, its data and chat template found: in the working directory, or else beside the config.
+
+    A path that is in neither place stays as it is: data may be names on the Hub.
+    """
+
+    def find(value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            return {**value, "path": find(value["path"])}
+        if not isinstance(value, str) or Path(value).exists():
+            return value
+        beside = config.parent / value
+        return str(beside.resolve()) if beside.exists() else value
+
+    found = dict(given)
+    if isinstance(given.get("data"), list):
+        found["data"] = [find(value) for value in given["data"]]
+    if "chat_template" in given:
+        found["chat_template"] = find(given["chat_template"])
+    return found
