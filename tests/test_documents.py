@@ -7,6 +7,7 @@ steps. Beyond the files that a page says its reader has, nothing is there that t
 
 import importlib
 import json
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -23,9 +24,11 @@ from hf_moe import cli
 from hf_moe.finetuning import arguments
 from hf_moe.finetuning.surroundings import recipe_errors
 from tiny_hub import FAMILIES, put_into_cache
+from tiny_models import CLASSES
 from tiny_moe import with_expert_lora, words
 
 PAGES = pages()
+DOCUMENTS = [*PAGES, *(ROOT / name for name in ("SECURITY.md", "recipes/README.md", "benchmarks/README.md"))]
 STEPS = 2
 # commands that are cheap on a tiny model, by page; of the others the options count
 CHEAP = {
@@ -147,12 +150,13 @@ def parse_only(words: list[str]) -> None:
 
 
 def problem_of_script(words: list[str]) -> str | None:
-    """Of another script or module of ours: an option that its source does not name."""
+    """Of another script or module of ours: an option that no source beside it names."""
     script = next((word for word in words if re.match(r"benchmarks/|hf_moe\.", word)), None)
     if script is None:  # pip, pytest
         return None
     path = ROOT / (script if script.endswith(".py") else script.replace(".", "/"))
-    source = (path / "__main__.py" if path.is_dir() else path).read_text(encoding="utf-8")
+    folder = path if path.is_dir() else path.parent
+    source = "".join(file.read_text(encoding="utf-8") for file in folder.rglob("*.py"))
     unknown = [word for word in words if word.startswith("--") and f'"{word}"' not in source]
     return f"{script} has no {', '.join(unknown)}" if unknown else None
 
@@ -161,8 +165,9 @@ def problem_of_script(words: list[str]) -> str | None:
 def test_commands_have_the_options_that_a_page_gives_them(page, reader, monkeypatch, capsys):
     stop_after_parsing(monkeypatch)
     get_ready(page)
-    found = [(f"{page.name}:{block.line}", command, problem(command, capsys)) for block, command in own_commands(page)]
-    assert [each for each in found if each[2] is not None] == []
+    found = [(block, command, problem(command, capsys)) for block, command in own_commands(page)]
+    wrong = [f"line {block.line}: {' '.join(command)}\n{said}" for block, command, said in found if said is not None]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -178,6 +183,21 @@ def test_cheap_commands_run_as_they_are_printed(name, reader):
     assert set(ran) == set(CHEAP[name])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files_and_headings_that_are_there(page):
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
+def test_links_files_and_names_in_a_document_exist(page):
+    text = page.read_text(encoding="utf-8")
     assert broken_links(page) == []
+    assert [path for path in re.findall(r"`(tests/[\w/.]+)`", text) if not (ROOT / path).exists()] == []
+    if "hf_moe.finetuning.trl" in text:
+        pytest.importorskip("trl")
+    for dotted in re.findall(r"\bhf_moe(?:\.\w+)+", text):
+        pkgutil.resolve_name(dotted)
+    for names, module in re.findall(r"((?:`\w+`(?:, )?)+) (?:of|in)\s+`(hf_moe\.[\w.]+)`", text):
+        assert [name for name in re.findall(r"\w+", names) if not hasattr(pkgutil.resolve_name(module), name)] == []
+
+
+def test_the_number_of_classes_is_the_one_that_the_tests_count():
+    newest = max(CLASSES)
+    texts = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = re.findall(r"(\d+) (?:experts )?classes (?:of|that) transformers (\d+)\.(\d+)", texts)
+    assert {(int(count), (int(major), int(minor))) for count, major, minor in named} == {(CLASSES[newest], newest)}
