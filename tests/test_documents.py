@@ -13,7 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+from packaging import version
 from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -99,8 +101,13 @@ def get_ready(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=name_of)
 def test_the_python_of_a_page_is_one_program(page, reader):
+    source = program(page)
+    for module in re.findall(r"^from (datasets|trl) ", source, re.MULTILINE):
+        pytest.importorskip(module)
+    if "AdapterExpertsConfig" in source and version.parse(peft.__version__) < version.parse("0.21"):
+        pytest.skip("adapter experts need peft 0.21")
     get_ready(page)
-    exec(compile(program(page), str(page), "exec"), {"__name__": "__main__"})
+    exec(compile(source, str(page), "exec"), {"__name__": "__main__"})
 
 
 def own_commands(page: Path) -> list[tuple[Block, list[str]]]:
