@@ -73,6 +73,7 @@ def run_report(job: Job[Any], trained: Trained, *, saved: str, libraries: tuple[
         "router_sha256": {"before": job.router_sha256, "after": router_hash(trained.model)},
         "steps": trained.steps,
         "log": trained.log,
+        "evaluations": trained.evaluations,
     }
 
 
