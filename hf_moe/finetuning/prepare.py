@@ -174,7 +174,11 @@ def dequantised(config: PreTrainedConfig) -> dict[str, Any]:
     logger.warning(
         "the checkpoint is quantised (%s): its weights are read as bfloat16, which takes more memory.", method
     )
-    return {"quantization_config": _DEQUANTISE[method](dequantize=True)}
+    settings = getattr(config, "quantization_config", None)
+    stored = settings if isinstance(settings, dict) else {}
+    # transformers takes this list from what is passed here, and no longer from the checkpoint
+    kept = stored.get("modules_to_not_convert")
+    return {"quantization_config": _DEQUANTISE[method](dequantize=True, modules_to_not_convert=kept)}
 
 
 def load_model(

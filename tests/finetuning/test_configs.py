@@ -9,6 +9,7 @@ from transformers import AutoConfig
 pytest.importorskip("hf_moe.recipes", reason="hf_moe is not installed: pip install -e .")
 from hf_moe.finetuning import arguments as kinds
 from hf_moe.finetuning.command_line import parse_recipe
+from hf_moe.finetuning.prepare import dequantised
 from hf_moe.finetuning.run.learning_rate import USUAL, rate_warning
 from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.loading.pretrained import build_empty
@@ -86,3 +87,17 @@ def test_a_rate_above_what_the_size_bears_is_warned_of(rate, parameters, trained
     assert (warning is not None) is warns
     if warns:
         assert f"{USUAL[trained][0]:g} to {USUAL[trained][1]:g}" in warning
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", "bitsandbytes"])
+def test_a_quantised_checkpoint_is_read_as_bfloat16_or_refused(method):
+    config = AutoConfig.for_model("gpt_oss", num_hidden_layers=1)
+    assert dequantised(config) == {}
+    config.quantization_config = {"quant_method": method, "modules_to_not_convert": ["lm_head"]}
+    if method == "bitsandbytes":
+        with pytest.raises(kinds.RecipeError, match=r"quantised \(bitsandbytes\)"):
+            dequantised(config)
+    else:
+        options = dequantised(config)["quantization_config"]
+        assert (options.quant_method.value, options.dequantize) == (method, True)
+        assert options.modules_to_not_convert == ["lm_head"]
