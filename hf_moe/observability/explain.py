@@ -264,9 +264,8 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     warnings: dict[str, list[str]] = {}
     for layer in layers:
         weight, backend, storage = _storage(layer), _backend(layer), storage_of(layer.experts)
-        is_attached = attached_storage(layer.experts) is not None
-        is_fp8 = storage.format == "fp8"
-        if not is_attached and not is_fp8 and (weight is None or weight.dtype not in DENSE_DTYPES):
+        is_attached, is_fp8 = attached_storage(layer.experts) is not None, storage.format == "fp8"
+        if _is_of_a_quantiser(layer):
             kind = "in a form of their own" if weight is None else f"as {weight.dtype}"
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)
@@ -287,6 +286,14 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
             text = f"Backend {backend!r} is not in hf_moe's table: what it refuses is not known."
             warnings.setdefault(text, []).append(layer.name)
     return refused, [f"{join_ranges(names)}: {text}" for text, names in warnings.items()]
+
+
+def _is_of_a_quantiser(layer: MoeLayer) -> bool:
+    """Whether the weights are in a form that only what quantised them knows."""
+    if attached_storage(layer.experts) is not None or storage_of(layer.experts).format == "fp8":
+        return False
+    weight = _storage(layer)
+    return weight is None or weight.dtype not in DENSE_DTYPES
 
 
 def _fp8_to_come(layers: list[MoeLayer], config: Any) -> str | None:
@@ -315,7 +322,7 @@ def _choices(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
 
 
 def _with_hf_moe(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
-    if _backend(layer) != HF_MOE:
+    if _backend(layer) != HF_MOE and not _is_of_a_quantiser(layer):  # its weights would be unpacked for the answer
         for place, choice in enumerate(_choices_of_hf_moe(model, layer)):
             yield f"{'with many rows ' * place}{choice.name} ({choice.reason.rstrip('.')})"
 
