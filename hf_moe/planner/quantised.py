@@ -76,7 +76,7 @@ def _note(method: str, experts: int, dense: int, experts_dense: int) -> str:
     if method == "fp8":
         return (
             f"On NVIDIA GPUs from SM89 on (RTX 4090, H100) the weights stay fp8, the experts {size_text(experts)}; "
-            f"elsewhere transformers unpacks them: {size_text(dense)}. Adapters train over fp8; ESFT and full "
+            f"elsewhere transformers unpacks them: {size_text(dense)}. Adapters train over fp8. ESFT and full "
             "fine-tuning need unpacked weights, and the table counts them so."
         )
     if method == "mxfp4":
@@ -85,8 +85,8 @@ def _note(method: str, experts: int, dense: int, experts_dense: int) -> str:
             f"Mxfp4Config(dequantize=True), which makes {size_text(experts_dense)} of them. The table counts that."
         )
     return (
-        f"bitsandbytes packs linear layers alone: the experts stay unpacked, {size_text(experts)}. Full fine-tuning "
-        "needs unpacked weights, and the table counts them so."
+        f"bitsandbytes packs linear layers alone: the experts stay unpacked, {size_text(experts)}. The table counts "
+        "ESFT and full fine-tuning with all weights unpacked."
     )
 
 
@@ -114,13 +114,13 @@ def _is_skipped(name: str, skipped: Iterable[str]) -> bool:
 
 
 def _fp8(weights: Iterable[Tensor], settings: dict[str, Any]) -> int:
-    """A byte for each value, and a float32 for each block of a matrix (of the whole matrix without blocks)."""
-    total = 0
+    """A byte for each value, and a scale, float32 or a byte, for each block (for the whole matrix without blocks)."""
+    total, scale = 0, 1 if settings.get("scale_fmt") == "ue8m0" else 4
     for weight in weights:
         *batch, rows, columns = weight.shape
         height, width = settings.get("weight_block_size") or (rows, columns)
         blocks = math.prod(batch) * math.ceil(rows / height) * math.ceil(columns / width)
-        total += weight.numel() + 4 * blocks
+        total += weight.numel() + scale * blocks
     return total
 
 

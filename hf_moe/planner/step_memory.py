@@ -129,14 +129,14 @@ def step_memory(
         optimizer=2 * trained,
         gradients=trained,
         activations=config.num_hidden_layers * tokens * config.hidden_size * width if checkpointing else kept,
-        work=max(logits_bytes(tokens, config.vocab_size, width), 2 * layer if checkpointing else layer),
+        work=max(logits_bytes(tokens, config.vocab_size), 2 * layer if checkpointing else layer),
         accumulates=accumulates,
     )
 
 
-def logits_bytes(tokens: int, vocab_size: int, width: int) -> int:
-    """What the loss of transformers works with, `[tokens, vocab]`: a float32 softmax and two gradients of it.
+def logits_bytes(tokens: int, vocab_size: int) -> int:
+    """What the backward of transformers' loss works with, `[tokens, vocab]`: a float32 softmax and two gradients.
 
-    Logits of 16 bits (`width` 2) lie beside these, with a gradient of their own.
+    Logits of 16 bits are gone by then.
     """
-    return tokens * vocab_size * (3 * 4 + (2 * width if width < 4 else 0))
+    return 3 * 4 * tokens * vocab_size

@@ -60,10 +60,13 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 600, "max_posi
         ("hf_moe", True, {"accumulates": True}, 4),
         ("qwen3_moe", True, {"checkpointing": True}, 8),
         ("mixtral", False, {"accumulates": True, "checkpointing": True}, 4),
+        ("qwen3_moe", True, {"bfloat16": True}, 6),
     ],
 )
 def test_the_estimate_is_near_the_peak(family, adapted, options, batch_size):
     model = hf_moe_model(**SIZES) if family == "hf_moe" else build_tiny(family, **SIZES)[0]
+    options = dict(options)
+    model = model.bfloat16() if options.pop("bfloat16", False) else model
     model = with_lora(model) if adapted else model
     row = row_of(96)
     estimate = measured_step_memory(model, row, batch_size=batch_size, **options)
