@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from hf_moe.io.installation import install_command
 from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.loading.pretrained import build_empty
 from hf_moe.planner import methods
@@ -132,7 +133,7 @@ def _builders(
 
 def _missing(config: PreTrainedConfig, has_experts: bool) -> Iterator[str]:
     if has_experts and find_spec("peft") is None:
-        yield "Expert LoRA and adapter experts are not counted: peft is not installed."
+        yield f"expert LoRA and adapter experts need peft, which is missing. Install it with: {install_command('recipes')}"
     if config.get_text_config() is not config:
         yield (
             "The model reads more than text: full fine-tuning counts all its parts, of which recipes freeze those "
