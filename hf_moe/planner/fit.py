@@ -133,7 +133,7 @@ def _builders(
 
 def _missing(config: PreTrainedConfig, has_experts: bool) -> Iterator[str]:
     if has_experts and find_spec("peft") is None:
-        yield f"expert LoRA and adapter experts need peft, which is missing. Install it with: {install_command('recipes')}"
+        yield f"expert LoRA and adapter experts need peft. Install it with: {install_command('recipes')}"
     if config.get_text_config() is not config:
         yield (
             "The model reads more than text: full fine-tuning counts all its parts, of which recipes freeze those "
