@@ -251,3 +251,10 @@ def test_of_an_unknown_quantiser_nothing_is_claimed():
 
 def test_all_published_models_have_a_config():
     assert MODELS.keys() == PUBLISHED.keys()
+
+
+@pytest.mark.slow
+def test_the_table_in_the_results_is_what_is_computed_now():
+    text = Path(__file__, "../../../benchmarks/results/memory_computed.md").resolve().read_text(encoding="utf-8")
+    assert all(f"| {name} | expert LoRA r=16 | " in text for name in MODELS)
+    assert all(f"| OLMoE-1B-7B {row}\n" in text for row in markdown_rows(fit(config_of("OLMoE-1B-7B"), 2048)))
