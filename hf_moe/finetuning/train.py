@@ -16,7 +16,7 @@ from hf_moe.finetuning.domains import Data
 from hf_moe.finetuning.prepare import Job
 from hf_moe.finetuning.surroundings import versions
 from hf_moe.observability.explain import explain
-from hf_moe.training.memory import StepMemory, step_memory
+from hf_moe.planner.step_memory import StepMemory, measured_step_memory
 from hf_moe.training.trainer import MoeTrainer
 
 
@@ -141,7 +141,7 @@ def _kinds(model: nn.Module) -> str:
 def _memory(model: nn.Module, data: Data, arguments: TrainingArguments) -> StepMemory:
     """Memory of a training step of this process, from one row's forward."""
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    return step_memory(
+    return measured_step_memory(
         model,
         next(iter(data.domains.values())).train_rows[0],
         batch_size=arguments.train_batch_size,
