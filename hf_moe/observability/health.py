@@ -37,8 +37,6 @@ FALL, STEADINESS, SHORTEST_HISTORY = 0.15, -0.6, 4
 MOST_DROPPED = 0.1
 # share of an even load below which an expert is rarely chosen: reported without a verdict (it may serve other text)
 RARELY = 1 / 8
-# findings of one kind that are told one by one; of more, the worst
-MOST_TOLD, WORST_TOLD = 4, 3
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ class Health:
         return f"all {every}" if count == len(self.labels) else f"{count} of {every}"
 
     def _told(self, kind: Verdict, found: Sequence[Finding]) -> str:
-        told = found if len(found) <= MOST_TOLD else found[:WORST_TOLD]
+        told = found[: told_one_by_one(len(found))]
         order = ", worst first" if len(told) < len(found) else ""
         lines = [f"{KINDS[kind].title} in {self.where(len(found))}{order}:"]
         lines += [f"  {self.label(each.layer)}: {each.message}" for each in told]
@@ -244,6 +242,11 @@ def diagnose(layers: Sequence[LayerStatistics], history: Sequence[Sequence[Layer
         dict(zip(names, short_labels(names), strict=True)),
         max(layer.tokens for layer in layers),
     )
+
+
+def told_one_by_one(findings: int) -> int:
+    """How many findings of one kind are told one by one: all of a few, of more the worst."""
+    return findings if findings <= 4 else 3
 
 
 def enough_tokens(layer: LayerStatistics) -> bool:

@@ -94,6 +94,9 @@ function plane(host, options) {
   host.className = "chart";
   host.replaceChildren(rowTicks(options, size), plane, axis);
   if (plane.scrollWidth > plane.clientWidth + 1) axis.textContent += ` (${columns} of them: scroll sideways)`;
+  const fade = () => plane.classList.toggle("more", plane.scrollWidth - plane.clientWidth - plane.scrollLeft > 2);
+  plane.onscroll = fade;
+  fade();
   explore(inner, canvas, cursor, options, size);
 }
 
@@ -102,7 +105,7 @@ function columnTicks(columns, width, numbers) {
   const ticks = [];
   for (let i = 0; i < columns; i += step) {
     const tick = element("span", { textContent: numbers ? numbers[i] : i });
-    tick.style.left = `${Math.max((i + 0.5) * width, 4)}px`;
+    tick.style.left = `${Math.max((i + 0.5) * width, 4 * tick.textContent.length)}px`;
     ticks.push(tick);
   }
   const strip = element("div", { className: "columns" }, ticks);
@@ -219,7 +222,7 @@ function drawCrosses(context, { rows, columns, width, height, crossed }) {
 }
 
 // The width of a column so that all fit, or the narrowest that a finger can still find.
-function columnWidth(host, columns, labels, { least = 3.6, most = 72 } = {}) {
+function columnWidth(host, columns, labels, { least = 3.6, most = 150 } = {}) {
   const context = element("canvas").getContext("2d");
   context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   const widest = Math.max(30, ...labels.map((label) => context.measureText(label).width));

@@ -29,9 +29,6 @@ class Term:
 
 
 LAYER_TERMS: Mapping[str, Term] = {
-    "experts": Term("Experts", "Experts that the router chooses from; shared and null experts not counted."),
-    "top_k": Term("Per token", "Experts chosen for each token (top-k)."),
-    "tokens": Term("Tokens", "Tokens that reached the layer; padding does not count."),
     "busiest": Term("Busiest", "Load of the busiest expert over its even share; 1× is balanced.", "< 3×"),
     "dead": Term("Dead", "Experts that no token of this text chose.", "0"),
     "rare": Term(
@@ -60,9 +57,13 @@ LAYER_TERMS: Mapping[str, Term] = {
     ),
     "empty": Term(
         "Empty",
-        "Share of the slots without an expert: null experts, and assignments dropped over capacity.",
-        "0% (without null experts)",
+        "Share of the slots without an expert: null experts, where more than 0% is meant, and assignments dropped "
+        "over capacity.",
+        "0%",
     ),
+    "tokens": Term("Tokens", "Tokens that reached the layer; padding does not count."),
+    "experts": Term("Experts", "Experts that the router chooses from; shared and null experts not counted."),
+    "top_k": Term("Per token", "Experts chosen for each token (top-k)."),
 }
 
 OTHER_TERMS: Mapping[str, Term] = {
