@@ -70,18 +70,12 @@ def trace(
         tokenizer = tokenizer_of(choice.path, chat_template)
         texts = _read(data, by_domain, tokenizer, on_bad_row)
         routing = _trace(choice, tokenizer(), texts, max_tokens, detail.value, audit=no_text)
-        _write(output, routing, _name(choice))
+        _write(output, routing, choice.name)
     except (OSError, RuntimeError, ValueError) as error:
         fail(describe_error(error, model, adapter))
     except KeyboardInterrupt:
         fail("interrupted. Nothing was written.", code=130)
     _print(routing, output, all_layers=all_layers)
-
-
-def _name(choice: Any) -> str:
-    """Title of the page; a folder named only "model" goes with the one that it is in."""
-    folder = Path(choice.path)
-    return f"{folder.resolve().parent.name}/{choice.name}" if folder.name == "model" else choice.name
 
 
 def _check_output(output: Path) -> None:

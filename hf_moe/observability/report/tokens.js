@@ -46,12 +46,18 @@ function openingToken(sample) {
   return [...passages.values()].find((passage) => share(passage) >= best - 0.01).first;
 }
 
-// A line's end that is followed by another one does not end the line: blank lines take no room, their signs stay.
-function pieceAt({ sample, shown }, i) {
-  const pieceOf = (at) => sample.pieces[sample.piece[shown[at]]];
-  const isNextBlank = i + 1 < shown.length && sample.texts[shown[i + 1]] === sample.texts[shown[i]] && /^[ \t⇥]*↵/.test(pieceOf(i + 1));
-  const piece = pieceOf(i).replace(/↵\n(?=[ \t⇥]*↵)/g, "↵");
-  return isNextBlank ? piece.replace(/↵\n$/, "↵") : piece;
+// The shown tokens' text. A line's end that is followed by another one does not end the line: blank lines take no room,
+// their signs stay.
+function piecesOf({ sample, shown }) {
+  const pieces = [];
+  let isBlankNext = false; // whether the rest of the text begins with an empty line
+  for (let i = shown.length - 1; i >= 0; i--) {
+    if (sample.texts[shown[i + 1]] !== sample.texts[shown[i]]) isBlankNext = false;
+    const piece = sample.pieces[sample.piece[shown[i]]].replace(/↵\n(?=[ \t⇥]*↵)/g, "↵");
+    pieces[i] = isBlankNext ? piece.replace(/↵\n$/, "↵") : piece;
+    isBlankNext = /^[ \t⇥]*↵/.test(piece) || (isBlankNext && /^[ \t⇥]*$/.test(piece));
+  }
+  return pieces;
 }
 
 function cutWords(sample) {
@@ -85,7 +91,7 @@ function turnTo(view, start) {
 
 function writeTokens(view) {
   const { sample, report } = view;
-  const paragraphs = [];
+  const [paragraphs, pieces] = [[], piecesOf(view)];
   view.spans = [];
   let text = null;
   view.shown.forEach((token, i) => {
@@ -95,7 +101,7 @@ function writeTokens(view) {
       const from = `Passage ${text + 1}${domain && report.domains.length > 1 ? ` · ${domain}` : ""}`;
       paragraphs.push(element("p", {}, [element("span", { className: "from", textContent: from })]));
     }
-    const span = element("span", { textContent: pieceAt(view, i) });
+    const span = element("span", { textContent: pieces[i] });
     span.dataset.i = view.spans.length;
     view.spans.push(span);
     paragraphs[paragraphs.length - 1].append(span);

@@ -197,7 +197,7 @@ def test_the_verdict_is_in_the_page_without_its_script():
     assert "Routing is healthy" in render(sample_report(tokens=4000))
     rare = np.concatenate([np.tile([0, 1], (2000, 1)), np.tile([2, 3], (2000, 1)), np.tile([4, 5], (60, 1))])
     page = render(ReportData("m", (count_statistics("layers.7.mlp", 6, rare, rare + 0.5),)))
-    assert "of an even load: 2 experts of layer 7 (4, 5)." in page
+    assert "of an even load) in these 4,060 tokens: 2 experts of layer 7 (4, 5)." in page
 
 
 def test_a_page_of_nothing_traced():
