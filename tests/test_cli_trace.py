@@ -115,7 +115,8 @@ def test_an_adapter_is_traced_too(model, tmp_path):
     base, adapted = (RoutingTrace.load(tmp_path / name / "trace") for name in ("base", "adapted"))
     assert base.layers == adapted.layers
     assert base.metrics() != adapted.metrics()
-    assert "with adapter" in (tmp_path / "adapted" / "report.html").read_text()
+    page = (tmp_path / "adapted" / "report.html").read_text()
+    assert f"{model.parent.name}/model with {tmp_path.name}/adapter" in page
 
 
 @pytest.mark.parametrize(

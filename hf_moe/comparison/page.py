@@ -18,6 +18,8 @@ from hf_moe.observability.thresholds import CheckResult, Verdict, format_value
 
 # edges of the colour steps: ratios of an expert's new load to its old one
 LOAD_STEPS = (0.25, 0.5, 0.71, 0.91, 1.1, 1.41, 2.0, 4.0)
+# terms of one model that the page uses too
+COMMON_TERMS = ("dead", "busiest", "router_entropy", "margin")
 
 
 def write_page(path: Path, comparison: ModelComparison, verdict: Verdict | None = None) -> None:
@@ -53,7 +55,7 @@ def render(comparison: ModelComparison, verdict: Verdict | None = None) -> str:
         domains=_domains(comparison),
         has_latency=bool(comparison.base.latency and comparison.new.latency),
         change_scale=_change_scale(comparison),
-        terms=[*COMPARISON_TERMS.values(), *(LAYER_TERMS[key] for key in ("dead", "busiest", "router_entropy", "margin"))],
+        terms=[*COMPARISON_TERMS.values(), *(LAYER_TERMS[key] for key in COMMON_TERMS)],
         columns=COMPARISON_TERMS,
         layer_columns=LAYER_TERMS,
         layers=[_layer(comparison, position, label, largest) for position, label in enumerate(labels)],

@@ -119,8 +119,8 @@ def test_experts_that_are_rarely_chosen_are_named_and_no_fault():
     assert health.healthy
     assert health.rarely_chosen == {"b": (4, 5), "c": (5,)}
     assert health.note() == (
-        "Rarely chosen (less than an eighth of an even load) in these 2,540 tokens: 2 experts of b (4, 5), and some of "
-        "1 more layer. They may serve other text."
+        "Rarely chosen (less than an eighth of an even load) in these 2,540 tokens: 2 experts of b (4, 5), and some "
+        "of 1 more layer. They may serve other text."
     )
     assert str(health).endswith(health.note())
     assert diagnose([layer(even)]).note() == ""

@@ -11,7 +11,6 @@ from hf_moe.observability.report import text
 from hf_moe.observability.report.data import MOST_TOKENS, ReportData, TokenSample
 from hf_moe.observability.token_table import TokenRow, TokenTable
 
-
 # choices (of a token, in a layer) that the page has room for, and slots of a token that it keeps before more tokens
 MOST_CHOICES, FIRST_SLOTS = 1_500_000, 4
 

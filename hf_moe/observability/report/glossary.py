@@ -20,7 +20,7 @@ class Term:
     Attributes:
         title: The column's head.
         meaning: What it is, and where its scale begins and ends.
-        good: Values that are good, such as "< 3×"; empty where neither end is.
+        good: Values that are good, such as "< 0.5"; empty where neither end is.
     """
 
     title: str
@@ -75,8 +75,8 @@ OTHER_TERMS: Mapping[str, Term] = {
     ),
     "distance": Term(
         "Distance",
-        "Jensen-Shannon divergence between a domain's load and the mean of all domains, in bits: 0 is the same experts, "
-        "1 none in common.",
+        "Jensen-Shannon divergence between a domain's load and the mean of all domains, in bits: 0 is the same "
+        "experts, 1 none in common.",
     ),
 }
 
