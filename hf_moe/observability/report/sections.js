@@ -147,6 +147,7 @@ function drawDomains(report, state, pick) {
   const host = byId("domain-map");
   if (!host) return;
   const { views, experts, mean, ratio } = domainRatios(report, state.layer);
+  byId("domains-lead").textContent = `${titled(report.labels[state.layer])}: the colour compares the share that an expert has of one domain with its mean over all domains.`;
   const ramp = ratioRamp(2);
   heatMap(host, {
     label: `Use of the experts of ${report.labels[state.layer]} by domain`,
