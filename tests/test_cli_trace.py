@@ -13,7 +13,7 @@ from hf_moe.observability.routing_trace import RoutingTrace
 from tiny_moe import hf_moe_model
 
 runner = CliRunner()
-RESULTS = ["metrics.json", "plots", "report.html", "trace"]
+RESULTS = ["metrics.json", "plots", "routing.html", "trace"]
 
 
 def run(*arguments):
@@ -55,7 +55,7 @@ def test_a_run_leaves_page_trace_metrics_and_plots(model, tmp_path):
     assert metrics["metrics"]["all"]["load_cv/mean"] == pytest.approx(trace.metrics()["load_cv/mean"])
     assert metrics["metrics"]["domain maths"]["tokens"] == 60
     assert metrics["health"]["verdict"] in printed or "Too few tokens" in printed
-    page = (output / "report.html").read_text()
+    page = (output / "routing.html").read_text()
     assert f"<bdi>{model.parent.name}/model</bdi>" in page
     assert str(tmp_path) not in page
     assert len(list((output / "plots").glob("*.png"))) == 3
@@ -98,7 +98,7 @@ def test_a_second_run_replaces_the_first_and_without_text_none_is_stored(model, 
         assert code == 0, printed
     trace = RoutingTrace.load(output / "trace")
     assert trace.tokens.is_audit
-    assert "neither the tokens&#39; ids nor their text" in (output / "report.html").read_text()
+    assert "neither the tokens&#39; ids nor their text" in (output / "routing.html").read_text()
 
 
 def test_an_adapter_is_traced_too(model, tmp_path):
@@ -115,7 +115,7 @@ def test_an_adapter_is_traced_too(model, tmp_path):
     base, adapted = (RoutingTrace.load(tmp_path / name / "trace") for name in ("base", "adapted"))
     assert base.layers == adapted.layers
     assert base.metrics() != adapted.metrics()
-    page = (tmp_path / "adapted" / "report.html").read_text()
+    page = (tmp_path / "adapted" / "routing.html").read_text()
     assert f"{model.parent.name}/model with {tmp_path.name}/adapter" in page
 
 

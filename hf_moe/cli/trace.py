@@ -13,7 +13,7 @@ import typer
 
 from hf_moe.cli.common import ChatTemplate, OnBadRow, app, describe_error, fail, require, tokenizer_of
 
-TRACE, REPORT, METRICS = "trace", "report.html", "metrics.json"
+TRACE, REPORT, METRICS = "trace", "routing.html", "metrics.json"
 # larger models get a choice of layers
 MOST_PANELS = 12
 # rows of the printed table: all layers, or of a deeper model the worst

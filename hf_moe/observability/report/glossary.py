@@ -29,7 +29,7 @@ class Term:
 
 
 LAYER_TERMS: Mapping[str, Term] = {
-    "busiest": Term("Busiest", "Load of the busiest expert over its even share; 1× is balanced.", "< 3×"),
+    "busiest": Term("Busiest", "Load of the busiest expert over its even share; 1× is balanced.", "< 2×"),
     "dead": Term("Dead", "Experts that no token of this text chose.", "0"),
     "rare": Term(
         "Rare",
@@ -71,7 +71,7 @@ OTHER_TERMS: Mapping[str, Term] = {
     "load": Term("Load", "Share of a layer's assignments that an expert gets."),
     "even_share": Term("Even share", "Load of every expert if all were chosen equally often: one over their number."),
     "max_violation": Term(
-        "Max violation", "How far the busiest expert is above its even share; 0 is balanced (Busiest less 1).", "< 2"
+        "Max violation", "How far the busiest expert is above its even share; 0 is balanced (Busiest less 1).", "< 1"
     ),
     "distance": Term(
         "Distance",
