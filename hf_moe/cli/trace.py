@@ -231,6 +231,7 @@ def _table(layers: Sequence[Any], health: Any, every: bool) -> Any:
 
 def _worst(layers: Sequence[Any], health: Any) -> list[Any]:
     """The layers with the gravest findings, then those with the most uneven load."""
-    rank = {finding.layer: place for place, finding in reversed(list(enumerate(health.findings)))}
-    order = sorted(layers, key=lambda layer: (rank.get(layer.name, len(health.findings)), -(layer.load_cv or 0)))
+    rank = {layer: place for place, layer in enumerate(dict.fromkeys(each.layer for each in health.findings))}
+    uneven = {layer.name: layer.load_cv if layer.counts.any() else 0.0 for layer in layers}
+    order = sorted(layers, key=lambda layer: (rank.get(layer.name, len(rank)), -uneven[layer.name]))
     return order[:WORST_ROWS]

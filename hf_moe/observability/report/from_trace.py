@@ -29,7 +29,8 @@ class Trace(Protocol):
 
 
 def report_data(trace: Trace, title: str | None = None) -> ReportData:
-    """Collect everything that the page shows of `trace`, of its tokens at most `MOST_TOKENS`, evenly from all domains.
+    """Collect everything that the page shows of `trace`, of its tokens as many as fit, evenly from all
+    domains.
 
     Args:
         title: The model's name; its class if not given.
@@ -89,8 +90,8 @@ def _sample(
     sizes: dict[str | None, int] = {
         domain: max((each.tokens for each in found), default=0) for domain, found in by_domain.items()
     }
-    slots = min(max(each.top_k for each in layers), FIRST_SLOTS)
-    room = min(MOST_TOKENS, MOST_CHOICES // (len(layers) * slots))
+    choices = sum(min(each.top_k, FIRST_SLOTS) for each in layers)
+    room = min(MOST_TOKENS, MOST_CHOICES // max(choices, 1))
     rows = list(_chosen_rows(table, _quotas(sizes | {None: table.num_tokens - sum(sizes.values())}, room)))
     places = {domain: place for place, domain in enumerate(by_domain)}
     lengths = [count for _, count in rows]

@@ -4,7 +4,6 @@ The good values are rules of thumb for a model that was trained with balancing. 
 them.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -108,7 +107,7 @@ def layer_row(layer: LayerStatistics) -> dict[str, str]:
         "load_entropy": text.decimal(layer.load_entropy),
         "router_entropy": text.decimal(layer.router_entropy),
         "margin": text.decimal(layer.margin),
-        "empty": "–" if math.isnan(layer.empty_share) else text.percent(layer.empty_share),
+        "empty": text.percent(layer.empty_share),
     }
 
 

@@ -250,7 +250,7 @@ function drawPairs(host, view, { counts, together, ratio }, order) {
   heatMap(host, {
     label: `Pairs of experts of ${view.label}`,
     rows: order.length, columns: order.length, ...squares(host, order.length),
-    rowLabels: order.map(String), columnNumbers: order, columnName: "expert, in clusters",
+    rowLabels: order.map(String), columnNumbers: order, columnName: "expert, in clusters", first: [1, 0],
     colour: (row, column) => (column < row ? colour(ratio(order[row], order[column])) : null),
     describe: (row, column) => (column < row ? pairWords(order[row], order[column]) : null),
   });

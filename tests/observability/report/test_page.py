@@ -133,6 +133,9 @@ def test_the_chosen_layer_is_in_every_chart(show, data):
     assert page.locator("#tip").is_visible()
     hover(page, "#together", 2, 5, 8, 8)
     assert page.locator("#tip").is_hidden()
+    page.locator("#together .inner").focus()
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#tip b").text_content().startswith("Experts ")
 
 
 def test_the_contents_lead_to_the_parts_and_follow_them(show, data):
@@ -250,11 +253,9 @@ def test_hostile_text_stays_text(show):
 
 
 CASES = {
-    "one_layer": {"experts": (8,)},
+    "one_layer_and_no_domains": {"experts": (8,), "domains": ()},
     "different_experts": {"experts": (4, 16, 9), "top_k": 3},
-    "no_domains": {"domains": ()},
-    "no_tokens": {"with_tokens": False},
-    "no_pairs": {"pairs": False},
+    "sums_without_pairs": {"with_tokens": False, "pairs": False},
     "one_expert_a_token": {"top_k": 1},
     "one_expert": {"experts": (1,), "top_k": 1},
     "one_token": {"tokens": 1},
@@ -268,9 +269,9 @@ def test_every_kind_of_trace_is_drawn(show, case):
     choose_layer(page, len(data.layers) - 1)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator("#minis button").count() == len(data.layers)
-    assert (page.locator("#domain-map").count() == 1) == (case != "no_domains")
-    assert (page.locator("#tokens").count() == 1) == (case != "no_tokens")
-    has_pairs = case not in ("no_pairs", "one_expert_a_token", "one_expert", "one_token")
+    assert (page.locator("#domain-map").count() == 1) == (case != "one_layer_and_no_domains")
+    assert (page.locator("#tokens").count() == 1) == (case != "sums_without_pairs")
+    has_pairs = case not in ("sums_without_pairs", "one_expert_a_token", "one_expert", "one_token")
     assert (page.locator("#together canvas").count() > 0) == has_pairs
 
 
