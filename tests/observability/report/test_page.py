@@ -139,7 +139,7 @@ def test_the_chosen_layer_is_in_every_chart(show, data):
 
 
 def test_the_contents_lead_to_the_parts_and_follow_them(show, data):
-    page = show(data, **PHONE)
+    page = show(data, **PHONE, reduced_motion="reduce")
     links = page.locator(".contents a")
     assert links.all_text_contents() == ["Verdict", "Load", "Layers", "Spread", "Domains", "Tokens", "Pairs"]
     assert page.locator(".contents [aria-current]").text_content() == "Verdict"
