@@ -44,7 +44,7 @@ def test_thresholds_that_hold_write_json_and_page(folder, tmp_path):
     options = ("--adapter", folder / "adapter", "--gate", gate, "--output", tmp_path / "out")
     result = run(folder / "base", *data, *options)
     assert result.exit_code == 0, result.output
-    assert "base with adapter (new) against base (base)" in result.output
+    assert f"base with {folder.name}/adapter (new) against base (base)" in flat(result.output)
     assert "passed, 2 of 2 checks hold" in flat(result.output)
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert record["gate"]["passed"] is True

@@ -18,6 +18,9 @@ from hf_moe.data.encoding import context_of
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.loading.pretrained import DTYPES, ModelError, load_language_model, load_tokenizer, read_config
 
+# folders that say nothing without the one that they are in
+GENERAL_NAMES = ("model", "adapter", "merged", "output")
+
 
 @dataclass(frozen=True)
 class ModelChoice:
@@ -43,7 +46,7 @@ class ModelChoice:
 
     @property
     def name(self) -> str:
-        """Name for reports: of a path the last part, so that no folder of this machine shows."""
+        """Name for reports: of a path the last part, so that no folder of this machine shows; two if it is general."""
         parts = [_last_part(self.path)]
         parts += [] if self.adapter is None else [f"with {_last_part(self.adapter)}"]
         parts += [] if self.dtype == "auto" else [f"in {self.dtype}"]
@@ -127,4 +130,7 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def _last_part(path: str) -> str:
-    return Path(path).name if Path(path).exists() else path
+    if not Path(path).exists():
+        return path
+    parts = Path(path).resolve().parts
+    return "/".join(parts[-2:] if parts[-1] in GENERAL_NAMES else parts[-1:])

@@ -185,7 +185,7 @@ def balance_metrics(layers: Sequence[LayerStatistics]) -> dict[str, float]:
 
 def _spoilt_routers(model: nn.Module) -> tuple[Finding, ...]:
     return tuple(
-        Finding(layer.plain_name, "invalid", "the router's weights are NaN or infinite. Go back to a checkpoint.")
+        Finding(layer.plain_name, "invalid", "the router's weights are NaN or infinite.")
         for layer in moe_layers(model)
         if layer.router is not None and not all(bool(p.isfinite().all()) for p in layer.router.parameters())
     )
