@@ -176,7 +176,7 @@ def _figure(path: Path, rows: int, columns: int, *, width: float, height: float)
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib. Install it with: pip install "hf-moe[recipes]"') from error
-    style = {"font.size": 12, "axes.titlesize": 13, "svg.hashsalt": "hf_moe", "svg.fonttype": "none"}
+    style: dict[Any, Any] = {"font.size": 12, "axes.titlesize": 13, "svg.hashsalt": "hf_moe", "svg.fonttype": "none"}
     with rc_context(style):
         figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
         FigureCanvasAgg(figure)

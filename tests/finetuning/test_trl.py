@@ -15,13 +15,11 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router
-from hf_moe.finetuning.arguments import RecipeError
 from hf_moe.finetuning.trl import (
     DpoArguments,
     MoeSFTTrainer,
     SftArguments,
     SFTTrainer,
-    refuse_broken_trackio,
 )
 from hf_moe.training.balancing.mixin import BalancingConfig, BalancingError, BalancingMixin
 from hf_moe.training.callbacks import RouterFreezeCallback
@@ -235,12 +233,3 @@ def test_packed_examples_do_not_see_each_other(tokenizer, data, tmp_path):
             tokens += count
         totals.append(nats / tokens)
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)
-
-
-def test_a_trackio_that_does_not_import_is_refused_before_training(monkeypatch):
-    def broken():
-        raise ModuleNotFoundError("No module named 'gradio_client'")
-
-    monkeypatch.setattr("hf_moe.finetuning.trl.get_trackio_space_url", broken)
-    with pytest.raises(RecipeError, match=r"gradio_client.*uninstall it"):
-        refuse_broken_trackio()

@@ -1,7 +1,6 @@
 """The recipes with TRL, tiny: what they save, prove, refuse, learn and resume."""
 
 import importlib
-import importlib.util
 import json
 
 import pytest
@@ -22,13 +21,6 @@ from tiny_multimodal import build_multimodal
 
 FAMILIES = ("hf_moe", "qwen3_moe")
 RECIPES = ("sft_trl", "dpo_trl")
-
-
-@pytest.fixture(autouse=True)
-def _whole_trackio(monkeypatch):
-    """Where trackio is installed without what it needs, TRL sees none."""
-    if importlib.util.find_spec("trackio") and not importlib.util.find_spec("gradio_client"):
-        monkeypatch.setattr("trl.trainer.utils.is_trackio_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
