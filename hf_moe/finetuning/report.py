@@ -27,6 +27,11 @@ SETTINGS = (
     "max_grad_norm",
     "bf16",
     "seed",
+    # of TRL's
+    "max_length",
+    "packing",
+    "beta",
+    "loss_type",
 )
 
 
@@ -67,7 +72,8 @@ def run_report(job: Job[Any], trained: Trained, *, saved: str, libraries: tuple[
         "date": date.today().isoformat(),
         "command": job.command,
         "choices": job.choices,
-        "training": {name: options[name] for name in SETTINGS} | {"rows_per_step": rows_per_step(job.training)},
+        "training": {name: options[name] for name in SETTINGS if name in options}
+        | {"rows_per_step": rows_per_step(job.training)},
         "versions": versions(*libraries),
         "machine": machine(job.training),
         "model_type": job.model.config.model_type,
