@@ -11,7 +11,7 @@ from hf_moe.data.encoding import IGNORED, Example
 from hf_moe.finetuning.domains import Measurable
 from hf_moe.finetuning.prepare import Job
 
-PROMPTS, NEW_TOKENS = 3, 40
+NEW_TOKENS = 40
 _TEXT_PROMPT, _LONGEST_PROMPT = 24, 200  # tokens: of a text without a prompt of its own, and at most
 
 
@@ -26,12 +26,14 @@ class Sample:
 
 @torch.no_grad()
 def write_samples(job: Job[Measurable], model: nn.Module) -> list[Sample]:
-    """Continue the first held-out prompts of every domain in turn, greedily; few and short ones for `smoke`.
+    """Continue the first held-out prompts of every domain in turn, greedily: as many as `sample_prompts` says.
 
     The prompt is what precedes the first token that is learned, or the beginning of a text. Prompts that leave no room
     in the row are left out: there may be no sample.
     """
-    count, new_tokens = (1, 4) if job.training.smoke else (PROMPTS, NEW_TOKENS)
+    count, new_tokens = job.training.sample_prompts, NEW_TOKENS
+    if job.training.smoke:
+        count, new_tokens = min(count, 1), 4
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     samples = []

@@ -19,7 +19,14 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_moe.adapters.expert_lora import expert_lora_config
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.finetuning.arguments import SMOKE_HELP, ExpertLoraArguments, ModelArguments, shorten
+from hf_moe.finetuning.arguments import (
+    SAMPLES,
+    SAMPLES_HELP,
+    SMOKE_HELP,
+    ExpertLoraArguments,
+    ModelArguments,
+    check_own,
+)
 from hf_moe.finetuning.card import write_results
 from hf_moe.finetuning.measure import Measured, measure
 from hf_moe.finetuning.prepare import Job, known_config, load_model, load_tokenizer, refuse_used_folder
@@ -75,6 +82,7 @@ class _FrozenRouterArguments:
 
     router_aux_loss_coef: float | None = field(default=0.0)
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    sample_prompts: int = field(default=SAMPLES, metadata={"help": SAMPLES_HELP})
     smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
     def __post_init__(self) -> None:
@@ -83,11 +91,10 @@ class _FrozenRouterArguments:
 
 
 def _set_up(arguments: Any) -> None:
-    """TRL's bfloat16, where nothing is asked for, only on a device that has it; four short steps if `smoke` is set."""
+    """TRL's bfloat16, where nothing is asked for, only on a device that has it; and `check_own`."""
     if arguments.bf16 is None and (arguments.use_cpu or not is_torch_bf16_gpu_available()):
         arguments.bf16 = False
-    if arguments.smoke:
-        shorten(arguments)
+    check_own(arguments)
 
 
 @dataclass

@@ -22,7 +22,7 @@ def loading(checkpoint: CheckpointFacts, training: TrainingFacts, name: str, bas
     is_lora = checkpoint.adapter.get("peft_type", "LORA") == "LORA"
     total = checkpoint.total or training.total
     where = ', device_map="auto"' if total is not None and total >= _LARGE else ""
-    write = _write(checkpoint, training, source)
+    write = _write(checkpoint, training)
     accelerate = ["hf_moe.accelerate_adapters(model)  # without merged weights in memory"] if is_lora else []
     registers = 'the model type "hf_moe", and its experts' if ours else 'experts_implementation="hf_moe"'
     code = [
@@ -55,7 +55,7 @@ def _load(
     ]
 
 
-def _write(checkpoint: CheckpointFacts, training: TrainingFacts, source: str) -> list[str]:
+def _write(checkpoint: CheckpointFacts, training: TrainingFacts) -> list[str]:
     """Lines that continue a prompt, or answer it where the tokenizer has a chat template."""
     prompt = json.dumps(_prompt(training), ensure_ascii=False)
     if checkpoint.has_chat_template:

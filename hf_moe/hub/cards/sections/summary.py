@@ -59,7 +59,7 @@ def _what(checkpoint: CheckpointFacts, training: TrainingFacts, base: str | None
     if not checkpoint.is_adapter:
         return f"A Mixture-of-Experts language model{f' with {size}' if size else ''}."
     of = cell(base) if is_repo(base) else "a Mixture-of-Experts"
-    kind = checkpoint.adapter_kind or "adapter"
+    kind = cell(checkpoint.adapter_kind or "adapter")
     return f"{kind[0].upper()}{kind[1:]} for {of}{f' ({size})' if size else ''}."
 
 
