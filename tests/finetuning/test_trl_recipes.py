@@ -63,6 +63,17 @@ def test_a_recipe_runs_saves_and_proves(recipe, family, models, data, tmp_path):
     assert not any("aux_loss" in record for record in report["log"])
     assert str(models) not in json.dumps(report)
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) >= 4
+    assert all(record["moe/max_violation"] >= 0 for record in report["log"])
+    (domain,) = report["domains"].values()
+    assert domain["before"]["bits_per_byte"] > 0
+    assert report["samples"][0]["prompt"].strip() in {words(4, seed).strip() for seed in range(24)}
+    # the one card is ours: neither TRL's nor PEFT's, also in checkpoints
+    assert [path.parent for path in (tmp_path / "out").rglob("README.md")] == [tmp_path / "out"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert " with expert LoRA, " in card
+    assert "| loss of TRL's trainer, in nats |" in card
+    assert "None" not in card
+    assert sorted(path.name for path in (tmp_path / "out" / "plots").iterdir()) == ["bits_per_byte.png", "loss.png"]
     base = AutoModelForCausalLM.from_pretrained(models / family)
     ids = torch.arange(20)[None]
     before = base(ids).logits

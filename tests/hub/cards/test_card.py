@@ -99,6 +99,7 @@ def test_a_recipes_card_holds_its_numbers(adapter):
         "writing text like law |",
         "SHA-256 of the routers | abababababab before, cdcdcdcdcdcd after: CHANGED |",
         "| law | 1.500 | 1.250 | -0.250 | 70 |",
+        "| loss of TRL's trainer, in nats | 2.000 | 1.500 |",
         "**Prompt 1** (law)\n\n```text\nThe court\n```\n\nBefore training:\n\n```text\nis\nred.\n```",
         "| Expert LoRA | 10 | 2,560 | 0.0003 | 25 | 3.625 |",
         'from_pretrained("allenai/OLMoE-1B-7B-0924", trust_remote_code=True)',
@@ -263,6 +264,38 @@ def test_the_command(saved, tmp_path):
         refused = CliRunner().invoke(app, ["card", str(saved), "--results", str(wrong)])
         assert refused.exit_code == 2
     assert CliRunner().invoke(app, ["card", str(tmp_path / "nothing")]).exit_code == 2
+
+
+def test_the_command_takes_the_runs_report_from_the_folder_above(adapter, tmp_path):
+    """Another run's report is refused, and a card that says more is kept."""
+
+    def call(*more):
+        done = CliRunner().invoke(app, ["card", str(run / "adapter"), *map(str, more)])
+        return done.exit_code, " ".join(done.output.split())
+
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / "adapter")
+    report = report_of(adapter, adapter)
+    (run / "report.json").write_text(json.dumps(report))
+    (run / "results.json").write_text(json.dumps(RESULTS | {"model": {"model_type": "olmoe"}}))
+    code, said = call()
+    assert code == 0, said
+    assert f"training report: {run / 'report.json'}" in said
+    card = run / "adapter" / "README.md"
+    assert "| law | 1.500 | 1.250 | -0.250 | 70 |" in card.read_text()
+    assert "gsm8k" not in card.read_text(), "results of another model"
+    rich = card.read_text()
+    (run / "report.json").unlink()
+    assert call()[0] == 0
+    assert "Bits per byte: not measured" in card.read_text()
+    assert card.with_name("README.old.md").read_text() == rich
+    call()
+    assert not card.with_name("README.old2.md").exists(), "an equal card is not kept"
+    (run / "report.json").write_text(json.dumps(report | {"parameters": report["parameters"] | {"trained": 7}}))
+    code, said = call()
+    assert (code, "parameters that were trained: 7 and" in said) == (2, True), said
+    (run / "right.json").write_text(json.dumps(report))
+    assert call("--training", run / "right.json")[0] == 0
 
 
 def test_without_jinja_the_extra_is_named(saved, monkeypatch):
