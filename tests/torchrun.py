@@ -1,7 +1,7 @@
 """Run a worker script in two processes of this machine, as `torchrun` does.
 
-They are forked from a server that has imported what they need once: in new interpreters the imports took longer than the
-work.
+They are forked from a server that has imported what they need once: in new interpreters the imports took longer than
+the work.
 """
 
 import multiprocessing

@@ -34,6 +34,7 @@ from hf_moe.finetuning.report import measured_report, print_domains, run_report
 from hf_moe.finetuning.save import OwnCardMixin, save_adapter
 from hf_moe.finetuning.train import MetricsFile, Trained, refuse_shards
 from hf_moe.finetuning.trl_data import TrlData, TrlDataArguments
+from hf_moe.io.installation import install_command
 from hf_moe.io.names import without_folders
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.routing_metrics import RoutingMetricsCallback
@@ -41,7 +42,7 @@ from hf_moe.training.routing_metrics import RoutingMetricsCallback
 try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 except ImportError as error:
-    raise ImportError('TRL is not installed. Install it with: pip install "hf-moe[trl]"') from error
+    raise ImportError(f"TRL is not installed. Install it with: {install_command('trl')}") from error
 
 
 class SafeSFTTrainer(OwnCardMixin, SafeCheckpointMixin, SFTTrainer):

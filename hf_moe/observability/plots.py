@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_moe.io.installation import install_command
 from hf_moe.observability.layer_statistics import LayerStatistics
 
 BLUE, ORANGE, GREY, INK = "#2f6db5", "#c56a1f", "#777777", "#333333"
@@ -175,7 +176,7 @@ def _figure(path: Path, rows: int, columns: int, *, width: float, height: float)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib. Install it with: pip install "hf-moe[recipes]"') from error
+        raise ImportError(f"plots need matplotlib. Install it with: {install_command('recipes')}") from error
     style: dict[Any, Any] = {"font.size": 12, "axes.titlesize": 13, "svg.hashsalt": "hf_moe", "svg.fonttype": "none"}
     with rc_context(style):
         figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
