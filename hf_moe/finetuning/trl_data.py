@@ -25,6 +25,8 @@ from hf_moe.io.console import print_to_stderr
 # options of SFTConfig about data that is read and tokenised here, with the values that change nothing
 NOT_OURS = {"chat_template_path": None, "dataset_kwargs": None, "dataset_text_field": "text", "eos_token": None}
 
+_MEASURED = 1024  # tokens of a measured example where max_length sets no limit: TRL's default of it
+
 
 class TrlDataArguments(SourceArguments):
     """The data sets that it learns from; cutting and packing are TRL's."""
@@ -157,7 +159,7 @@ def _read(
     total = sum(source.weight for source in sources)
     if not total:
         raise DataError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
-    longest = training.max_length or tokenizer.model_max_length
+    longest = min(training.max_length or _MEASURED, tokenizer.model_max_length)
     parts: list[list[list[dict[str, Any]]]] = []
     domains: dict[str, DomainTexts] = {}
     for source in sources:

@@ -59,7 +59,7 @@ def test_the_quickstarts_card_holds_its_numbers():
     for words in (
         "3.9 million parameters, 1.1 million of them active",
         "Held-out text of legal takes 3.000 bits per byte, 3.500 before",
-        "The largest rise on the texts mixed in is +0.125, on code.",
+        "The largest rise on other texts is +0.125, on code.",
         "| code | 2.500 | 2.625 | 2.500 | +0.125 | 678 |",
         "| legal (new) | 3.500 | 3.000 | 3.500 | -0.500 | 678 |",
         "writing text like legal (mixed in: code)",

@@ -84,6 +84,6 @@ def _changed(training: TrainingFacts) -> list[str]:
     others = {name: change for name, change in changes.items() if name not in learned}
     if others:
         worst = max(others, key=others.__getitem__)
-        rise = f"The largest rise on the texts mixed in is {others[worst]:+.3f}, on {cell(worst)}."
-        found.append(rise if others[worst] > 0 else "No text that was mixed in got worse.")
+        rise = f"The largest rise on other texts is {others[worst]:+.3f}, on {cell(worst)}."
+        found.append(rise if others[worst] > 0 else "No other text got worse.")
     return found
