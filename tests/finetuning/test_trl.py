@@ -18,6 +18,7 @@ from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router
 from hf_moe.finetuning.trl import (
     DpoArguments,
     MoeSFTTrainer,
+    SafeSFTTrainer,
     SftArguments,
     SFTTrainer,
 )
@@ -233,3 +234,15 @@ def test_packed_examples_do_not_see_each_other(tokenizer, data, tmp_path):
             tokens += count
         totals.append(nats / tokens)
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)
+
+
+def test_the_card_of_a_push_is_ours(tokenizer, data, tmp_path):
+    """`push_to_hub` saves the model into the output folder and calls for its card; before that there is nothing."""
+    trainer = trainer_for(SafeSFTTrainer, build("hf_moe", tokenizer), tokenizer, data, tmp_path)
+    trainer.create_model_card(model_name="x")
+    assert not (tmp_path / "README.md").exists()
+    trainer.save_model()
+    trainer.create_model_card(model_name="x")
+    card = (tmp_path / "README.md").read_text()
+    assert "experts_implementation" in card
+    assert "None" not in card
