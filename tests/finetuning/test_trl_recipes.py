@@ -42,6 +42,12 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def no_card(monkeypatch):
+    """Plots take longer than these runs."""
+    monkeypatch.setattr("hf_moe.finetuning.trl.write_results", lambda *arguments, **options: None)
+
+
 def run(recipe, models, data, output, family="hf_moe", *more):
     return importlib.import_module(f"hf_moe.recipes.{recipe}").main(
         [
@@ -94,8 +100,8 @@ def test_a_vision_language_model_is_trained_whole(data, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_training_learns(recipe, models, data, tmp_path):
-    options = ("--max_steps", "25", "--learning_rate", "1e-2", "--save_strategy", "no")
+def test_training_learns(recipe, models, data, tmp_path, no_card):
+    options = ("--max_steps", "25", "--learning_rate", "1e-2", "--save_strategy", "no", "--sample_prompts", "0")
     held_out = run(recipe, models, data, tmp_path / "out", "hf_moe", *options)["held_out"]
     if recipe == "sft_trl":
         assert held_out["after"]["loss"] < 0.95 * held_out["before"]["loss"]
@@ -105,7 +111,7 @@ def test_training_learns(recipe, models, data, tmp_path):
         assert held_out["after"]["rewards/margins"] > 0.1
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path, no_card):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("sft_trl", models, data, whole, "hf_moe", "--smoke")
     run("sft_trl", models, data, parts, "hf_moe", "--smoke")
