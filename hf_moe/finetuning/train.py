@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hf_moe.finetuning.arguments import RecipeError
 from hf_moe.finetuning.domains import Data
 from hf_moe.finetuning.prepare import Job
+from hf_moe.finetuning.save import OwnCardMixin
 from hf_moe.finetuning.surroundings import versions
 from hf_moe.observability.explain import explain
 from hf_moe.planner.step_memory import StepMemory, measured_step_memory
@@ -41,6 +42,10 @@ class Trained:
     is_main_process: bool
 
 
+class RecipeTrainer(OwnCardMixin, MoeTrainer):
+    """The Trainer of the recipes."""
+
+
 def train(job: Job[Data], model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> Trained:
     """Print what will be trained, and train it over the mixture.
 
@@ -49,7 +54,7 @@ def train(job: Job[Data], model: nn.Module, callbacks: Sequence[TrainerCallback]
     """
     _print_plan(job, model)
     set_seed(job.training.seed)
-    trainer = MoeTrainer(
+    trainer = RecipeTrainer(
         model=model,
         args=job.training,
         train_dataset=job.data.mixture(trained_rows(job.training, job.data), job.training.seed),
