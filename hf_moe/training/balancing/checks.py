@@ -117,9 +117,9 @@ def _refuse_own_losses(model: nn.Module, config: BalancingConfig) -> None:
     if twice:
         raise BalancingError(
             f"the model's own forward adds this loss already ({', '.join(f'{name}={own[name]}' for name in twice)}): "
-            f"it would count twice. Fix: set {' and '.join(twice)} to 0 in model.config (models of transformers: or "
-            "output_router_logits = False; TRL: router_aux_loss_coef=0.0 in SFTConfig or DPOConfig), or leave the "
-            "term out of BalancingConfig."
+            "balancing would count twice. Set these to 0 in model.config (for TRL's trainers "
+            "router_aux_loss_coef=0.0 in their config; a model of transformers may also have "
+            "output_router_logits=False), or leave the term out of BalancingConfig."
         )
 
 
