@@ -139,6 +139,8 @@ def problem(command: list[str], capsys) -> str | None:
     try:
         if program == "hf-moe":
             parse_only(words)
+        elif "hf_moe.cli" in words:
+            parse_only(words[words.index("hf_moe.cli") + 1 :])
         elif found := re.search(r" (?:recipes/|hf_moe\.recipes\.)(\w+?)(?:\.py)?(?: |$)", " ".join(words)):
             with recipe_errors():
                 recipe = importlib.import_module(f"hf_moe.recipes.{found[1]}")
