@@ -171,11 +171,25 @@ def problem_of_script(words: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if own_commands(page)], ids=name_of)
 def test_commands_have_the_options_that_a_page_gives_them(page, reader, monkeypatch, capsys):
+    if any(command[1:2] == ["finetune"] and command[2] in ("sft", "dpo") for _, command in own_commands(page)):
+        pytest.importorskip("trl")
     stop_after_parsing(monkeypatch)
     get_ready(page)
     found = [(block, command, problem(command, capsys)) for block, command in own_commands(page)]
     wrong = [f"line {block.line}: {' '.join(command)}\n{said}" for block, command, said in found if said is not None]
     assert not wrong, "\n".join(wrong)
+
+
+def test_commands_in_sentences_and_tables_exist():
+    commands = get_command(cli.app).commands
+    known = {name: {each for option in found.params for each in option.opts} for name, found in commands.items()}
+    wrong = []
+    for page in DOCUMENTS:
+        for name, rest in re.findall(r"`hf-moe ([a-z][a-z-]*)([^`]*)`", page.read_text(encoding="utf-8")):
+            given = set() if name == "finetune" else set(re.findall(r"--[a-z-]+", rest))
+            if name not in known or given - known[name]:
+                wrong.append(f"{name_of(page)}: hf-moe {name}{rest}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize("name", CHEAP)
