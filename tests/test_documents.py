@@ -181,8 +181,8 @@ def test_commands_have_the_options_that_a_page_gives_them(page, reader, monkeypa
 
 
 def test_commands_in_sentences_and_tables_exist():
-    commands = get_command(cli.app).commands
-    known = {name: {each for option in found.params for each in option.opts} for name, found in commands.items()}
+    group = get_command(cli.app).commands
+    known = {name: {each for option in command.params for each in option.opts} for name, command in group.items()}
     wrong = []
     for page in DOCUMENTS:
         for name, rest in re.findall(r"`hf-moe ([a-z][a-z-]*)([^`]*)`", page.read_text(encoding="utf-8")):
