@@ -3,7 +3,7 @@
     python benchmarks/experts.py                               the CPU plan, about 20 minutes on 2 cores
     python benchmarks/experts.py --device cuda                 the GPU plan
     python benchmarks/experts.py --experts 64 --tokens 1 16    a part of it
-    python benchmarks/experts.py --readme                      plots, targets and the README's section from the results
+    python benchmarks/experts.py --page                        plots, targets and the section of docs/backends.md
 
 Implementations run side by side on the same tensors, through transformers' own interface: the experts module of a real
 family, with `config._experts_implementation` set to each name. Each is compared with float64 first; one that is wrong

@@ -1,8 +1,14 @@
 """Learn from preferences with TRL's DPOTrainer: LoRA on the experts, the router frozen and proved frozen.
 
+<<<<<<< HEAD
     pip install -e ".[recipes,trl]"
     python recipes/dpo_trl.py --model quickstart-output/model --datasets preferences.jsonl
     python recipes/dpo_trl.py --config recipes/configs/dpo_trl.yaml --beta 0.3
+=======
+    pip install -e ".[recipes,trl]"
+    python recipes/dpo_trl.py --model quickstart-output/model --data recipes/data/preferences.jsonl
+    python recipes/dpo_trl.py --config recipes/configs/quickstart/dpo.yaml --beta 0.3
+>>>>>>> main
 
 Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages, these with `tools` if they need
 them. The reference is the base itself, with the adapter switched off: no second model in memory. With a frozen router,

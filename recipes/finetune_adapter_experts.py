@@ -1,8 +1,8 @@
 """A few small new experts beside the experts of a Mixture-of-Experts, all of the base frozen.
 
-    python recipes/finetune_adapter_experts.py --model quickstart-output/model --datasets law.jsonl stories.txt
-    python recipes/finetune_adapter_experts.py --config recipes/configs/adapter_experts.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_adapter_experts.py --config recipes/configs/adapter_experts.yaml
+    python recipes/finetune_adapter_experts.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/finetune_adapter_experts.py --config quickstart/adapter_experts.yaml --learning_rate 3e-4
+    torchrun --nproc_per_node 2 recipes/finetune_adapter_experts.py --config quickstart/adapter_experts.yaml
 
 Works on any Mixture-of-Experts of transformers and on hf_moe models. Every MoE layer gains small routed experts
 with a gate of their own, which start as zero: before training the output is the base's, bit for bit. The base's router

@@ -1,8 +1,8 @@
 """LoRA on the experts of a Mixture-of-Experts, through PEFT, with the router frozen and proved frozen.
 
-    python recipes/finetune_expert_lora.py --model quickstart-output/model --datasets law.jsonl stories.txt
-    python recipes/finetune_expert_lora.py --config recipes/configs/expert_lora.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_expert_lora.py --config recipes/configs/expert_lora.yaml
+    python recipes/finetune_expert_lora.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/finetune_expert_lora.py --config recipes/configs/quickstart/expert_lora.yaml --learning_rate 3e-4
+    torchrun --nproc_per_node 2 recipes/finetune_expert_lora.py --config recipes/configs/quickstart/expert_lora.yaml
 
 Works on any Mixture-of-Experts of transformers and on hf_moe models. Rows go through the low-rank factors; `W + BA` is
 never built. To keep what the model knows, mix in data that it knows: a data set of its own with a weight (half of all

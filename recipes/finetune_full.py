@@ -1,8 +1,8 @@
 """Fine-tune every weight of a Mixture-of-Experts but its routers.
 
-    python recipes/finetune_full.py --model quickstart-output/model --datasets law.jsonl stories.txt
-    python recipes/finetune_full.py --config recipes/configs/full.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_full.py --config recipes/configs/full.yaml
+    python recipes/finetune_full.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/finetune_full.py --config recipes/configs/quickstart/full.yaml --learning_rate 3e-4
+    torchrun --nproc_per_node 2 recipes/finetune_full.py --config recipes/configs/quickstart/full.yaml
 
 Works on any Mixture-of-Experts of transformers and on hf_moe models. The router is frozen and proved frozen unless
 `--train_router` asks for the opposite; its balancing losses are then on, as the model's config has them.

@@ -1,4 +1,4 @@
-"""The experts benchmark at tiny sizes: right before timed, resumable, and the README says what was measured."""
+"""The experts benchmark at tiny sizes: right before timed, resumable, and docs/backends.md says what was measured."""
 
 import json
 import re
@@ -25,9 +25,9 @@ from benchmarks.expert_layers.report import (
     BEGIN,
     END,
     JSON,
-    README,
+    PAGE,
+    page_section,
     plot_ratios,
-    readme_section,
     section_of,
     times_table,
     with_section,
@@ -477,27 +477,27 @@ def test_targets_are_met_missed_or_not_measured():
     assert "| 0.71 | b | missed |" in verdict_table(found.values())
 
 
-def test_the_readme_section_follows_from_the_results_alone():
+def test_the_page_section_follows_from_the_results_alone():
     cases = {"a": _record(0.6), "c": _record(0.7, 512, "train", saved=500)}
     data = {"plan": "experts_cpu", "device": "cpu, 2 cores", "threads": 2, "date": "2026-01-01", "cases": cases}
     data["versions"] = {"torch": "2.13.0", "transformers": "5.23.0"}
-    section = readme_section(data)
-    assert section == readme_section(json.loads(json.dumps(data)))
+    section = page_section(data)
+    assert section == page_section(json.loads(json.dumps(data)))
     assert "| 16 | 0.60 | - | - | - |\n| 512 | - | 0.70 | - | - |" in section
     assert "the worst 0.70 (c)" in section
-    assert "50% of the bytes" in section
-    readme = with_section(f"# x\n\n{BEGIN}\nold\n{END}\n\ny\n", section)
-    assert section_of(readme) == section
-    assert with_section(readme, section) == readme
-    assert readme.endswith(f"{END}\n\ny\n")
+    assert "Activations kept for backward: 50%" in section
+    page = with_section(f"# x\n\n{BEGIN}\nold\n{END}\n\ny\n", section)
+    assert section_of(page) == section
+    assert with_section(page, section) == page
+    assert page.endswith(f"{END}\n\ny\n")
     with pytest.raises(ValueError, match="must hold"):
         with_section("# x", section)
 
 
 @pytest.mark.skipif(not (ROOT / JSON).exists(), reason="no results are committed")
-def test_the_readme_says_what_was_measured():
+def test_the_page_says_what_was_measured():
     data = json.loads((ROOT / JSON).read_text())
-    assert section_of(README.read_text()) == readme_section(data)
+    assert section_of(PAGE.read_text()) == page_section(data)
     assert set(data["cases"]) == {case.key for case in cpu_plan().cases}
     for record in data["cases"].values():
         assert not [name for name, facts in record["results"].items() if "wrong" in facts]

@@ -18,7 +18,7 @@ from .bench import Bench
 from .cases import MODES, Case, Plan, cpu_plan, cuda_plan, quick
 from .clocks import DEVICE_CLOCK, Clock, CpuClock, CudaClock
 from .correctness import RULE
-from .report import README, plot_ratios, readme_section, times_table, with_section
+from .report import PAGE, page_section, plot_ratios, times_table, with_section
 from .results import ROOT, Results, ResultsError, environment
 from .roofline import Device, floor_of
 from .targets import verdict_table, verdicts
@@ -43,14 +43,14 @@ def parser(description: str | None) -> ArgumentParser:
     found.add_argument("--fresh", action="store_true", help="forget the results that are there")
     found.add_argument("--output", type=Path, default=RESULTS)
     found.add_argument("--report", action="store_true", help="measure nothing: tables, plots, targets of the results")
-    found.add_argument("--readme", action="store_true", help="as --report, and write the README's section")
+    found.add_argument("--page", action="store_true", help="as --report, and write the section of docs/backends.md")
     return found
 
 
 def run(options: Namespace) -> int:
     """The exit status: 1 if an implementation is wrong or `hf_moe` refuses, 2 if nothing could be measured."""
     console, begin = Console(), time.monotonic()
-    if options.report or options.readme:
+    if options.report or options.page:
         return report(options, console)
     if options.device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda needs a GPU, and torch finds none.", console)
@@ -97,7 +97,7 @@ def run_plan(
 
 
 def report(options: Namespace, console: Console) -> int:
-    """Tables, plots and targets of the results that are there; with `--readme` the README's section too."""
+    """Tables, plots and targets of the results that are there; with `--page` the section of docs/backends.md too."""
     plan = "experts_cuda" if options.device == "cuda" else "experts_cpu"
     path = options.output / f"{plan}.json"
     if not path.exists():
@@ -107,8 +107,8 @@ def report(options: Namespace, console: Console) -> int:
         console.print(path, soft_wrap=True)
     for table in (times_table(data), verdict_table(verdicts(data))):
         console.print(table, "\n", markup=False, soft_wrap=True, highlight=False)
-    if options.readme:
-        README.write_text(with_section(README.read_text(), readme_section(data)))
+    if options.page:
+        PAGE.write_text(with_section(PAGE.read_text(), page_section(data)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Show the results: a plot for each layer, and the README's section. Needs matplotlib for the plots."""
+"""Show the results: a plot for each layer, and the section of docs/backends.md. Needs matplotlib for the plots."""
 
 import statistics
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from .results import ROOT
 from .targets import Record, ratio, saved_share
 
 BEGIN, END = "<!-- performance: generated -->", "<!-- performance: end -->"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "backends.md"
 JSON = "benchmarks/results/experts_cpu.json"
 PLOTS = "benchmarks/results/plots"
 SHOWN_EXPERTS = 64
@@ -143,7 +143,7 @@ def _time(facts: Mapping[str, Any]) -> str:
     return f"{facts['ms']:g}{ratio_text}"
 
 
-def readme_section(data: Mapping[str, Any]) -> str:
+def page_section(data: Mapping[str, Any]) -> str:
     """Markdown between the markers: ratios at 64 experts, saved bytes, the worst ratio, links."""
     cases = data["cases"]
     shown = [r for r in cases.values() if r["layer"]["num_experts"] == SHOWN_EXPERTS and r["routing"] == "uniform"]
@@ -162,7 +162,7 @@ def readme_section(data: Mapping[str, Any]) -> str:
         cells = [_cell(shown, tokens, dtype, mode) for dtype, mode in columns]
         lines.append(f"| {tokens} | {' | '.join(cells)} |")
     plot = f"{PLOTS}/{data['plan']}_{layer['name']}_E{SHOWN_EXPERTS}.png"
-    lines += ["", *_sentences(cases), "", f"[Plot]({plot}), [every number and the rules]({JSON})."]
+    lines += ["", *_sentences(cases), "", f"[Plot](../{plot}), [every number and the rules](../{JSON})."]
     return "\n".join(lines)
 
 
@@ -177,8 +177,8 @@ def _sentences(cases: Mapping[str, Record]) -> list[str]:
     sentences = []
     if shares:
         sentences.append(
-            f"Training keeps {statistics.median(shares):.0%} of the bytes that `grouped_mm` saves for backward "
-            f"(at most {max(shares):.0%})."
+            f"Activations kept for backward: {statistics.median(shares):.0%} of the bytes that `grouped_mm` keeps "
+            f"(median; at most {max(shares):.1%})."
         )
     if ratios:
         worst = max(ratios, key=ratios.__getitem__)
@@ -197,20 +197,20 @@ def _machine(data: Mapping[str, Any]) -> str:
     )
 
 
-def section_of(readme: str) -> str:
+def section_of(page: str) -> str:
     """Text between the markers.
 
     Raises:
         ValueError: If the markers are not there, once each and in order.
     """
-    section, found, _ = readme.partition(BEGIN)[2].partition(END)
-    if not found or readme.count(BEGIN) != 1:
-        raise ValueError(f"README.md must hold '{BEGIN}' and '{END}' once, in this order, on lines of their own.")
+    section, found, _ = page.partition(BEGIN)[2].partition(END)
+    if not found or page.count(BEGIN) != 1:
+        raise ValueError(f"The page must hold '{BEGIN}' and '{END}' once, in this order, on lines of their own.")
     return section.strip("\n")
 
 
-def with_section(readme: str, section: str) -> str:
-    """The README with another section between the markers."""
-    section_of(readme)
-    head, tail = readme[: readme.index(BEGIN) + len(BEGIN)], readme[readme.index(END) :]
+def with_section(page: str, section: str) -> str:
+    """The page with another section between the markers."""
+    section_of(page)
+    head, tail = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
     return f"{head}\n{section}\n{tail}"

@@ -3,7 +3,8 @@
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_moe.data.formats import check_options
 from hf_moe.training.checkpointing.checkpoints import TOKEN_IS_PICKLED
 
+RENAMED = {"datasets": "data"}
 SMOKE_HELP = "Four short steps, to see that everything works."
 
 
@@ -56,7 +58,7 @@ class ModelArguments:
 class SourceArguments:
     """The data sets that it learns from. In YAML each may also be a mapping: path, domain, weight, config, split."""
 
-    datasets: list[str] = field(
+    data: list[str] = field(
         default_factory=list,
         metadata={"help": "Files (.jsonl .json .csv, also .gz; .parquet .txt .md), folders, or Hub names."},
     )
@@ -67,8 +69,8 @@ class SourceArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.datasets:
-            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
+        if not self.data:
+            raise RecipeError("no data: give at least one data set (data, --data).")
         if not 0 < self.held_out < 1:
             raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
         if self.held_out_records < 1:
@@ -152,14 +154,16 @@ def parse_recipe(
     """
     parser = HfArgumentParser(list(kinds), allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="A YAML file; options of the command line win over it.")
+    given_options = sys.argv[1:] if arguments is None else arguments
+    refuse_old_names(each[2:].partition("=")[0] for each in given_options if each.startswith("--"))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     config = first.parse_known_args(arguments)[0].config
     if config is not None:
-        if recipe is not None and config.parent == Path() and not config.exists():
+        if recipe is not None and not config.is_absolute() and not config.exists():
             shipped = Path(recipe).with_name("configs") / config
             config = shipped if shipped.exists() else config
-        given = read_yaml(config)
+        given = beside_config(read_yaml(config), config)
         _set_defaults(parser, given, config)
         _refuse_wrong_types(kinds, given, config)
     try:
@@ -170,14 +174,44 @@ def parse_recipe(
         raise RecipeError(str(error)) from error
 
 
+def refuse_old_names(names: Iterable[str]) -> None:
+    """Raises RecipeError for a choice that has another name now."""
+    for name in names:
+        if name in RENAMED:
+            raise RecipeError(f"{name} is called {RENAMED[name]} now.")
+
+
+def beside_config(given: dict[str, Any], config: Path) -> dict[str, Any]:
+    """What a config says, its data and chat template found: in the working directory, or else beside the config.
+
+    A path that is in neither place stays as it is: data may be names on the Hub.
+    """
+
+    def find(value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            return {**value, "path": find(value["path"])}
+        if not isinstance(value, str) or Path(value).exists():
+            return value
+        beside = config.parent / value
+        return str(beside.resolve()) if beside.exists() else value
+
+    found = dict(given)
+    if isinstance(given.get("data"), list):
+        found["data"] = [find(value) for value in given["data"]]
+    if "chat_template" in given:
+        found["chat_template"] = find(given["chat_template"])
+    return found
+
+
 def _set_defaults(parser: HfArgumentParser, given: dict[str, Any], config: Path) -> None:
+    refuse_old_names(given)
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     for key, value in given.items():
         if key not in actions:
             near = get_close_matches(str(key), actions, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " --help lists the keys."
             raise RecipeError(f"{config}: unknown key {key!r}.{hint}")
-        if key != "datasets" and isinstance(value, int | float) and not isinstance(value, bool):
+        if key != "data" and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)  # argparse gives strings their type: YAML reads 1e-4 as a string too
         parser.set_defaults(**{key: value})
         actions[key].required = False
