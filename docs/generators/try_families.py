@@ -1,11 +1,11 @@
-"""Try what hf_moe offers on a tiny model of every MoE family of the installed transformers: the data of docs/models.md.
+"""Try what hf_moe offers on a tiny model of every MoE family of transformers: the data of docs/models.md.
 
-    python docs/generators/try_families.py            # writes docs/generators/families.json; about three minutes
+    python docs/generators/try_families.py            # writes docs/generators/families.json; about ten minutes
     python docs/generators/try_families.py --check    # fails where the file says something else
 
-Each entry is what happened: a feature ran and its result was compared, or an error of ours said why not. The models are
-those of the tests (tests/tiny_models.py): random weights in the real classes. Nothing here runs on a GPU: the Triton
-kernels run in their interpreter.
+Each entry is what happened: a feature ran and its result was compared, or an error of ours said why not. The models
+are those of the tests (tests/tiny_models.py): random weights in the real classes. Nothing here runs on a GPU: the
+Triton kernels run in their interpreter.
 """
 
 import argparse
