@@ -2,12 +2,7 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -58,8 +58,8 @@ MODULES = {
 }
 _NAMES_INTRO = """# API
 
-`import hf_moe` offers these names. Importing registers choices with transformers and PEFT and loads nothing heavy; each
-name is imported when you first use it. [More modules](modules.md) lists what is imported from its own module.
+`import hf_moe` offers these names. Importing registers choices with transformers and PEFT and loads nothing heavy:
+each name is imported when you first use it. [More modules](modules.md) lists what is imported from its own module.
 """
 _MODULES_INTRO = """# More modules
 
