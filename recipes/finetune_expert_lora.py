@@ -21,8 +21,9 @@ from peft import get_peft_model
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.finetuning.arguments import RECIPE, ExpertLoraArguments, parse_recipe
+from hf_moe.finetuning.arguments import RECIPE, ExpertLoraArguments
 from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.command_line import parse_recipe
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
 from hf_moe.finetuning.report import print_domains, report

@@ -9,8 +9,8 @@ from hf_moe.finetuning.arguments import (
     ModelArguments,
     RecipeError,
     RecipeTrainingArguments,
-    parse_recipe,
 )
+from hf_moe.finetuning.command_line import parse_recipe
 
 
 @dataclass
