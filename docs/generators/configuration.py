@@ -111,12 +111,12 @@ def page() -> str:
     for name, used in kinds.items():
         for kind in used:
             users.setdefault(kind, []).append(name)
-    parts = [_INTRO, "## Recipes\n"]
+    parts = [_INTRO, "## Recipes\n", "`hf-moe finetune RECIPE` with one of these:\n"]
     parts += ["| recipe | what it does | keys |", "|---|---|---|"]
     for name, module in modules.items():
         first = inspect.getdoc(module).split("\n\n")[0].replace("\n", " ")
         links = ", ".join(f"[{_title(kind)}](#{_anchor(kind)})" for kind in kinds[name])
-        parts.append(f"| `hf-moe finetune {name}` | {first} | {links} |")
+        parts.append(f"| `{name}` | {first} | {links} |")
     parts.append("\n## Keys\n")
     for kind, names in users.items():
         rows = keys_of(kind)

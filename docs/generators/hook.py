@@ -36,6 +36,13 @@ PAGES = {
     "reference/modules.md": api.modules_page,
     "contributing.md": lambda: (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
 }
+# pages that are alone under their tab need no second menu, and the table of models takes the whole width
+HIDDEN = {
+    "index.md": ["navigation"],
+    "troubleshooting.md": ["navigation"],
+    "contributing.md": ["navigation"],
+    "models.md": ["navigation", "toc"],
+}
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 
 
@@ -47,6 +54,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Fill in the table of models, and send links to files outside docs/ to the repository."""
+    page.meta["hide"] = HIDDEN.get(page.file.src_uri, [])
     markdown = (
         markdown.replace("<!-- generated: models -->", models.tables())
         if page.file.src_uri == "models.md"
