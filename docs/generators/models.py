@@ -134,7 +134,7 @@ def _notes(families: dict[str, dict[str, Any]]) -> str:
 
 def _general(reason: str) -> str:
     """A reason without the names of one family."""
-    reason = re.sub(r"'[^' ]*[_.][^' ]*'|\b\w+(ForCausalLM|For[A-Z][a-z]\w+|Model)\b", "…", reason)
+    reason = re.sub(r"(?<![=\w])'[^' ]+'|\b\w+(ForCausalLM|For[A-Z][a-z]\w+|Model)\b", "…", reason)
     return escape(
         re.sub(r"\(to [^)]*\)|\(\d+ in all\)", "", reason).replace("  ", " ").replace(" ,", ","), quote=False
     )
