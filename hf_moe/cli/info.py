@@ -17,8 +17,11 @@ def info(
     Reads the config, not the weights; runs no code of the model.
     """
     from hf_moe.hub.renew_code import note_of
+    from hf_moe.loading.adapter_base import is_adapter
     from hf_moe.observability.explain import explain_config
 
+    if is_adapter(model):
+        fail(f"{model!r} is a PEFT adapter, which has no config of a model. Describe its base: {_base(model)}.")
     if (folder := Path(model)).is_dir() and not (folder / "config.json").exists():
         fail(f"folder {model!r} has no config.json. Name the folder of a model{_models_below(folder)}.")
     try:
@@ -29,6 +32,15 @@ def info(
             typer.echo(f"\nnote: {note}")
     except (OSError, ValueError) as error:
         fail(describe_error(error, model))
+
+
+def _base(adapter: str) -> str:
+    from hf_moe.loading.adapter_base import AdapterBaseError, base_of_adapter
+
+    try:
+        return f"hf-moe info {base_of_adapter(adapter)}"
+    except AdapterBaseError:
+        return "hf-moe info MODEL"
 
 
 def _models_below(folder: Path) -> str:
