@@ -236,9 +236,7 @@ def _expert_sizes(planned: Any, stored: Mapping[str, tuple], places: Mapping[str
 
 def _own_base(files: AdapterFiles) -> str:
     base = files.config.get("base_model_name_or_path")
-    return (
-        f" Load it on its own base, {base!r:.200}." if isinstance(base, str) and base else " Load it on its own base."
-    )
+    return " Load it on its own base" + (f", {base!r:.200}." if isinstance(base, str) and base else ".")
 
 
 def _peft_config(files: AdapterFiles) -> "PeftConfig":

@@ -57,7 +57,7 @@ def compare(
     For scores of benchmarks: `hf-moe evaluate` measures them, `hf-moe compare-results` compares those of two runs.
     """
     require("recipes", "datasets", "jinja2", "peft", "pyarrow")
-    from hf_moe.comparison.run import ModelChoice
+    from hf_moe.comparison.run import ModelChoice, shared_window
 
     if not data:
         fail("give text to compare on, such as --data law.txt --data code.jsonl, or --data embedded.")
@@ -69,6 +69,9 @@ def compare(
         fail("name a second model, or what is different: --adapter, --dtype-new or --experts-implementation-new.")
     try:
         models = ModelChoice(*first, device), ModelChoice(*second, device)
+        window, note = shared_window(*models, window)
+        if note:
+            typer.echo(note)
         options = {"window": window, "batch_size": batch_size, "tokenizer": tokenizer}
         texts = _read(data, max_tokens, tokenizer_of(tokenizer or base, chat_template), on_bad_row)
         passed = _run(models, texts, options, gate, output)

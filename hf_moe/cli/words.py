@@ -53,13 +53,13 @@ class Command(TyperCommand):
         for given in args:
             if given == "--":
                 break
-            if message := self._renamed(given.partition("=")[0]):
+            if message := self._renamed(given.partition("=")[0], ctx):
                 ctx.fail(message)
         return super().parse_args(ctx, args)
 
-    def _renamed(self, given: str) -> str | None:
+    def _renamed(self, given: str, ctx: Any) -> str | None:
         """What to say about an option that this command has under another name."""
-        known = {name for parameter in self.params for name in (*parameter.opts, parameter.metavar)}
+        known = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, parameter.metavar) if name}
         # of scripts that write options as Python does
         spelt = given.replace("_", "-")
         if not given.startswith("--") or given in known:

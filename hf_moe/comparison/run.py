@@ -1,6 +1,7 @@
 """Load two models one after the other and measure both on the same texts."""
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from hf_moe.comparison.models import Measurement, ModelComparison, compare_measu
 from hf_moe.comparison.text_probe import WINDOW, TextProbe
 from hf_moe.data.encoding import context_of
 from hf_moe.evaluation.errors import EvaluationError
-from hf_moe.experts.backends import prefer_hf_moe
+from hf_moe.experts.preferred import prefer_hf_moe
 from hf_moe.loading.pretrained import DTYPES, ModelError, load_language_model, load_tokenizer, read_config
 
 
@@ -74,7 +75,7 @@ def compare_models(
         EvaluationError: If a model, an adapter or a tokenizer cannot be used.
         OSError, ValueError: As the loaders of transformers.
     """
-    window = shared_window(base, new, window)
+    window, _ = shared_window(base, new, window)
     tokenizers = _tokenizers(base, new, tokenizer)
     measured: list[Measurement] = []
     for position, (choice, own) in enumerate(zip((base, new), tokenizers, strict=True)):
@@ -88,23 +89,24 @@ def compare_models(
     return compare_measurements(measured[0], measured[1], (base.name, new.name))
 
 
-def shared_window(base: ModelChoice, new: ModelChoice, window: int | None = None) -> int:
+def shared_window(base: ModelChoice, new: ModelChoice, window: int | None = None) -> tuple[int, str]:
     """Tokens that both models read at once: `window`, or 1,024 or the smaller of their contexts.
+
+    Returns:
+        The number, and a sentence where one model could read more of the text than it will; empty otherwise.
 
     Raises:
         EvaluationError: If `window` is larger than a context.
         ModelError: If one is no model.
     """
-    contexts = {choice.path: context_of(read_config(choice.path)) for choice in (base, new)}
-    known = {path: context for path, context in contexts.items() if context is not None}
-    smallest = min(known, key=lambda path: known[path], default=None)
-    if smallest is None:
-        return window or WINDOW
-    if window is not None and window > known[smallest]:
-        raise EvaluationError(
-            f"window must be at most {known[smallest]:,}, the context of {_last_part(smallest)!r}, got {window:,}."
-        )
-    return window or min(WINDOW, known[smallest])
+    contexts = {choice.path: context_of(read_config(choice.path)) or math.inf for choice in (base, new)}
+    smaller = min(contexts, key=lambda path: contexts[path])
+    context, name = contexts[smaller], _last_part(smaller)
+    if window is not None and window > context:
+        raise EvaluationError(f"window must be at most {context:,}, the context of {name!r}, got {window:,}.")
+    found = window or int(min(WINDOW, context))
+    is_cut = window is None and found < min(WINDOW, max(contexts.values()))
+    return found, f"Both models read {found:,} tokens at once, the context of {name}." if is_cut else ""
 
 
 def load_model(choice: ModelChoice) -> nn.Module:

@@ -27,7 +27,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.results import FORMAT, NAME, check_results, harness_identity, versions
 from hf_moe.evaluation.scoring import group_entry, prepare
 from hf_moe.evaluation.tasks import Tasks
-from hf_moe.experts.backends import prefer_hf_moe
+from hf_moe.experts.preferred import prefer_hf_moe
 from hf_moe.io.console import print_to_stderr
 from hf_moe.io.stages import ResumableRun
 from hf_moe.io.whole_files import write_json

@@ -14,10 +14,9 @@ from torch import Tensor
 from hf_moe.experts.own_backends import OWN, has_many_rows
 from hf_moe.experts.pipeline import Operators, run_experts
 from hf_moe.experts.reference import run_reference
-from hf_moe.experts.request import Backend, Request, request_for
+from hf_moe.experts.request import Backend, Request
 from hf_moe.experts.transformers_backends import TRANSFORMERS, delegates
 from hf_moe.kernels.layer_call import LowRankPair
-from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.layers.packed_storages import UnreadableStorage
 from hf_moe.layers.storage import ExpertStorage, storage_of
 
@@ -73,21 +72,6 @@ def _chosen(request: Request) -> tuple[Backend, Choice]:
             return row, Choice(row.public_name, passed_over or merit, passed_over is not None)
         passed_over = passed_over or reason
     raise ValueError(f"experts_implementation='hf_moe' cannot run {type(request.experts).__name__}: {passed_over}")
-
-
-def prefer_hf_moe(model: Any) -> None:
-    """Set `hf_moe` on a model of transformers, or leave its backend where `hf_moe` cannot run one of its layers.
-
-    Commands call it where no backend is named, so that a base runs as it does with an adapter on its experts.
-    """
-    layers = moe_layers(model)
-    try:
-        for layer in layers:
-            choose(request_for(layer.experts, storage_of(layer.experts)))
-    except ValueError:
-        return
-    if layers:
-        model.set_experts_implementation(HF_MOE)
 
 
 def refusal(row: Backend, request: Request) -> str | None:

@@ -1,6 +1,7 @@
 """The base model that a PEFT adapter names, to recognise an adapter where a model is expected."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -10,6 +11,7 @@ from hf_moe.loading.config_files import ModelError
 
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 4 * 2**20
+_ON_THE_HUB = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
 class AdapterBaseError(ModelError):
@@ -36,7 +38,7 @@ def base_of_adapter(name: str) -> str:
         raise AdapterBaseError(f"{name!r} is a PEFT adapter with a damaged {CONFIG} ({error}). {way_out}") from error
     if not isinstance(base, str) or not base:
         raise AdapterBaseError(f"{name!r} is a PEFT adapter, and does not say of which model. {way_out}")
-    if not os.path.isdir(base) and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
+    if not os.path.isdir(base) and not _ON_THE_HUB.fullmatch(base):
         raise AdapterBaseError(f"{name!r} is a PEFT adapter of {base!r:.200}, which is not here. {way_out}")
     return base
 
@@ -46,7 +48,7 @@ def _config_of(name: str) -> Path | None:
     folder = Path(name)
     if folder.is_dir():
         return folder / CONFIG if (folder / CONFIG).is_file() and not (folder / "config.json").exists() else None
-    if os.path.exists(name) or name.count("/") != 1:
+    if os.path.exists(name) or not _ON_THE_HUB.fullmatch(name):
         return None
     found = [try_to_load_from_cache(name, file) for file in (CONFIG, "config.json")]
     return Path(found[0]) if isinstance(found[0], str) and not isinstance(found[1], str) else None
