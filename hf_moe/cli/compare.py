@@ -138,7 +138,8 @@ def _measure(models: Any, texts: dict[str, list[str]], options: dict[str, Any]) 
     total = sum(len(text.encode()) for documents in texts.values() for text in documents)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     tasks: dict[int, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def advance(model: int, name: str, num_bytes: int) -> None:
             if model not in tasks:

@@ -131,7 +131,8 @@ def _progress(model: Any, most_tokens: int) -> Iterator[None]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("tokens"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=most_tokens)
 
         def advance(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

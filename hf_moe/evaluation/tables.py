@@ -1,5 +1,6 @@
 """Tables of results and of their comparison, for the terminal."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from hf_moe.evaluation.paired import ENOUGH_DOCUMENTS
 
 # narrow enough for 80 columns
-_WIDEST_NAME = 25
+_WIDEST_NAME = 23
 # settings that another model or adapter changes by itself
 _OF_THE_WEIGHTS = ("model.parameters", "model.active_parameters", "model.fingerprint")
 
@@ -37,11 +38,9 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def _metrics(table: Table, name: str, entry: Mapping[str, Any], shots: str, count: str) -> None:
-    names, values = zip(*entry["metrics"].items(), strict=True) if entry["metrics"] else ((), ())
-    lines = [_broken(name), *(f"  {_broken(metric.removesuffix(',none'))}" for metric in names)]
-    skip = "\n" * (lines[0].count("\n") + 1)
-    columns = ("\n".join(number(found[what]) for found in values) for what in ("value", "stderr"))
-    table.add_row("\n".join(lines), shots, count, *(skip + column for column in columns))
+    table.add_row(_broken(name), shots, count, "", "")
+    for metric, found in entry["metrics"].items():
+        table.add_row(_metric(metric), "", "", number(found["value"]), number(found["stderr"]))
 
 
 def print_masked(results: Mapping[str, Any]) -> None:
@@ -52,7 +51,7 @@ def print_masked(results: Mapping[str, Any]) -> None:
             for masked in (entry["experts"] or {"masked": []})["masked"]:
                 for metric, found in list(masked["metrics"].items())[:1]:
                     expert = f"{_short(masked['layer'])}, {masked['expert']}"
-                    label = f"{_broken(name)}\n  {_broken(metric.removesuffix(',none'))}"
+                    label = f"{_broken(name)}\n{_metric(metric)}"
                     table.add_row(label, expert, f"{masked['share']:.1%}", _interval(found))
     if table.row_count:
         _console(table).print(table)
@@ -73,7 +72,7 @@ def print_comparison(comparison: Mapping[str, Any], *, verbose: bool = False) ->
             for metric, found in metrics.items():
                 is_few = found["documents"] < ENOUGH_DOCUMENTS
                 few |= {name: found["documents"]} if is_few else {}
-                label = f"{_broken(name)}, {found['documents']:,} docs\n  {_broken(metric.removesuffix(',none'))}"
+                label = f"{_broken(name)}, {found['documents']:,} docs\n{_metric(metric)}"
                 real = "too few" if is_few else "yes" if found["is_real"] else "no"
                 table.add_row(label, number(found["first"]), number(found["second"]), _interval(found), real)
     _console(table).print(table)
@@ -112,10 +111,15 @@ def _name(model: Mapping[str, Any]) -> str:
     return model["name"] + (f" with {model['adapter']}" if model["adapter"] else "")
 
 
+def _metric(key: str) -> str:
+    """A metric below the name of its task; lm-eval's filter goes with it, unless there is none."""
+    return "\n".join(f"  {line}" for line in _broken(key.removesuffix(",none")).split("\n"))
+
+
 def _broken(name: str) -> str:
-    """A name in lines of at most `_WIDEST_NAME` characters where its underscores allow it."""
+    """A name in lines of at most `_WIDEST_NAME` characters, as far as its underscores and commas allow it."""
     lines = [""]
-    for part in name.replace("_", "_\0").split("\0"):
+    for part in re.split(r"(?<=[_,])", name):
         if lines[-1] and len(lines[-1] + part) > _WIDEST_NAME:
             lines.append("")
         lines[-1] += part

@@ -15,10 +15,8 @@ MESSAGES = (
 RECORDS = {
     # texts are cut into windows, or to the row length, after they were tokenised
     "transformers.tokenization_utils_base": ("Token indices sequence length is longer than",),
+    # the error that follows says the same
     "huggingface_hub.utils._http": ("Retrying in", "'HTTPError", "'(MaxRetryError", "'[Errno"),
-    "lm_eval.models.huggingface": ("",),
-    "lm_eval.api.task": ("",),
-    "lm_eval.evaluator": ("",),
 }
 """By logger, how log records begin that are left out."""
 
