@@ -103,12 +103,12 @@ def _settle(path: str, failed: Mapping[Path, DataError], total: int, on_bad_row:
     sentence = f"{len(failed):,} of {total:,} files of the folder {path!r} cannot be read ({listed})"
     first = next(iter(failed.values()))
     if len(failed) == total:
-        raise DataError(f"{sentence}. {first}")
+        raise DataError(f"{sentence}: {first}")
     if on_bad_row == "error":
         raise DataError(
-            f"{sentence}. {first} Or name the files that you mean, or leave these out with on_bad_row skip."
+            f"{sentence}: {first} Or name the files that you mean, or leave these out with on_bad_row skip."
         )
-    print_to_stderr(f"{sentence} and are left out. {first}")
+    print_to_stderr(f"{sentence} and are left out: {first}")
 
 
 def _find(path: str) -> None:

@@ -38,9 +38,11 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def _metrics(table: Table, name: str, entry: Mapping[str, Any], shots: str, count: str) -> None:
-    table.add_row(_broken(name), shots, count, "", "")
+    documents, _, size = count.partition("\n")
+    table.add_row(_broken(name), shots, documents, "", "")
     for metric, found in entry["metrics"].items():
-        table.add_row(_metric(metric), "", "", number(found["value"]), number(found["stderr"]))
+        table.add_row(_metric(metric), "", size, number(found["value"]), number(found["stderr"]))
+        size = ""
 
 
 def print_masked(results: Mapping[str, Any]) -> None:
@@ -97,7 +99,8 @@ def _print_settings(comparison: Mapping[str, Any], verbose: bool) -> None:
         if key not in hidden:
             _say(f"{key}: {' → '.join(map(_value, pair))}")
     if hidden:
-        _say(f"(--verbose: also {', '.join(key.removeprefix('model.') for key in hidden)})")
+        names = ", ".join(key.removeprefix("model.") for key in hidden)
+        _say(f"Not shown, as they always differ then: {names} (hf-moe compare-results --verbose).")
 
 
 def _value(value: Any) -> str:

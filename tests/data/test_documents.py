@@ -85,7 +85,7 @@ def test_a_folder_is_one_domain_and_says_which_of_its_files_cannot_be_read(tmp_p
     assert read_documents(str(folder), tiny_tokenizer, by_field=True) == {"a": ["sea"], "b": ["law"]}
     (folder / "c.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
     (folder / "d.csv").write_text("")
-    wrong = r"2 of 4 files of the folder '.*texts' cannot be read \(c.jsonl, d.csv\)\. .*'question', 'answer'"
+    wrong = r"2 of 4 files of the folder '.*texts' cannot be read \(c.jsonl, d.csv\): .*'question', 'answer'"
     with pytest.raises(DataError, match=wrong + r".*leave these out with on_bad_row skip"):
         read_domains([str(folder)], tiny_tokenizer)
     assert read_domains([str(folder)], tiny_tokenizer, on_bad_row="skip") == {"texts": ["sea", "law"]}
