@@ -1,4 +1,4 @@
-"""Check that the wheel in the given folder holds tracked files alone: hf_moe/, its command, recipes and configs."""
+"""Check that the wheel in the given folder holds tracked files alone: hf_moe/, its command, and all of recipes/."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from zipfile import ZipFile
 def main(folder: str) -> None:
     (wheel,) = Path(folder).glob("hf_moe-*.whl")
     names = set(ZipFile(wheel).namelist())
-    patterns = ("hf_moe", "hf_moe_command.py", "recipes/*.py", "recipes/configs/*.yaml")
+    patterns = ("hf_moe", "hf_moe_command.py", *(f"recipes/*.{ending}" for ending in ("py", "yaml", "jsonl", "jinja")))
     listing = subprocess.run(["git", "ls-files", *patterns], check=True, capture_output=True, text=True)
     tracked = listing.stdout.split()
     installed = {f"hf_moe/{name}" if name.startswith("recipes/") else name for name in tracked}

@@ -9,5 +9,6 @@
     dpo_trl.py                    expert LoRA in TRL's DPOTrainer
     evaluate.py                   a base and its fine-tuned version on the same benchmarks, compared
 
-configs/ holds the YAML files of the fine-tuning recipes, and thresholds for a comparison.
+configs/ holds YAML files for real models, configs/quickstart/ those for the model of the quickstart and thresholds for
+a comparison; data/ holds small sample data.
 """

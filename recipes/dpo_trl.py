@@ -1,8 +1,8 @@
 """Learn from preferences with TRL's DPOTrainer: LoRA on the experts, the router frozen and proved frozen.
 
-    pip install "hf-moe[recipes,trl]"
-    python recipes/dpo_trl.py --model quickstart-output/model --datasets preferences.jsonl
-    python recipes/dpo_trl.py --config recipes/configs/dpo_trl.yaml --beta 0.3
+    pip install -e ".[recipes,trl]"
+    python recipes/dpo_trl.py --model quickstart-output/model --data recipes/data/preferences.jsonl
+    python recipes/dpo_trl.py --config recipes/configs/quickstart/dpo.yaml --beta 0.3
 
 Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages, these with `tools` if they need
 them. The reference is the base itself, with the adapter switched off: no second model in memory. With a frozen router,
@@ -18,7 +18,8 @@ from typing import Any
 from hf_moe.adapters.expert_lora import accelerate_adapters
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
+from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments
+from hf_moe.finetuning.command_line import parse_recipe
 from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.finetuning.train import run_trainer
 from hf_moe.io.names import command_line

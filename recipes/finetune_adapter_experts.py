@@ -1,8 +1,8 @@
 """A few small new experts beside the experts of a Mixture-of-Experts, all of the base frozen.
 
-    python recipes/finetune_adapter_experts.py --model quickstart-output/model --datasets law.jsonl stories.txt
-    python recipes/finetune_adapter_experts.py --config recipes/configs/adapter_experts.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_adapter_experts.py --config recipes/configs/adapter_experts.yaml
+    python recipes/finetune_adapter_experts.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/finetune_adapter_experts.py --config quickstart/adapter_experts.yaml --learning_rate 3e-4
+    torchrun --nproc_per_node 2 recipes/finetune_adapter_experts.py --config quickstart/adapter_experts.yaml
 
 Works on any Mixture-of-Experts of transformers and on hf_moe models. Every MoE layer gains small routed experts
 with a gate of their own, which start as zero: before training the output is the base's, bit for bit. The base's router
@@ -21,8 +21,9 @@ from peft import get_peft_model
 from hf_moe.adapters.adapter_experts import AdapterExpertsConfig
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.finetuning.arguments import RECIPE, parse_recipe
+from hf_moe.finetuning.arguments import RECIPE
 from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.command_line import parse_recipe
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
 from hf_moe.finetuning.report import print_domains, report

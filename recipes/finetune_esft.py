@@ -1,8 +1,8 @@
 """Train only the experts that a domain uses (ESFT), at full rank; router and all other experts stay bit for bit.
 
-    python recipes/finetune_esft.py --model quickstart-output/model --datasets law.jsonl stories.txt
-    python recipes/finetune_esft.py --config recipes/configs/esft.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_esft.py --config recipes/configs/esft.yaml
+    python recipes/finetune_esft.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/finetune_esft.py --config recipes/configs/quickstart/esft.yaml --learning_rate 3e-4
+    torchrun --nproc_per_node 2 recipes/finetune_esft.py --config recipes/configs/quickstart/esft.yaml
 
 Works on any Mixture-of-Experts of transformers and on hf_moe models. The first data set is the domain: its
 tokens decide which experts are trained, per layer the smallest set that takes `budget` of the routing. Gradients and
@@ -19,8 +19,9 @@ from typing import Any
 from hf_moe.adapters.esft import fold_selected_experts, train_selected_experts
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.select_experts import select_experts
-from hf_moe.finetuning.arguments import RECIPE, RecipeError, parse_recipe
+from hf_moe.finetuning.arguments import RECIPE, RecipeError
 from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.command_line import parse_recipe
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
 from hf_moe.finetuning.report import print_domains, report

@@ -1,8 +1,8 @@
 """LoRA on the experts of a Mixture-of-Experts, through PEFT, with the router frozen and proved frozen.
 
-    python recipes/finetune_expert_lora.py --model quickstart-output/model --datasets law.jsonl stories.txt
-    python recipes/finetune_expert_lora.py --config recipes/configs/expert_lora.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_expert_lora.py --config recipes/configs/expert_lora.yaml
+    python recipes/finetune_expert_lora.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/finetune_expert_lora.py --config recipes/configs/quickstart/expert_lora.yaml --learning_rate 3e-4
+    torchrun --nproc_per_node 2 recipes/finetune_expert_lora.py --config recipes/configs/quickstart/expert_lora.yaml
 
 Works on any Mixture-of-Experts of transformers and on hf_moe models. Rows go through the low-rank factors; `W + BA` is
 never built. To keep what the model knows, mix in data that it knows: a data set of its own with a weight (half of all
@@ -21,8 +21,9 @@ from peft import get_peft_model
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.finetuning.arguments import RECIPE, ExpertLoraArguments, parse_recipe
+from hf_moe.finetuning.arguments import RECIPE, ExpertLoraArguments
 from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.command_line import parse_recipe
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
 from hf_moe.finetuning.report import print_domains, report

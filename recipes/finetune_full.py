@@ -1,8 +1,8 @@
 """Fine-tune every weight of a Mixture-of-Experts but its routers.
 
-    python recipes/finetune_full.py --model quickstart-output/model --datasets law.jsonl stories.txt
-    python recipes/finetune_full.py --config recipes/configs/full.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_full.py --config recipes/configs/full.yaml
+    python recipes/finetune_full.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/finetune_full.py --config recipes/configs/quickstart/full.yaml --learning_rate 3e-4
+    torchrun --nproc_per_node 2 recipes/finetune_full.py --config recipes/configs/quickstart/full.yaml
 
 Works on any Mixture-of-Experts of transformers and on hf_moe models. The router is frozen and proved frozen unless
 `--train_router` asks for the opposite; its balancing losses are then on, as the model's config has them.
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_moe.adapters.frozen_router import freeze_router
-from hf_moe.finetuning.arguments import RECIPE, parse_recipe
+from hf_moe.finetuning.arguments import RECIPE
 from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.command_line import parse_recipe
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
 from hf_moe.finetuning.report import print_domains, report

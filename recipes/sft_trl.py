@@ -1,8 +1,8 @@
 """Supervised fine-tuning with TRL's SFTTrainer: LoRA on the experts, the router frozen and proved frozen.
 
-    pip install "hf-moe[recipes,trl]"
-    python recipes/sft_trl.py --model quickstart-output/model --datasets law.jsonl
-    python recipes/sft_trl.py --config recipes/configs/sft_trl.yaml --learning_rate 3e-4
+    pip install -e ".[recipes,trl]"
+    python recipes/sft_trl.py --model quickstart-output/model --data recipes/data/law.jsonl
+    python recipes/sft_trl.py --config recipes/configs/quickstart/sft.yaml --learning_rate 3e-4
 
 For who has TRL's tools around it already: data are read as in the other recipes (recipes/README.md), cut and packed by
 TRL, and every field of SFTConfig is an option (`assistant_only_loss`, `completion_only_loss`, `packing`). What TRL
@@ -19,7 +19,8 @@ from typing import Any
 from hf_moe.adapters.expert_lora import accelerate_adapters
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
-from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments, parse_recipe
+from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments
+from hf_moe.finetuning.command_line import parse_recipe
 from hf_moe.finetuning.packing_check import check_packing
 from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.finetuning.train import run_trainer

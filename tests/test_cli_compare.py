@@ -129,5 +129,5 @@ def test_the_example_thresholds_can_be_read():
 
     from hf_moe.observability.thresholds import RoutingThresholds
 
-    thresholds = RoutingThresholds.load(Path(__file__).parent.parent / "recipes" / "configs" / "gate.yaml")
+    thresholds = RoutingThresholds.load(Path(__file__).parent.parent / "recipes/configs/quickstart/gate.yaml")
     assert "bits_per_byte.worst_domain" in [check.metric for check in thresholds.checks]

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from hf_moe.cli.words import Command
 from hf_moe.io.console import print_to_stderr
+from hf_moe.io.installation import install_command
 from hf_moe.io.quiet import quiet_libraries
 
 READER_GONE = 141
@@ -129,7 +130,7 @@ def require(extra: str, *modules: str) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in modules if find_spec(name) is None]:
-        fail(f'this command needs {", ".join(missing)}. Install it with: pip install "hf-moe[{extra}]"')
+        fail(f"this command needs {', '.join(missing)}. Install it with: {install_command(extra)}")
 
 
 def describe_error(error: Exception, *models: str | None) -> str:

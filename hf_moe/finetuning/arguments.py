@@ -1,17 +1,10 @@
-"""A recipe's choices: a YAML file, each of whose keys is also an option of the command line, which wins."""
+"""Dataclasses of a recipe: each field is a key of the YAML config and an option of the command line."""
 
-import argparse
 import json
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_moe.data.formats import check_options
 from hf_moe.training.checkpointing.checkpoints import TOKEN_IS_PICKLED
@@ -56,7 +49,7 @@ class ModelArguments:
 class SourceArguments:
     """The data sets that it learns from. In YAML each may also be a mapping: path, domain, weight, config, split."""
 
-    datasets: list[str] = field(
+    data: list[str] = field(
         default_factory=list,
         metadata={"help": "Files (.jsonl .json .csv, also .gz; .parquet .txt .md), folders, or Hub names."},
     )
@@ -67,8 +60,8 @@ class SourceArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.datasets:
-            raise RecipeError("no data: give at least one data set (datasets, --datasets).")
+        if not self.data:
+            raise RecipeError("no data: give at least one data set (data, --data).")
         if not 0 < self.held_out < 1:
             raise RecipeError(f"held_out must be a share between 0 and 1, got {self.held_out}.")
         if self.held_out_records < 1:
@@ -135,128 +128,3 @@ def shorten(arguments: Any) -> None:
 
 
 RECIPE = (ModelArguments, DataArguments, RecipeTrainingArguments)
-
-
-def parse_recipe(
-    kinds: Sequence[type], arguments: Sequence[str] | None = None, recipe: str | None = None
-) -> list[Any]:
-    """One instance of each dataclass, from `--config FILE` and options of the command line.
-
-    Args:
-        recipe: The recipe's file. Of the configs beside it `--config` needs no more than the name, wherever they are
-            installed; a file of that name in the working directory comes first.
-
-    Raises:
-        RecipeError: For a file that cannot be read, an unknown or repeated key, or a value of the wrong type.
-        SystemExit: For a wrong command line, as argparse does.
-    """
-    parser = HfArgumentParser(list(kinds), allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="A YAML file; options of the command line win over it.")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(arguments)[0].config
-    if config is not None:
-        if recipe is not None and config.parent == Path() and not config.exists():
-            shipped = Path(recipe).with_name("configs") / config
-            config = shipped if shipped.exists() else config
-        given = read_yaml(config)
-        _set_defaults(parser, given, config)
-        _refuse_wrong_types(kinds, given, config)
-    try:
-        return list(parser.parse_args_into_dataclasses(arguments))[: len(kinds)]
-    except (TypeError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(str(error)) from error
-
-
-def _set_defaults(parser: HfArgumentParser, given: dict[str, Any], config: Path) -> None:
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    for key, value in given.items():
-        if key not in actions:
-            near = get_close_matches(str(key), actions, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else " --help lists the keys."
-            raise RecipeError(f"{config}: unknown key {key!r}.{hint}")
-        if key != "datasets" and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # argparse gives strings their type: YAML reads 1e-4 as a string too
-        parser.set_defaults(**{key: value})
-        actions[key].required = False
-
-
-def _refuse_wrong_types(kinds: Sequence[type], given: Mapping[str, Any], config: Path) -> None:
-    """argparse reads text alone, and takes whatever else YAML made of a value as it is."""
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    for key, value in given.items():
-        kind = hints[key]
-        wanted = {get_origin(each) or each for each in (get_args(kind) if _is_union(kind) else [kind])}
-        if not _fits(value, wanted):
-            names = ", ".join(sorted("null" if each is NoneType else each.__name__ for each in wanted))
-            quote = isinstance(value, bool) and str in wanted
-            hint = " YAML reads yes, no, on and off so: put it in quotes." if quote else ""
-            finite = "finite " if isinstance(value, float) else ""
-            raise RecipeError(f"{config}: {key} must be {finite}{names}, got {value!r:.80}.{hint}")
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, UnionType)
-
-
-def _fits(value: Any, wanted: set[Any]) -> bool:
-    if value is None or isinstance(value, bool | list | dict):
-        return type(value) in wanted
-    if isinstance(value, float):
-        return math.isfinite(value) and bool(wanted & {float, str})
-    if isinstance(value, int):
-        return bool(wanted & {int, float, str}) and abs(value) < 2**63
-    return wanted - {NoneType} != {list}  # text is read by argparse, which makes no list of it
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML would take the last in silence, aliases, which can explode, and
-    12:30 for a number: YAML would read 750."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} comes twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_number(self, node):
-        if ":" in node.value:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value} is read as minutes and seconds: put text in quotes", node.start_mark
-            )
-        is_float = node.tag.endswith("float")
-        return self.construct_yaml_float(node) if is_float else self.construct_yaml_int(node)
-
-
-for _tag in ("int", "float"):
-    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _StrictLoader.construct_number)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping.
-
-    Raises:
-        RecipeError: If the file is missing, no YAML, no mapping, has a key twice or an alias.
-    """
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise RecipeError(f"the config {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise RecipeError(f"the config {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise RecipeError(f"the config {str(path)!r} must be a mapping of keys to values, got {type(value).__name__}.")
-    return value

@@ -81,7 +81,7 @@ def read_data(
         DataError: For a data set that cannot be used.
         RecipeError: If two data sets have one domain.
     """
-    sources = [Source.parse(value) for value in arguments.datasets]
+    sources = [Source.parse(value) for value in arguments.data]
     names = [source.domain for source in sources]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise RecipeError(f"two data sets have the domain {repeated.pop()!r}. Give each a domain of its own.")

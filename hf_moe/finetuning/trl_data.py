@@ -122,7 +122,7 @@ def _read(
 ) -> tuple[Any, Any]:
     from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-    sources = [Source.parse(value) for value in arguments.datasets]
+    sources = [Source.parse(value) for value in arguments.data]
     total = sum(source.weight for source in sources)
     if not total:
         raise DataError("every data set has the weight 0: there is nothing to train on. Give one a weight.")

@@ -9,8 +9,8 @@ from hf_moe.finetuning.arguments import (
     ModelArguments,
     RecipeError,
     RecipeTrainingArguments,
-    parse_recipe,
 )
+from hf_moe.finetuning.command_line import parse_recipe
 
 
 @dataclass
@@ -32,24 +32,24 @@ def config(tmp_path):
 
 
 def test_the_command_line_wins_over_the_file(config):
-    text = "model: m\ndatasets: [a.jsonl]\nr: 4\nlearning_rate: 1e-4\npacking: false\n"
+    text = "model: m\ndata: [a.jsonl]\nr: 4\nlearning_rate: 1e-4\npacking: false\n"
     adapter, model, data, training = parse_recipe(KINDS, [*config(text), "--r", "8"])
-    assert (adapter.r, model.model, data.datasets) == (8, "m", ["a.jsonl"])
+    assert (adapter.r, model.model, data.data) == (8, "m", ["a.jsonl"])
     assert (training.learning_rate, data.packing) == (1e-4, False)
 
 
 def test_data_sets_may_be_mappings(config):
-    text = "model: m\ndatasets:\n  - {path: a.jsonl, weight: 0.5}\n  - b.txt\n"
-    assert parse_recipe(KINDS, config(text))[2].datasets == [{"path": "a.jsonl", "weight": 0.5}, "b.txt"]
+    text = "model: m\ndata:\n  - {path: a.jsonl, weight: 0.5}\n  - b.txt\n"
+    assert parse_recipe(KINDS, config(text))[2].data == [{"path": "a.jsonl", "weight": 0.5}, "b.txt"]
 
 
 def test_a_command_line_alone_will_do(tmp_path):
-    arguments = ["--model", "m", "--datasets", "a", "b", "--output_dir", str(tmp_path)]
-    assert parse_recipe(KINDS, arguments)[2].datasets == ["a", "b"]
+    arguments = ["--model", "m", "--data", "a", "b", "--output_dir", str(tmp_path)]
+    assert parse_recipe(KINDS, arguments)[2].data == ["a", "b"]
 
 
 def test_variables_of_the_chat_template_are_a_mapping_or_json(config):
-    text = "model: m\ndatasets: [a]\n"
+    text = "model: m\ndata: [a]\n"
     in_file = config(text + "chat_template_kwargs: {enable_thinking: false}\n")
     assert parse_recipe(KINDS, in_file)[1].chat_options == {"enable_thinking": False}
     on_line = [*config(text), "--chat_template_kwargs", '{"enable_thinking": true}']
@@ -58,36 +58,37 @@ def test_variables_of_the_chat_template_are_a_mapping_or_json(config):
 
 
 def test_smoke_is_four_short_steps(config):
-    training = parse_recipe(KINDS, [*config("model: m\ndatasets: [a]\n"), "--smoke"])[3]
+    training = parse_recipe(KINDS, [*config("model: m\ndata: [a]\n"), "--smoke"])[3]
     assert (training.max_steps, training.save_steps) == (4, 2)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: m\ndatasets: [a]\nlerning_rate: 1\n", "unknown key 'lerning_rate'. Did you mean 'learning_rate'"),
-        ("model: m\ndatasets: [a]\nr: 4\nr: 8\n", "the key 'r' comes twice"),
-        ("model: m\ndatasets: []\n", "at least one data set"),
+        ("model: m\ndata: [a]\nlerning_rate: 1\n", "unknown key 'lerning_rate'. Did you mean 'learning_rate'"),
+        ("model: m\ndata: [a]\nr: 4\nr: 8\n", "the key 'r' comes twice"),
+        ("model: m\ndata: []\n", "at least one data set"),
+        ("model: m\ndatasets: [a]\n", "datasets is called data now"),
         ("- a\n", "must be a mapping"),
-        ("model: &m x\ndatasets: [*m]\n", "aliases are not allowed"),
+        ("model: &m x\ndata: [*m]\n", "aliases are not allowed"),
         ("model: [\n", "not valid YAML"),
-        ("model: m\ndatasets: [a]\nhub_token: secret\n", "hub_token would be written into training_args.bin"),
-        ("model: m\ndatasets: [a]\nx: !!python/object/apply:os.system [id]\n", "not valid YAML"),
-        ("model: m\ndatasets: a.jsonl\n", "datasets must be list, got 'a.jsonl'"),
-        ("model: [m]\ndatasets: [a]\n", r"model must be str, got \['m'\]"),
-        ("model: m\ndatasets: [a]\nr: true\n", "r must be int, got True"),
-        ("model: m\ndatasets: [a]\nr: null\n", "r must be int, got None"),
-        ("model: m\ndatasets: [a]\nr: [4]\n", r"r must be int, got \[4\]"),
-        ("model: m\ndatasets: [a]\nr: 100000000000000000000\n", "r must be int, got 1000"),
-        ("model: m\ndatasets: [a]\nlearning_rate: .nan\n", "learning_rate must be finite float, got nan"),
-        ("model: m\ndatasets: [a]\nweight_decay: {a: 1}\n", "weight_decay must be float, got {'a': 1}"),
-        ("model: m\ndatasets: [a]\nsave_strategy: no\n", "got False. YAML reads yes, no, on and off so"),
-        ("model: m\ndatasets: [a]\nrow_length: 12:30\n", "12:30 is read as minutes and seconds"),
-        ("model: m\ndatasets: [a]\nrow_length: 4\n", "row_length must be at least 8"),
-        ("model: m\ndatasets: [a]\nheld_out: 1.5\n", "between 0 and 1"),
-        ("model: m\ndatasets: [a]\nchat_template_kwargs: '{'\n", "chat_template_kwargs is not valid JSON"),
-        ("model: m\ndatasets: [a]\nchat_template_kwargs: '[1]'\n", "must be a mapping of names to values"),
-        ("model: m\ndatasets: [a]\nchat_template_kwargs: {tokenize: true}\n", "may not set 'tokenize'"),
+        ("model: m\ndata: [a]\nhub_token: secret\n", "hub_token would be written into training_args.bin"),
+        ("model: m\ndata: [a]\nx: !!python/object/apply:os.system [id]\n", "not valid YAML"),
+        ("model: m\ndata: a.jsonl\n", "data must be list, got 'a.jsonl'"),
+        ("model: [m]\ndata: [a]\n", r"model must be str, got \['m'\]"),
+        ("model: m\ndata: [a]\nr: true\n", "r must be int, got True"),
+        ("model: m\ndata: [a]\nr: null\n", "r must be int, got None"),
+        ("model: m\ndata: [a]\nr: [4]\n", r"r must be int, got \[4\]"),
+        ("model: m\ndata: [a]\nr: 100000000000000000000\n", "r must be int, got 1000"),
+        ("model: m\ndata: [a]\nlearning_rate: .nan\n", "learning_rate must be finite float, got nan"),
+        ("model: m\ndata: [a]\nweight_decay: {a: 1}\n", "weight_decay must be float, got {'a': 1}"),
+        ("model: m\ndata: [a]\nsave_strategy: no\n", "got False. YAML reads yes, no, on and off so"),
+        ("model: m\ndata: [a]\nrow_length: 12:30\n", "12:30 is read as minutes and seconds"),
+        ("model: m\ndata: [a]\nrow_length: 4\n", "row_length must be at least 8"),
+        ("model: m\ndata: [a]\nheld_out: 1.5\n", "between 0 and 1"),
+        ("model: m\ndata: [a]\nchat_template_kwargs: '{'\n", "chat_template_kwargs is not valid JSON"),
+        ("model: m\ndata: [a]\nchat_template_kwargs: '[1]'\n", "must be a mapping of names to values"),
+        ("model: m\ndata: [a]\nchat_template_kwargs: {tokenize: true}\n", "may not set 'tokenize'"),
     ],
 )
 def test_a_bad_file_is_refused(config, text, message):
@@ -95,7 +96,7 @@ def test_a_bad_file_is_refused(config, text, message):
         parse_recipe(KINDS, config(text))
 
 
-@pytest.mark.parametrize("text", ["model: m\ndatasets: [a]\nr: many\n", "datasets: [a]\n"])
+@pytest.mark.parametrize("text", ["model: m\ndata: [a]\nr: many\n", "data: [a]\n"])
 def test_a_value_of_the_wrong_type_or_a_missing_one_ends_the_program(config, text, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_recipe(KINDS, config(text))
@@ -110,12 +111,38 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_shipped_config_needs_its_name_alone_and_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "lora.yaml").write_text("model: m\ndatasets: [a.jsonl]\nr: 4\n")
+    (tmp_path / "configs" / "lora.yaml").write_text("model: m\ndata: [a.jsonl]\nr: 4\n")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     recipe, options = str(tmp_path / "recipe.py"), ["--config", "lora.yaml", "--output_dir", "out"]
     assert parse_recipe(KINDS, options, recipe)[0].r == 4
-    (tmp_path / "here" / "lora.yaml").write_text("model: m\ndatasets: [a.jsonl]\nr: 2\n")
+    (tmp_path / "here" / "lora.yaml").write_text("model: m\ndata: [a.jsonl]\nr: 2\n")
     assert parse_recipe(KINDS, options, recipe)[0].r == 2
     with pytest.raises(RecipeError, match=r"'none\.yaml' cannot be read"):
         parse_recipe(KINDS, ["--config", "none.yaml"], recipe)
+
+
+def test_a_path_in_a_config_is_looked_for_here_and_then_beside_the_config(tmp_path, monkeypatch):
+    for folder in ("configs/toy", "data", "here"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("data/law.jsonl", "data/chat.jinja"):
+        (tmp_path / name).touch()
+    text = "model: m\ndata: [../../data/law.jsonl, {path: ../../data/law.jsonl}, owner/name]\n"
+    (tmp_path / "configs" / "toy" / "lora.yaml").write_text(text + "chat_template: ../../data/chat.jinja\n")
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--config", "toy/lora.yaml", "--output_dir", "out"]
+    _, model, data, _ = parse_recipe(KINDS, options, str(tmp_path / "recipe.py"))
+    beside = str((tmp_path / "data" / "law.jsonl").resolve())
+    assert data.data == [beside, {"path": beside}, "owner/name"]
+    assert model.chat_template == str((tmp_path / "data" / "chat.jinja").resolve())
+    (tmp_path / "here" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "here" / "a" / "b" / "lora.yaml").write_text("model: m\ndata: [law.jsonl]\n")
+    for where in ("here/a/b", "here"):  # the working directory comes first
+        (tmp_path / where / "law.jsonl").touch()
+    assert parse_recipe(KINDS, ["--config", "a/b/lora.yaml", "--output_dir", "out"])[2].data == ["law.jsonl"]
+
+
+def test_an_old_name_on_the_command_line_is_refused_with_the_new_one():
+    for option in (["--datasets", "a"], ["--datasets=a"]):
+        with pytest.raises(RecipeError, match="datasets is called data now"):
+            parse_recipe(KINDS, ["--model", "m", *option])

@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 def options(models, data, output, family="hf_moe", *more):
     return [
-        "--model", str(models / family), "--datasets", *data, "--output_dir", str(output), "--row_length", "32",
+        "--model", str(models / family), "--data", *data, "--output_dir", str(output), "--row_length", "32",
         "--use_cpu", "--dataloader_pin_memory", "False", "--disable_tqdm", "True", "--smoke", *more,
     ]  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_what_is_loaded_back_has_the_metrics_of_the_report(models, data, tmp_pat
     from hf_moe.finetuning.measure import evaluate_rows
 
     report = run("finetune_expert_lora", options(models, data, tmp_path / "out"))
-    domains = read_data(tiny_tokenizer(), DataArguments(datasets=data, row_length=32)).domains
+    domains = read_data(tiny_tokenizer(), DataArguments(data=data, row_length=32)).domains
     model = loaded(models, tmp_path / "out", report, "hf_moe")
     metrics = evaluate_rows(model, tiny_tokenizer(), domains["notes"].held_out_rows)
     assert metrics.to_dict() == pytest.approx(report["domains"]["notes"]["after"], rel=1e-5)
@@ -176,7 +176,7 @@ def test_long_rows_hold_no_example_beyond_the_models_context(data):
     from hf_moe.finetuning.arguments import DataArguments
     from hf_moe.finetuning.domains import read_data
 
-    arguments = DataArguments(datasets=data[:1], row_length=64)
+    arguments = DataArguments(data=data[:1], row_length=64)
     longest = {
         context: max(
             len(example.input_ids) for domain in prepared.domains.values() for example in domain.train.examples
@@ -202,7 +202,7 @@ def test_long_rows_hold_no_example_beyond_the_models_context(data):
 )
 def test_a_choice_that_cannot_be_is_refused_before_a_model_is_loaded(recipe, choice, message):
     with pytest.raises(RecipeError, match=message):
-        run(recipe, ["--model", "nowhere", "--datasets", "nothing.jsonl", *choice])
+        run(recipe, ["--model", "nowhere", "--data", "nothing.jsonl", *choice])
 
 
 def test_training_learns(models, data, tmp_path):
@@ -308,18 +308,18 @@ def test_two_data_sets_of_one_domain_are_refused(models, data, tmp_path):
 
 def test_a_data_set_of_weight_zero_is_measured_and_not_trained_on(models, data, tmp_path):
     config = tmp_path / "recipe.yaml"
-    config.write_text(f"datasets:\n  - {data[0]}\n  - {{path: {data[1]}, weight: 0}}\n")
+    config.write_text(f"data:\n  - {data[0]}\n  - {{path: {data[1]}, weight: 0}}\n")
     arguments = options(models, [], tmp_path / "out", "hf_moe", "--config", str(config))
-    arguments.remove("--datasets")
+    arguments.remove("--data")
     report = run("finetune_full", arguments)
     assert [domain["share"] for domain in report["domains"].values()] == [1, 0]
 
 
 def test_nothing_to_train_on_is_refused(models, data, tmp_path):
     config = tmp_path / "recipe.yaml"
-    config.write_text(f"datasets:\n  - {{path: {data[1]}, weight: 0}}\n")
+    config.write_text(f"data:\n  - {{path: {data[1]}, weight: 0}}\n")
     arguments = options(models, [], tmp_path / "out", "hf_moe", "--config", str(config))
-    arguments.remove("--datasets")
+    arguments.remove("--data")
     with pytest.raises(RecipeError, match="weight 0"):
         run("finetune_full", arguments)
 

@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 def run(recipe, models, data, output, family="hf_moe", *more):
     return importlib.import_module(f"hf_moe.recipes.{recipe}").main(
         [
-            "--model", str(models / family), "--datasets", str(data / f"{recipe}.jsonl"), "--output_dir", str(output),
+            "--model", str(models / family), "--data", str(data / f"{recipe}.jsonl"), "--output_dir", str(output),
             "--use_cpu", "--dataloader_pin_memory", "False", "--disable_tqdm", "True", "--r", "4", "--bf16", "False",
             "--per_device_train_batch_size", "2", "--max_length", "48", *more,
         ]
