@@ -191,8 +191,8 @@ def _check_plan(files: AdapterFiles, model: Any, adapter_name: str) -> None:
             refuse_router_adapters(planned)
         except RouterNotFrozenError as error:
             raise AdapterRouterError(f"the adapter in {str(files.folder)!r} is refused: {error}") from error
-    _check_sizes(files, planned, places)
-    _check_size(files, sum(place.numel() for place in places.values()), f"{CONFIG} describes")
+    described = sum(place.numel() for place in places.values())
+    _check_sizes(files, planned, places, described)
     # PEFT renames factors of single experts; what is no factor and has no place would be written into the base
     foreign = sorted(
         tensor.name for tensor in files.tensors if tensor.name not in places and ".lora_" not in tensor.name
@@ -201,16 +201,16 @@ def _check_plan(files: AdapterFiles, model: Any, adapter_name: str) -> None:
         raise _without_place(files, foreign)
 
 
-def _check_sizes(files: AdapterFiles, planned: Any, places: Mapping[str, Tensor]) -> None:
-    """Compare the shapes in the file with those that this base asks for; PEFT lists every tensor."""
+def _check_sizes(files: AdapterFiles, planned: Any, places: Mapping[str, Tensor], described: int) -> None:
+    """Compare the shapes in the file with those that this base asks for; PEFT would list every tensor."""
     stored = {tensor.name: tuple(tensor.shape) for tensor in files.tensors if tensor.name in places}
-    other = [name for name, shape in stored.items() if shape != tuple(places[name].shape)]
-    if not other:
-        return
-    sizes = _expert_sizes(planned, stored, places) or (
-        f"{other[0]!r} is {list(stored[other[0]])} in the adapter, and {list(places[other[0]].shape)} for this base"
-    )
-    raise AdapterError(f"the adapter in {str(files.folder)!r} does not fit this base: {sizes}.{_own_base(files)}")
+    misfit = f"the adapter in {str(files.folder)!r} does not fit this base: "
+    if sizes := _expert_sizes(planned, stored, places):
+        raise AdapterError(f"{misfit}{sizes}.{_own_base(files)}")
+    _check_size(files, described, f"{CONFIG} describes")
+    for name, shape in stored.items():
+        if shape != (own := tuple(places[name].shape)):
+            raise AdapterError(f"{misfit}{name!r} is {list(shape)} in it, and {list(own)} here.{_own_base(files)}")
 
 
 def _expert_sizes(planned: Any, stored: Mapping[str, tuple], places: Mapping[str, Tensor]) -> str | None:
@@ -226,8 +226,9 @@ def _expert_sizes(planned: Any, stored: Mapping[str, tuple], places: Mapping[str
             if name not in stored:
                 continue
             (rows, width), (own_rows, own_width) = stored[name], places[name].shape
-            experts = layer.num_experts * rows // own_rows
-            if (experts, width) != (layer.num_experts, own_width):
+            experts, rest = divmod(layer.num_experts * rows, own_rows)
+            # a rank that is not the config's is another error
+            if experts and not rest and (experts, width) != (layer.num_experts, own_width):
                 return (
                     f"it was made for {experts} experts of width {width}, and the base has {layer.num_experts} of "
                     f"width {own_width}"
