@@ -108,7 +108,7 @@ class ExpertSelection:
         experts = sum(layer.num_experts for layer in self.layers.values())
         return (
             f"ExpertSelection({self.method}, budget {self.budget:g}, {self.num_tokens:,} tokens): {chosen:,} of "
-            f"{experts:,} experts in {len(self.layers):,} layers, {self.share:.1%} of the experts' parameters"
+            f"{experts:,} experts in {len(self.layers):,} layer{'s' * (len(self.layers) > 1)}, {self.share:.1%} of the experts' parameters"
         )
 
     def __str__(self) -> str:

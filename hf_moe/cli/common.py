@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from hf_moe.cli.words import Command
+from hf_moe.cli.words import Command, without_type
 from hf_moe.io.console import print_to_stderr
 from hf_moe.io.installation import install_command
 from hf_moe.io.quiet import quiet_libraries
@@ -47,6 +47,9 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 class _Commands(TyperGroup):
+    def get_help_option(self, ctx: Any) -> Any:
+        return without_type(super().get_help_option(ctx))
+
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _errors_in_one_line():
             return super().make_context(*args, **kwargs)
@@ -84,7 +87,8 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         help="Text or conversations, as the recipes read them: a file (.jsonl, .json, .csv, .parquet, .txt, .md), a "
-        "folder of files, a name on the Hub, or 'embedded', the text that Python carries. Repeatable."
+        "folder of files, a name on the Hub, or 'embedded', the text that Python carries. Repeatable.",
+        metavar="TEXT",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of each domain, drawn from all over it.")]
@@ -120,7 +124,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", metavar="", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 

@@ -1,5 +1,6 @@
 """The words of the command line: other names of an option are errors that say ours, and help is written one way."""
 
+import re
 from typing import Any
 
 from typer.core import TyperCommand
@@ -38,12 +39,11 @@ class Command(TyperCommand):
         super().__init__(*args, **options)
         for parameter in self.params:
             _name_value(parameter)
+        # typer would break the lines of later paragraphs where the source does
+        self.help = self.help and re.sub(r"(?<!\n)\n(?!\n)", " ", self.help)
 
     def get_help_option(self, ctx: Any) -> Any:
-        found: Any = super().get_help_option(ctx)
-        if found is not None:
-            found.metavar = ""
-        return found
+        return without_type(super().get_help_option(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         # a newer typer writes {MODEL}
@@ -74,6 +74,13 @@ class Command(TyperCommand):
         return f"{given} is called {name} here."
 
 
+def without_type(flag: Any) -> Any:
+    """A flag, or None, that is shown without the type of its value."""
+    if flag is not None:
+        flag.metavar = ""
+    return flag
+
+
 def _name_value(parameter: Any) -> None:
     """Arguments in capitals, flags without a type."""
     if parameter.metavar is not None:
@@ -81,4 +88,4 @@ def _name_value(parameter: Any) -> None:
     if parameter.param_type_name == "argument":
         parameter.metavar = parameter.name.upper()
     elif parameter.is_flag:
-        parameter.metavar = ""
+        without_type(parameter)
