@@ -106,9 +106,10 @@ class ExpertSelection:
     def __repr__(self) -> str:
         chosen = sum(len(layer.experts) for layer in self.layers.values())
         experts = sum(layer.num_experts for layer in self.layers.values())
+        layers = f"{len(self.layers):,} layer{'s' * (len(self.layers) > 1)}"
         return (
             f"ExpertSelection({self.method}, budget {self.budget:g}, {self.num_tokens:,} tokens): {chosen:,} of "
-            f"{experts:,} experts in {len(self.layers):,} layer{'s' * (len(self.layers) > 1)}, {self.share:.1%} of the experts' parameters"
+            f"{experts:,} experts in {layers}, {self.share:.1%} of the experts' parameters"
         )
 
     def __str__(self) -> str:

@@ -146,7 +146,7 @@ def _measure(
     body = _without_head(model, scores.layers)
     device = next(model.parameters()).device
     total = sum(int(mask_S.sum()) for _, mask_S in rows)
-    bar = tqdm(total=total, disable=None if progress else True, unit="token", desc="scoring experts")
+    bar = tqdm(total=total, disable=not progress, unit="token", desc="scoring experts")
     model.eval()
     try:
         with bar, watch_routing(model, scores.add):
