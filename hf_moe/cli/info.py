@@ -2,7 +2,6 @@
 
 import json
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -35,14 +34,16 @@ def info(
     of date.
     """
     from hf_moe.hub.renew_code import note_of
+    from hf_moe.loading.adapter_base import is_adapter
     from hf_moe.loading.pretrained import read_config
     from hf_moe.observability.explain import explain_config
     from hf_moe.planner.fit import fit
     from hf_moe.planner.fit_table import GPUS, fit_text
 
+    if is_adapter(model):
+        fail(f"{model!r} is a PEFT adapter, which has no config of a model. Describe its base: {_base(model)}.")
     if (folder := Path(model)).is_dir() and not (folder / "config.json").exists():
         fail(f"folder {model!r} has no config.json. Name the folder of a model{_models_below(folder)}.")
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # of PEFT's calls
     try:
         explanation = explain_config(model)
         memory = fit(read_config(model), row_length, batch_size)
@@ -65,6 +66,15 @@ def _wrapped(text: str) -> str:
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         lines += textwrap.wrap(line, _WIDTH, subsequent_indent=indent, break_on_hyphens=False) or [""]
     return "\n".join(lines)
+
+
+def _base(adapter: str) -> str:
+    from hf_moe.loading.adapter_base import AdapterBaseError, base_of_adapter
+
+    try:
+        return f"hf-moe info {base_of_adapter(adapter)}"
+    except AdapterBaseError:
+        return "hf-moe info MODEL"
 
 
 def _models_below(folder: Path) -> str:

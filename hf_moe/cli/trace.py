@@ -1,7 +1,6 @@
 """hf-moe trace: run a model over text, and write its routing as a trace, a page, metrics and plots."""
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -11,7 +10,24 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import ChatTemplate, OnBadRow, app, describe_error, fail, require, tokenizer_of
+from hf_moe.cli.common import (
+    Adapter,
+    Backend,
+    ChatTemplate,
+    Data,
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    OnBadRow,
+    app,
+    check_max_tokens,
+    describe_error,
+    fail,
+    model_and_adapter,
+    require,
+    tokenizer_of,
+)
 
 TRACE, REPORT, METRICS = "trace", "routing.html", "metrics.json"
 # larger models get a choice of layers
@@ -30,25 +46,22 @@ class Detail(StrEnum):
 
 @app.command()
 def trace(
-    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text or conversations: what the recipes read, a folder of it, or 'embedded'. Repeatable."),
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter's folder or name.")] = None,
+    model: Model,
+    adapter: Adapter = None,
+    data: Data = None,
     by_domain: Annotated[
         bool, typer.Option("--by-domain", help="Each file on its own, or the field 'domain' of its records.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each domain, drawn from all over it.")] = 10_000,
+    max_tokens: MaxTokens = 10_000,
     detail: Annotated[Detail, typer.Option(help="Sums only, or also the experts of every token.")] = Detail.tokens,
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Store neither text nor ids of tokens, only a hash of each passage.")
     ] = False,
     on_bad_row: OnBadRow = "error",
     chat_template: ChatTemplate = None,
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
-    experts_implementation: Annotated[str | None, typer.Option(help="Experts backend, such as hf_moe.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
+    dtype: Dtype = "auto",
+    experts_implementation: Backend = None,
+    device: Device = None,
     output: Annotated[Path, typer.Option(help="Folder for page, trace, metrics and plots.")] = Path("trace-output"),
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Print every layer; otherwise of more than 8 the worst 5.")
@@ -60,11 +73,11 @@ def trace(
 
     if not data:
         fail("give text to trace, such as --data law.txt --data code.jsonl, or --data embedded.")
-    if max_tokens < 1:
-        fail(f"--max-tokens must be at least 1, got {max_tokens}.")
+    check_max_tokens(max_tokens)
     if no_text and detail is Detail.counts:
         fail("--no-text is for --detail tokens: counts hold no text.")
     _check_output(output)
+    model, adapter = model_and_adapter(model, adapter)
     try:
         choice = ModelChoice(model, adapter, dtype, experts_implementation, device)
         tokenizer = tokenizer_of(choice.path, chat_template)
@@ -86,32 +99,16 @@ def _check_output(output: Path) -> None:
 
 
 def _read(paths: Sequence[str], by_domain: bool, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
-    """Read documents by domain, in a random order that is always the same, so that the first are from all over."""
-    from hf_moe.evaluation.domains import read_documents
+    from hf_moe.data.documents import read_documents, shuffled
 
     domains: dict[str, list[str]] = {}
-    for path in chain.from_iterable(map(_files, paths)):
+    for path in paths:
         found = read_documents(path, tokenizer, on_bad_row=on_bad_row, by_field=by_domain)
         for name, documents in found.items():
             domains.setdefault(name, []).extend(documents)
     if not by_domain:
         domains = {"text": list(chain.from_iterable(domains.values()))}
-    for documents in domains.values():
-        random.Random(0).shuffle(documents)
-    return domains
-
-
-def _files(path: str) -> list[str]:
-    """List the files of a folder that are read; not .json, because many of these hold no data."""
-    from hf_moe.data.sources import FILES
-
-    if not Path(path).is_dir():
-        return [path]
-    suffixes = tuple(suffix for suffix in FILES if not suffix.startswith(".json") or suffix.startswith(".jsonl"))
-    found = sorted(str(file) for file in Path(path).rglob("*") if file.name.endswith(suffixes) and file.is_file())
-    if not found:
-        fail(f"the folder {path!r} holds no {', '.join(suffixes)} file. Name a folder or file that does.")
-    return found
+    return {name: shuffled(documents) for name, documents in domains.items()}
 
 
 def _trace(
@@ -134,7 +131,8 @@ def _progress(model: Any, most_tokens: int) -> Iterator[None]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("tokens"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=most_tokens)
 
         def advance(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
