@@ -15,6 +15,7 @@ from lines before its own:
     adapters/           LoRA on experts, adapter experts, ESFT; a frozen router and the proof; load, merge, export
     observability/      explain; record and replay routing, statistics, health, thresholds, plots, the page
     data/               data sets: read, rendered as chats, tokenised, packed
+    planner/            memory of a training, computed before anything is loaded
     training/           MoeTrainer, balancing, checkpoints that survive a kill, callbacks
     registration.py     the only side effects on other libraries
     evaluation/         standard benchmarks, domains, masked experts, paired comparison

@@ -1,7 +1,7 @@
 """Is a fine-tuned model better than its base? Both on the same benchmarks, compared document by document.
 
     python recipes/evaluate.py --model quickstart-output/model --adapter quickstart-output/adapter \\
-        --tasks arc_easy boolq --data embedded --limit 200
+        --tasks arc_easy boolq --data embedded --data_root benchmarks-on-disk --limit 200
 
 Needs `pip install -e ".[eval,recipes]"`. Without `--data_root` the benchmarks come from the Hub; with it from local
 copies in the Hub's layout (`hf download --repo-type dataset allenai/ai2_arc --local-dir DIR/allenai/ai2_arc`).
@@ -13,7 +13,6 @@ that was running. Scores are those of lm-evaluation-harness to the digit.
 A model of a few million parameters answers multiple-choice questions at chance level; its bits per byte tell more.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,9 @@ class EvaluateArguments:
     adapter: str | None = field(default=None, metadata={"help": "A PEFT adapter on it."})
     tuned: str | None = field(default=None, metadata={"help": "Or a whole other model, in place of an adapter."})
     tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of lm-eval."})
-    data: list[str] = field(default_factory=list, metadata={"help": "Text files, or 'embedded'."})
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "Text or conversations: files, folders, names on the Hub, 'embedded'."}
+    )
     data_root: Path | None = field(default=None, metadata={"help": "Local copies of the tasks' data."})
     limit: int | None = field(default=None, metadata={"help": "Documents of each task."})
     max_gen_toks: int | None = field(default=None, metadata={"help": "New tokens of generation tasks."})
@@ -50,16 +51,13 @@ class EvaluateArguments:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `comparison.json` holds."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if any(each.partition("=")[0] == "--domains" for each in given):
-        raise EvaluationError("domains is called data now: --data.")
     (chosen,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(arguments)
     if (chosen.adapter is None) == (chosen.tuned is None):
         raise EvaluationError("give one of --adapter and --tuned: what the base is compared with.")
     command = command_line(__file__, arguments)
     settings = {
         "tasks": tuple(chosen.tasks),
-        "domains": tuple(chosen.data),
+        "data": tuple(chosen.data),
         "data_root": chosen.data_root,
         "limit": chosen.limit,
         "generation": {} if chosen.max_gen_toks is None else {"max_gen_toks": chosen.max_gen_toks},

@@ -23,6 +23,7 @@ REFUSED = {
 """Options that other trainers have, each with why the recipes have it not."""
 PATIENCE_HELP = "End after so many evaluations without a better metric_for_best_model."
 SMOKE_HELP = "Four short steps, to see that everything works."
+SAMPLES, SAMPLES_HELP = 3, "Held-out prompts that are continued before and after; the card quotes them. 0: none."
 
 
 class RecipeError(ValueError):
@@ -135,6 +136,7 @@ class RecipeTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Compute layers again in backward; by itself where memory is short."}
     )
     early_stopping_patience: int | None = field(default=None, metadata={"help": PATIENCE_HELP})
+    sample_prompts: int = field(default=SAMPLES, metadata={"help": SAMPLES_HELP})
     smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
     def __post_init__(self) -> None:
@@ -142,9 +144,7 @@ class RecipeTrainingArguments(TrainingArguments):
             raise RecipeError(TOKEN_IS_PICKLED)
         self.asked_checkpointing = asked_for(self)
         set_checkpointing(self, bool(self.asked_checkpointing))
-        if self.smoke:
-            shorten(self)
-        check_early_stopping(self)
+        check_own(self)
         super().__post_init__()
 
 
@@ -168,8 +168,17 @@ def check_early_stopping(arguments: Any) -> None:
         arguments.greater_is_better = False
 
 
-def shorten(arguments: Any) -> None:
-    """Set a Trainer's arguments to four short steps."""
+def check_own(arguments: Any) -> None:
+    """Check `sample_prompts` of a Trainer's arguments, and set four short steps if `smoke` is set.
+
+    Raises:
+        RecipeError: If `sample_prompts` is negative.
+    """
+    if arguments.sample_prompts < 0:
+        raise RecipeError(f"sample_prompts must be 0 or more, got {arguments.sample_prompts}.")
+    check_early_stopping(arguments)
+    if not arguments.smoke:
+        return
     arguments.max_steps, arguments.logging_steps, arguments.save_steps, arguments.eval_steps = 4, 1, 2, 2
     arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, 2)
 

@@ -34,7 +34,7 @@ from hf_moe.observability.unquantised_experts import quantisation_method
 logger = logging.getLogger(__name__)
 
 
-AnyData = TypeVar("AnyData")
+AnyData = TypeVar("AnyData", covariant=True)
 _DEQUANTISE = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_moe.training.memory import StepMemory
-from hf_moe.training.memory import _size as size_text
+from hf_moe.planner.step_memory import StepMemory, size_text
 
 # share of the device's memory that a step may be estimated at: the allocator and libraries take some
 _COMFORT = 0.9

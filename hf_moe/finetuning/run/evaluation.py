@@ -9,11 +9,12 @@ from hf_moe.finetuning.arguments import RecipeError
 from hf_moe.finetuning.domains import Data
 from hf_moe.finetuning.measure import evaluate_rows
 from hf_moe.finetuning.prepare import Job
+from hf_moe.finetuning.save import OwnCardMixin
 from hf_moe.training.checkpointing.broken_evaluation import EvaluationBrokenOff
 from hf_moe.training.trainer import MoeTrainer
 
 
-class RecipeTrainer(MoeTrainer):
+class RecipeTrainer(OwnCardMixin, MoeTrainer):
     """A MoeTrainer that evaluates as the recipe's report does, every labelled token once.
 
     Metrics: `eval_DOMAIN_loss` and `eval_DOMAIN_bits_per_byte` of every domain, and `eval_loss`, the mean loss with

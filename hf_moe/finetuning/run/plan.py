@@ -19,7 +19,7 @@ from hf_moe.finetuning.run.checkpointing import (
 from hf_moe.finetuning.run.learning_rate import rate_warning, rounding_warning
 from hf_moe.finetuning.surroundings import versions
 from hf_moe.observability.explain import explain
-from hf_moe.training.memory import StepMemory, step_memory
+from hf_moe.planner.step_memory import StepMemory, measured_step_memory
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:
@@ -109,7 +109,7 @@ def _memory_plan(job: Job[Data], model: nn.Module) -> tuple[StepMemory, Choice]:
 def _memory(model: nn.Module, data: Data, arguments: TrainingArguments, checkpointing: bool) -> StepMemory:
     """Memory of a training step of this process, from one row's forward."""
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    return step_memory(
+    return measured_step_memory(
         model,
         next(iter(data.domains.values())).train_rows[0],
         batch_size=arguments.train_batch_size,
