@@ -1,6 +1,7 @@
 """Every shipped config, read by the parser of its recipe and held against its family."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,23 @@ from hf_moe.finetuning.run.learning_rate import USUAL, rate_warning
 from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.loading.pretrained import build_empty
 
-CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
-# by config: the recipe, the model type and, as published (from memory), billions of parameters
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
+COMPUTED = (ROOT / "benchmarks" / "results" / "memory_computed.md").read_text()
+# by config: the recipe, the model type, billions of parameters as published (from memory), and the row of
+# benchmarks/results/memory_computed.md
 REAL = {
-    "qwen3_30b_a3b_expert_lora": ("finetune_expert_lora", "qwen3_moe", 30.5),
-    "olmoe_1b_7b_expert_lora": ("finetune_expert_lora", "olmoe", 6.9),
-    "gpt_oss_20b_expert_lora": ("finetune_expert_lora", "gpt_oss", 20.9),
-    "mixtral_8x7b_expert_lora": ("finetune_expert_lora", "mixtral", 46.7),
-    "deepseek_v2_lite_esft": ("finetune_esft", "deepseek_v2", 15.7),
-    "glm_4_5_air_adapter_experts": ("finetune_adapter_experts", "glm4_moe", 106.8),
+    "qwen3_30b_a3b_expert_lora": ("finetune_expert_lora", "qwen3_moe", 30.5, "Qwen3-30B-A3B | expert LoRA r=8"),
+    "olmoe_1b_7b_expert_lora": ("finetune_expert_lora", "olmoe", 6.9, "OLMoE-1B-7B | expert LoRA r=16"),
+    "gpt_oss_20b_expert_lora": ("finetune_expert_lora", "gpt_oss", 20.9, "gpt-oss-20b | expert LoRA r=16"),
+    "mixtral_8x7b_expert_lora": ("finetune_expert_lora", "mixtral", 46.7, "Mixtral-8x7B | expert LoRA r=16"),
+    "deepseek_v2_lite_esft": ("finetune_esft", "deepseek_v2", 15.7, "DeepSeek-V2-Lite | ESFT, 20%"),
+    "glm_4_5_air_adapter_experts": (
+        "finetune_adapter_experts",
+        "glm4_moe",
+        106.8,
+        "GLM-4.5-Air | adapter experts",
+    ),
 }
 TOY = {name: f"finetune_{name}" for name in ("expert_lora", "adapter_experts", "esft", "full")}
 
@@ -39,7 +48,7 @@ def parsed(recipe, name):
 @pytest.mark.parametrize("name", REAL)
 def test_a_config_of_a_real_model_parses_and_fits_its_family(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    recipe, model_type, billions = REAL[name]
+    recipe, model_type, billions, row = REAL[name]
     _, _, texts, training = parsed(recipe, name)
     assert all(Path(each["path"]).exists() for each in texts.data)
     trained = "weights" if recipe == "finetune_esft" else "adapter"
@@ -50,7 +59,10 @@ def test_a_config_of_a_real_model_parses_and_fits_its_family(name, monkeypatch, 
     assert texts.packing is (model_type != "gpt_oss"), "the recipe refuses to pack for gpt-oss"
     sizes = {"num_hidden_layers": 2, "num_experts_per_tok": 4}
     assert moe_layers(build_empty(AutoConfig.for_model(model_type, **sizes)))
-    assert "computed, not measured" in (CONFIGS / f"{name}.yaml").read_text()
+    total = re.search(rf"^\| {re.escape(row)} \|(?: [^|]+ \|){{5}} ([\d.]+) \|", COMPUTED, re.MULTILINE)[1]
+    assert f"memory    {total} GiB" in (CONFIGS / f"{name}.yaml").read_text()
+    (line,) = re.findall(rf"^\| \[{name}\].*$", (ROOT / "recipes" / "README.md").read_text(), re.MULTILINE)
+    assert f" {total} GiB " in line
 
 
 @pytest.mark.parametrize("name", TOY)
