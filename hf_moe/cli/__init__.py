@@ -4,6 +4,7 @@ Heavy imports wait until a command runs.
 
     common.py       the application, common options, errors in one line
     quickstart.py   train, adapt and evaluate a small model
+    finetune.py     the fine-tuning recipes, by method
     info.py         describe a model by its config
     evaluate.py     score a model on benchmarks and on text by domain
     trace.py        record the routing over a text: page, verdict, metrics, plots
@@ -15,7 +16,7 @@ Heavy imports wait until a command runs.
 """
 
 # in the order in which `hf-moe --help` lists them
-from hf_moe.cli import quickstart, info, evaluate, trace, compare, monitor, card, push  # noqa: F401, I001
+from hf_moe.cli import quickstart, finetune, info, evaluate, trace, compare, monitor, card, push  # noqa: F401, I001
 from hf_moe.cli.common import app, main
 
 __all__ = ["app", "main"]
