@@ -1,6 +1,6 @@
 """Learn from preferences with TRL's DPOTrainer: LoRA on the experts, the router frozen and proved frozen.
 
-    pip install "hf-moe[recipes,trl]"
+    pip install -e ".[recipes,trl]"
     python recipes/dpo_trl.py --model quickstart-output/model --data recipes/data/preferences.jsonl
     python recipes/dpo_trl.py --config recipes/configs/quickstart/dpo.yaml --beta 0.3
 

@@ -3,7 +3,7 @@
     python recipes/evaluate.py --model quickstart-output/model --adapter quickstart-output/adapter \\
         --tasks arc_easy boolq --domains embedded --data_root benchmarks-on-disk --limit 200
 
-Needs `pip install "hf-moe[eval,recipes]"`. Without `--data_root` the benchmarks come from the Hub; with it from local
+Needs `pip install -e ".[eval,recipes]"`. Without `--data_root` the benchmarks come from the Hub; with it from local
 copies in the Hub's layout (`hf download --repo-type dataset allenai/ai2_arc --local-dir DIR/allenai/ai2_arc`).
 
 The output folder: `base/` and `adapted/`, each with `results.json` and the samples behind it, and `comparison.json`:

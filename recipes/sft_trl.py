@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer: LoRA on the experts, the router frozen and proved frozen.
 
-    pip install "hf-moe[recipes,trl]"
+    pip install -e ".[recipes,trl]"
     python recipes/sft_trl.py --model quickstart-output/model --data recipes/data/law.jsonl
     python recipes/sft_trl.py --config recipes/configs/quickstart/sft.yaml --learning_rate 3e-4
 

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHELLS = ("bash", "console")
 # an HTML comment before a block says why it does not run here: <!-- not run: needs a GPU -->
 _BLOCK = re.compile(
-    r"^(?:[ ]*<!-- not run: (?P<reason>[^\n]+?) -->\n+)?(?P<indent>[ ]*)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    r"^(?:[ ]*<!-- not run: (?P<reason>[^\n]+?) -->\n+)?"
+    r"(?P<indent>[ ]*)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 _HEADING = re.compile(r"^#{1,6} +(?P<title>.+?)(?: *\{ *#(?P<anchor>[\w-]+) *\})?$", re.MULTILINE)
@@ -37,6 +38,10 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = []
@@ -48,8 +53,25 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def program(page: Path) -> str:
+    """The page's Python, every block on its own lines, so that a traceback names the line of the page."""
+    lines: list[str] = []
+    for block in blocks(page):
+        if block.language == "python" and block.reason is None:
+            lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
+    return "\n".join(lines)
+
+
+def shown_files(page: Path) -> dict[str, str]:
+    """What the page shows of YAML files under their names, as in "You have `law.yaml`:"."""
+    text = page.read_text(encoding="utf-8")
+    return dict(re.findall(r"`([\w.]+\.yaml)`:\n\n```yaml\n(.*?)```", text, re.DOTALL))
+
+
 def commands(block: Block) -> Iterator[list[str]]:
     """Every command of a shell block as words; of a console block the lines after a `$`."""
+    if block.language not in SHELLS:
+        return
     code = block.code
     if block.language == "console":
         code = "\n".join(line[2:] for line in code.splitlines() if line.startswith("$ "))

@@ -14,6 +14,7 @@ from hf_moe.recipes import quickstart
 import hf_moe_command
 from hf_moe import cli
 from hf_moe.cli.common import describe_error
+from hf_moe.io.installation import install_command
 from tiny_hf_moe import make_code_old
 from tiny_moe import hf_moe_model
 
@@ -104,7 +105,7 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else name)
     result = run("quickstart")
     assert result.exit_code == 2
-    assert 'needs matplotlib. Install it with: pip install "hf-moe[recipes]"' in result.output
+    assert f"needs matplotlib. Install it with: {install_command('recipes')}" in result.output
 
 
 def test_info_describes_a_saved_model(tmp_path):

@@ -1,37 +1,63 @@
-"""README and docs work as they stand: their Python runs, page by page, and their commands exist with these options.
+"""README and docs work as they stand: the Python of a page is one program, its commands exist with these options, its
+links lead somewhere.
 
 Models are found under their real names as tiny ones of the same family (`tiny_hub`), and a training ends after two
-steps; beyond the files that a page says its reader has, nothing is there that the page did not make.
+steps. Beyond the files that a page says its reader has, nothing is there that the page did not make.
 """
 
 import importlib
 import json
+import pkgutil
 import re
 import shutil
-import sys
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
-import torch
+from packaging import version
 from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.main import get_command
+from typer.testing import CliRunner
 
 pytest.importorskip("hf_moe.recipes", reason="hf_moe is not installed: pip install -e .")
-from documents import ROOT, SHELLS, blocks, broken_links, commands, pages
-
+from documents import ROOT, Block, blocks, broken_links, commands, name_of, pages, program, shown_files
 from hf_moe import cli
+from hf_moe.finetuning import arguments
+from hf_moe.finetuning.surroundings import recipe_errors
 from tiny_hub import FAMILIES, put_into_cache
-from tiny_moe import hf_moe_model, with_expert_lora, words
+from tiny_models import CLASSES
+from tiny_moe import with_expert_lora, words
 
 PAGES = pages()
+DOCUMENTS = [*PAGES, *(ROOT / name for name in ("SECURITY.md", "recipes/README.md", "benchmarks/README.md"))]
 STEPS = 2
-# programs of others: their options are not ours to check
-OTHERS = {"git", "cd", "cp", "pip", "hf", "vllm", "torchrun", "accelerate", "docker"}
-RECIPES = ("finetune_expert_lora", "finetune_adapter_experts", "finetune_esft", "finetune_full", "sft_trl", "dpo_trl")
+# commands that are cheap on a tiny model, by page; of the others the options count
+CHEAP = {
+    "docs/index.md": ("info", "finetune", "generate"),
+    "docs/how-to/routing.md": ("trace",),
+    "docs/how-to/compare.md": ("compare",),
+}
 
 
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
+class ParsedError(BaseException):
+    """A recipe has read its options and would begin. No Exception: nothing on the way may catch it."""
+
+
+def records() -> dict[str, list[dict[str, Any]]]:
+    """Small files by name, each with the columns of the sample data in recipes/data."""
+
+    def turn(role: str, seed: int) -> dict[str, str]:
+        return {"role": role, "content": words(8, seed)}
+
+    return {
+        "law": [{"text": words(40, seed)} for seed in range(12)],
+        "known": [{"text": words(40, seed + 50)} for seed in range(12)],
+        "chat": [{"messages": [turn("user", seed), turn("assistant", seed + 90)]} for seed in range(12)],
+        "preferences": [
+            {"prompt": words(5, seed), "chosen": words(6, seed + 9), "rejected": words(4, seed)} for seed in range(12)
+        ],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,54 +71,140 @@ def trained_adapter(tmp_path_factory):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch, trained_adapter):
-    """A reader's working directory: a clone's recipes, and the files that pages say the reader has."""
+    """A reader's working directory: the recipes of a clone, data, an adapter; here a training is short."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
-    samples = {
-        "law": [{"text": words(40, seed)} for seed in range(12)],
-        "known": [{"text": words(40, seed + 50)} for seed in range(12)],
-        "chat": [
-            {"messages": [{"role": "user", "content": words(5, n)}, {"role": "assistant", "content": words(8, n + 90)}]}
-            for n in range(12)
-        ],
-        "preferences": [{"prompt": words(5, n), "chosen": words(6, n + 9), "rejected": words(4, n)} for n in range(12)],
-    }
+    shutil.copytree(trained_adapter, "law-lora/adapter")
     Path("recipes/data").mkdir(exist_ok=True)
-    for name, rows in samples.items():
+    for name, rows in records().items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         for folder in (Path(), Path("recipes/data")):
             (folder / f"{name}.jsonl").write_text(text)
-    shutil.copytree(trained_adapter, "law-lora/adapter")
-    init = TrainingArguments.__post_init__
+    prepare = TrainingArguments.__post_init__
 
-    def short(self):
+    def prepare_short(self):
         self.max_steps, self.use_cpu = STEPS, True
-        init(self)
+        prepare(self)
 
-    monkeypatch.setattr(TrainingArguments, "__post_init__", short)
-    return tmp_path
-
-
-def write_configs(page: Path) -> None:
-    """The YAML files that a page shows under their names: "You have `law.yaml`:"."""
-    for name, text in re.findall(r"`([\w.]+\.yaml)`:\n\n```yaml\n(.*?)```", page.read_text(), re.DOTALL):
-        Path(name).write_text(text)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", prepare_short)
 
 
-def program(page: Path) -> str:
-    """The page's Python, every block on its own lines, so that a traceback names the line of the page."""
-    lines: list[str] = []
-    for block in blocks(page):
-        if block.language == "python" and block.reason is None:
-            lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
-    return "\n".join(lines)
+def get_ready(page: Path) -> None:
+    """Put the models that the page names into the cache, and the files that it shows into the working directory."""
+    text = page.read_text(encoding="utf-8")
+    for name in FAMILIES:
+        if name in text:
+            put_into_cache(name)
+    for name, content in shown_files(page).items():
+        Path(name).write_text(content, encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=name_of)
 def test_the_python_of_a_page_is_one_program(page, reader):
     source = program(page)
-    write_configs(page)
-    for name in FAMILIES:
-        if name in source:
-            put_into_cache(name)
+    for module in re.findall(r"^from (datasets|trl) ", source, re.MULTILINE):
+        pytest.importorskip(module)
+    if "AdapterExpertsConfig" in source and version.parse(peft.__version__) < version.parse("0.21"):
+        pytest.skip("adapter experts need peft 0.21")
+    get_ready(page)
     exec(compile(source, str(page), "exec"), {"__name__": "__main__"})
+
+
+def own_commands(page: Path) -> list[tuple[Block, list[str]]]:
+    found = [(block, command) for block in blocks(page) for command in commands(block)]
+    return [(block, command) for block, command in found if command[0] in ("hf-moe", "python", "torchrun")]
+
+
+def stop_after_parsing(monkeypatch) -> None:
+    """Recipes read their options with the real parser, and go no further."""
+    parse = arguments.parse_recipe
+
+    def parse_and_stop(*args, **kwargs):
+        parse(*args, **kwargs)
+        raise ParsedError
+
+    for file in (ROOT / "recipes").glob("*.py"):
+        module = importlib.import_module(f"hf_moe.recipes.{file.stem}")
+        if hasattr(module, "parse_recipe"):
+            monkeypatch.setattr(module, "parse_recipe", parse_and_stop)
+
+
+def problem(command: list[str], capsys) -> str | None:
+    """What the parser that would read the command says against it."""
+    program, *words = command
+    try:
+        if program == "hf-moe":
+            parse_only(words)
+        elif found := re.search(r" (?:recipes/|hf_moe\.recipes\.)(\w+?)(?:\.py)?(?: |$)", " ".join(words)):
+            with recipe_errors():
+                recipe = importlib.import_module(f"hf_moe.recipes.{found[1]}")
+                recipe.main(words[words.index(found[0].strip()) + 1 :])
+        else:
+            return problem_of_script(words)
+    except ParsedError:
+        return None
+    except SystemExit as end:
+        return capsys.readouterr().err if end.code else None
+    return None
+
+
+def parse_only(words: list[str]) -> None:
+    """Run `hf-moe` with commands that do nothing but read their options; those of recipes go as far as the recipe."""
+    group = get_command(cli.app)
+    if words[0] in group.commands and words[0] != "finetune":
+        group.commands[words[0]].callback = lambda **options: None
+    group.main(words, prog_name="hf-moe")
+
+
+def problem_of_script(words: list[str]) -> str | None:
+    """Of another script or module of ours: an option that no source beside it names."""
+    script = next((word for word in words if re.match(r"benchmarks/|hf_moe\.", word)), None)
+    if script is None:  # pip, pytest
+        return None
+    path = ROOT / (script if script.endswith(".py") else script.replace(".", "/"))
+    folder = path if path.is_dir() else path.parent
+    source = "".join(file.read_text(encoding="utf-8") for file in folder.rglob("*.py"))
+    unknown = [word for word in words if word.startswith("--") and f'"{word}"' not in source]
+    return f"{script} has no {', '.join(unknown)}" if unknown else None
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if own_commands(page)], ids=name_of)
+def test_commands_have_the_options_that_a_page_gives_them(page, reader, monkeypatch, capsys):
+    stop_after_parsing(monkeypatch)
+    get_ready(page)
+    found = [(block, command, problem(command, capsys)) for block, command in own_commands(page)]
+    wrong = [f"line {block.line}: {' '.join(command)}\n{said}" for block, command, said in found if said is not None]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_cheap_commands_run_as_they_are_printed(name, reader):
+    get_ready(ROOT / name)
+    ran = []
+    for _, command in own_commands(ROOT / name):
+        if command[0] == "hf-moe" and command[1] in CHEAP[name]:
+            result = CliRunner().invoke(cli.app, command[1:], catch_exceptions=False)
+            # 1: thresholds that this model does not keep
+            assert result.exit_code in ({0, 1} if "--gate" in command else {0}), f"{command}: {result.output}"
+            ran.append(command[1])
+    assert set(ran) == set(CHEAP[name])
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
+def test_links_files_and_names_in_a_document_exist(page):
+    text = page.read_text(encoding="utf-8")
+    assert broken_links(page) == []
+    assert [path for path in re.findall(r"`(tests/[\w/.]+)`", text) if not (ROOT / path).exists()] == []
+    if "hf_moe.finetuning.trl" in text:
+        pytest.importorskip("trl")
+    for dotted in re.findall(r"\bhf_moe(?:\.\w+)+", text):
+        pkgutil.resolve_name(dotted)
+    for names, module in re.findall(r"((?:`\w+`(?:, )?)+) (?:of|in)\s+`(hf_moe\.[\w.]+)`", text):
+        assert [name for name in re.findall(r"\w+", names) if not hasattr(pkgutil.resolve_name(module), name)] == []
+
+
+def test_the_number_of_classes_is_the_one_that_the_tests_count():
+    newest = max(CLASSES)
+    texts = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = re.findall(r"(\d+) (?:experts )?classes (?:of|that) transformers (\d+)\.(\d+)", texts)
+    assert {(int(count), (int(major), int(minor))) for count, major, minor in named} == {(CLASSES[newest], newest)}

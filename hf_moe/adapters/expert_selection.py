@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_moe.io.installation import install_command
 from hf_moe.io.json_files import read_json
 from hf_moe.io.whole_files import write_json
 from hf_moe.layers.moe_layers import MoeLayer
@@ -223,7 +224,7 @@ def _plot(selection: ExpertSelection, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib. Install it with: pip install "hf-moe[recipes]"') from error
+        raise ImportError(f"plots need matplotlib. Install it with: {install_command('recipes')}") from error
     layers = list(selection.layers.values())
     width = max(layer.num_experts for layer in layers)
     relative = [

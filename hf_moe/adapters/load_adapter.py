@@ -29,6 +29,7 @@ from hf_moe.adapters.frozen_router import (
 )
 from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState
 from hf_moe.io.error_text import one_line
+from hf_moe.io.installation import install_command
 from hf_moe.loading.errors import HUB_ERRORS, MISFITS, hub_sentence
 from hf_moe.loading.pretrained import ModelError, find_model
 
@@ -91,7 +92,7 @@ def load_adapter(
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ImportError('adapters need peft. Install it with: pip install "hf-moe[recipes]"') from error
+        raise ImportError(f"adapters need peft. Install it with: {install_command('recipes')}") from error
     from hf_moe.adapters.per_expert import is_per_expert
 
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", adapter_name):

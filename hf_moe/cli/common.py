@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from hf_moe.io.console import print_to_stderr
+from hf_moe.io.installation import install_command
 
 READER_GONE = 141
 """Exit code where the reader of the output ended first, as in `| head -1`: that of a program that SIGPIPE ends."""
@@ -100,7 +101,7 @@ def require(extra: str, *modules: str) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in modules if find_spec(name) is None]:
-        fail(f'this command needs {", ".join(missing)}. Install it with: pip install "hf-moe[{extra}]"')
+        fail(f"this command needs {', '.join(missing)}. Install it with: {install_command(extra)}")
 
 
 def describe_error(error: Exception, *models: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from hf_moe.comparison.models import ModelComparison
 from hf_moe.comparison.routing import LayerComparison
 from hf_moe.comparison.table import ABSENT, experts, number, percent, share
+from hf_moe.io.installation import install_command
 from hf_moe.io.whole_files import write_text
 from hf_moe.observability.report.text import short_count, short_labels, visible
 from hf_moe.observability.thresholds import CheckResult, Verdict, format_value
@@ -265,6 +266,6 @@ def _template() -> Any:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise ImportError('the page needs jinja2. Install it with: pip install "hf-moe[recipes]"') from error
+        raise ImportError(f"the page needs jinja2. Install it with: {install_command('recipes')}") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_asset("hf_moe.comparison", "page.html.j2"))

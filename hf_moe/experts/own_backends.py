@@ -16,6 +16,7 @@ from hf_moe.experts.crossover import crossover
 from hf_moe.experts.grouped import grouped_linear, has_grouped_mm
 from hf_moe.experts.pipeline import Operators
 from hf_moe.experts.request import Backend, Request
+from hf_moe.io.installation import install_command
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_FORMATS = ("dense", "fp8")
@@ -44,7 +45,7 @@ def _triton_refuses(request: Request) -> str | None:
     if request.dtype not in TRITON_DTYPES:
         return f"hf_moe_triton multiplies float32, bfloat16 and float16, not {request.dtype}: use 'hf_moe_grouped'."
     if importlib.util.find_spec("triton") is None:
-        return "hf_moe_triton needs Triton: pip install \"hf-moe[triton]\", or use 'hf_moe_grouped'."
+        return f"hf_moe_triton needs Triton: {install_command('triton')}, or use 'hf_moe_grouped'."
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"hf_moe_triton needs SM80 or newer, this GPU is SM{major}{minor}: use 'hf_moe_grouped'."

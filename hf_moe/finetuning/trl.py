@@ -25,6 +25,7 @@ from hf_moe.finetuning.report import run_report
 from hf_moe.finetuning.save import save_adapter
 from hf_moe.finetuning.train import MetricsFile, Trained, refuse_shards
 from hf_moe.finetuning.trl_data import TrlDataArguments
+from hf_moe.io.installation import install_command
 from hf_moe.io.names import without_folders
 from hf_moe.io.whole_files import write_json
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
@@ -33,7 +34,7 @@ try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
     from trl.trainer.utils import get_trackio_space_url
 except ImportError as error:
-    raise ImportError('TRL is not installed. Install it with: pip install "hf-moe[trl]"') from error
+    raise ImportError(f"TRL is not installed. Install it with: {install_command('trl')}") from error
 
 
 class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):

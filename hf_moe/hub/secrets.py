@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from hf_moe.io.installation import install_command
+
 logger = logging.get_logger(__name__)
 
 # OAuth and job tokens have dots and underscores, as many a name in code has: one capital or digit tells them apart
@@ -68,7 +70,7 @@ def _scanner() -> Any:
         from kingfisher_sdk import DetectionPolicy, Rules, Scanner
     except ImportError as error:
         raise ImportError(
-            'finding secrets needs kingfisher_sdk. Install it with: pip install "hf-moe[push]"'
+            f"finding secrets needs kingfisher_sdk. Install it with: {install_command('push')}"
         ) from error
     return Scanner(Rules(confidence="medium"), policy=DetectionPolicy(inline_ignores=False, markup_context=False))
 

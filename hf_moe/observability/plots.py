@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_moe.io.installation import install_command
 from hf_moe.observability.layer_statistics import LayerStatistics
 
 BLUE, ORANGE, GREY = "#2f6db5", "#e07b28", "#9a9a9a"
@@ -143,7 +144,7 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[An
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib. Install it with: pip install "hf-moe[recipes]"') from error
+        raise ImportError(f"plots need matplotlib. Install it with: {install_command('recipes')}") from error
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_moe.io.installation import install_command
 from hf_moe.observability.health import Health, diagnose
 from hf_moe.observability.layer_statistics import LayerStatistics
 from hf_moe.observability.token_table import TokenTable
@@ -125,7 +126,7 @@ class RoutingTrace:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("RoutingTrace.to_pandas needs pandas: pip install 'hf-moe[recipes]'.") from error
+            raise ImportError(f"to_pandas needs pandas. Install it with: {install_command('recipes')}") from error
         frames = []
         for domain in (None, *self.domains):
             for name in self.layers:

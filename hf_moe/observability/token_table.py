@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_moe.io.installation import install_command
+
 TOKENS = "tokens.parquet"
 ROWS = "rows.parquet"
 _BATCH = 8192
@@ -301,7 +303,7 @@ def pyarrow() -> ModuleType:
         import pyarrow as arrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("the tokens of a routing trace need pyarrow: pip install 'hf-moe[recipes]'.") from error
+        raise ImportError(f"token tables need pyarrow. Install it with: {install_command('recipes')}") from error
     return arrow
 
 

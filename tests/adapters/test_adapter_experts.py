@@ -20,6 +20,7 @@ import hf_moe
 from hf_moe.adapters.adapter_experts import AdapterExpertsConfig, AdapterExpertsLayer, AdapterExpertsType
 from hf_moe.adapters.adapter_experts.layer import route
 from hf_moe.comparison.routing_agreement import record_choices, routing_agreement
+from hf_moe.io.installation import install_command
 from hf_moe.models.modeling_hf_moe import HfMoeForSequenceClassification
 from numerics import assert_as_good_as
 from tiny_hf_moe import DECODERS, encoder_config
@@ -429,7 +430,7 @@ def test_our_module_may_be_the_first_to_import_peft():
 
 def test_without_peft_the_extra_is_named():
     done = run_python("import sys; sys.modules['peft'] = None; import hf_moe.adapters.adapter_experts")
-    assert 'adapter experts need peft. Install it with: pip install "hf-moe[recipes]"' in done.stderr
+    assert f"adapter experts need peft. Install it with: {install_command('recipes')}" in done.stderr
 
 
 def test_another_base_is_refused(saved):

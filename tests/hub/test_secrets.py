@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import string
 import struct
 import sys
@@ -14,6 +15,7 @@ import zipfile
 import pytest
 
 from hf_moe.hub.secrets import _scanner, secret_in
+from hf_moe.io.installation import install_command
 
 TOKEN = "hf_" + "aB3dE6gH9j" * 3 + "xyz"
 LETTERS = string.ascii_letters + string.digits
@@ -137,5 +139,5 @@ def test_the_numbers_of_a_tensor_are_not_searched(tmp_path):
 def test_the_extra_is_named(monkeypatch):
     _scanner.cache_clear()
     monkeypatch.setitem(sys.modules, "kingfisher_sdk", None)
-    with pytest.raises(ImportError, match=r'pip install "hf-moe\[push\]"'):
+    with pytest.raises(ImportError, match=re.escape(install_command("push"))):
         secret_in(b"x")

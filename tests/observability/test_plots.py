@@ -1,11 +1,13 @@
 """Plots need no display, are the same bytes for the same values, and name the extra if matplotlib is absent."""
 
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from hf_moe.io.installation import install_command
 from hf_moe.observability.plots import (
     plot_bits_per_byte,
     plot_expert_load,
@@ -76,5 +78,5 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r'pip install "hf-moe\[recipes\]"'):
+    with pytest.raises(ImportError, match=re.escape(install_command("recipes"))):
         PLOTS["loss"](tmp_path / "loss.png")

@@ -9,11 +9,13 @@ The base, its router included, stays as it is.
     tuner.py    attach them to a model through PEFT, and make PEFT know the method
 """
 
+from hf_moe.io.installation import install_command
+
 # PEFT first: `import hf_moe` makes its import register this method, which needs the modules below
 try:
     import peft  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError('adapter experts need peft. Install it with: pip install "hf-moe[recipes]"') from error
+    raise ModuleNotFoundError(f"adapter experts need peft. Install it with: {install_command('recipes')}") from error
 
 from hf_moe.adapters.adapter_experts.config import AdapterExpertsConfig, AdapterExpertsType
 from hf_moe.adapters.adapter_experts.layer import AdapterExpertsLayer

@@ -24,6 +24,7 @@ from hf_moe.hub.cards.same_model import refuse_other_results, refuse_other_trace
 from hf_moe.hub.cards.training import data_section, training_section
 from hf_moe.hub.cards.training_facts import TrainingFacts, training_facts
 from hf_moe.hub.scrub import scrub
+from hf_moe.io.installation import install_command
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -242,7 +243,7 @@ def _render(card_yaml: str, title: str, summary: str, parts: Mapping[str, str]) 
         from jinja2 import StrictUndefined
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise ImportError('model cards need jinja2. Install it with: pip install "hf-moe[recipes]"') from error
+        raise ImportError(f"model cards need jinja2. Install it with: {install_command('recipes')}") from error
     # Markdown, not HTML: `cell`, `fenced` and `plain` escape what comes from data; values are not rendered again
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hf_moe.io.installation import install_command
 from hf_moe.io.whole_files import write_text
 from hf_moe.observability.health import Finding, Health, diagnose
 from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
@@ -186,7 +187,7 @@ def _template() -> Any:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise ImportError('the page needs jinja2. Install it with: pip install "hf-moe[recipes]"') from error
+        raise ImportError(f"the page needs jinja2. Install it with: {install_command('recipes')}") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_asset("template.html.j2"))
 

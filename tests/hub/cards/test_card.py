@@ -1,6 +1,7 @@
 """Cards hold the facts, each where it belongs, and nothing made up."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_moe.hub.cards.card import card_from_facts
 from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from hf_moe.hub.cards.quickstart import quickstart_card
 from hf_moe.hub.cards.training_facts import Stage, TrainingFacts, training_facts
+from hf_moe.io.installation import install_command
 from hf_moe.observability.recording import record_routing
 
 from .card_facts import FINETUNE, QUICKSTART, RESULTS, SHA
@@ -261,5 +263,5 @@ def test_the_command(saved, tmp_path):
 
 def test_without_jinja_the_extra_is_named(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r'pip install "hf-moe\[recipes\]"'):
+    with pytest.raises(ImportError, match=re.escape(install_command("recipes"))):
         model_card(saved)
