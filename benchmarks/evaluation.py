@@ -46,9 +46,8 @@ def compare(names: tuple[str, ...], options: Namespace, limit: int | None, gener
         limit=limit,
         generation=generation,
         batch_size=BATCH_SIZE,
-        mask_experts=0,
         bootstrap_iters=BOOTSTRAP,
-        options={"device": "cpu"},
+        options={"device": "cpu", "experts_implementation": plain.model.config._experts_implementation},
     )
     with tempfile.TemporaryDirectory() as folder:
         ours = evaluate(evaluation, Path(folder))

@@ -170,10 +170,11 @@ def metrics(report: dict[str, Any], chosen: Chosen, seconds: float) -> dict[str,
 
 
 def keep_card(folder: Path, to: Path) -> None:
-    """The card and its plots, without weights."""
+    """The card, its plots, and the report that it can be written from again; without weights."""
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(folder / "plots", to / "plots")
-    shutil.copy(folder / "README.md", to)
+    for name in ("README.md", "report.json"):
+        shutil.copy(folder / name, to)
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

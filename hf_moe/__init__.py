@@ -15,11 +15,13 @@ from lines before its own:
     adapters/           LoRA on experts, adapter experts, ESFT; a frozen router and the proof; load, merge, export
     observability/      explain; record and replay routing, statistics, health, thresholds, plots, the page
     data/               data sets: read, rendered as chats, tokenised, packed
+    planner/            memory of a training, computed before anything is loaded
     training/           MoeTrainer, balancing, checkpoints that survive a kill, callbacks
     registration.py     the only side effects on other libraries
     evaluation/         standard benchmarks, domains, masked experts, paired comparison
     hub/                model cards from facts; a push in one commit, loaded back before it is sent
     comparison/         two models or a serving process side by side, held to thresholds
+    generation/         what a model writes, with its adapter or without
     finetuning/         what the fine-tuning recipes share
     recipes/            one story a file, to read and run; installed from the top of the repository
     cli/                the command hf-moe, a file for each of its commands

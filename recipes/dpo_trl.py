@@ -9,8 +9,9 @@ them. The reference is the base itself, with the adapter switched off: no second
 policy and reference choose experts by the same rule, and the preference loss is all that is trained; a router that is
 trained would get Mixtral's balancing loss from TRL, whatever its own is (`hf_moe/finetuning/trl.py` says more).
 
-The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
-TRL's model card. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four steps.
+The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `README.md` (model card), `plots/`,
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four
+steps.
 """
 
 from typing import Any
@@ -45,9 +46,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     refuse_unreadable(trainer.model)
     accelerate_adapters(trainer.model)
     # 3. measure the held-out records, train, measure again
-    before = trainer.evaluate()
+    before = trl.evaluate(job, trainer)
     trained = run_trainer(trainer)
-    after = trainer.evaluate()
+    after = trl.evaluate(job, trainer)
     # 4. save and report
     return trl.save_and_report(job, before, trained, after)
 

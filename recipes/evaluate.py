@@ -1,7 +1,7 @@
 """Is a fine-tuned model better than its base? Both on the same benchmarks, compared document by document.
 
     python recipes/evaluate.py --model quickstart-output/model --adapter quickstart-output/adapter \\
-        --tasks arc_easy boolq --domains embedded --data_root benchmarks-on-disk --limit 200
+        --tasks arc_easy boolq --data embedded --data_root benchmarks-on-disk --limit 200
 
 Needs `pip install -e ".[eval,recipes]"`. Without `--data_root` the benchmarks come from the Hub; with it from local
 copies in the Hub's layout (`hf download --repo-type dataset allenai/ai2_arc --local-dir DIR/allenai/ai2_arc`).
@@ -40,7 +40,9 @@ class EvaluateArguments:
     adapter: str | None = field(default=None, metadata={"help": "A PEFT adapter on it."})
     tuned: str | None = field(default=None, metadata={"help": "Or a whole other model, in place of an adapter."})
     tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of lm-eval."})
-    domains: list[str] = field(default_factory=list, metadata={"help": "Text files, or 'embedded'."})
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "Text or conversations: files, folders, names on the Hub, 'embedded'."}
+    )
     data_root: Path | None = field(default=None, metadata={"help": "Local copies of the tasks' data."})
     limit: int | None = field(default=None, metadata={"help": "Documents of each task."})
     max_gen_toks: int | None = field(default=None, metadata={"help": "New tokens of generation tasks."})
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     command = command_line(__file__, arguments)
     settings = {
         "tasks": tuple(chosen.tasks),
-        "domains": tuple(chosen.domains),
+        "data": tuple(chosen.data),
         "data_root": chosen.data_root,
         "limit": chosen.limit,
         "generation": {} if chosen.max_gen_toks is None else {"max_gen_toks": chosen.max_gen_toks},

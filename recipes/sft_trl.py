@@ -4,14 +4,15 @@
     python recipes/sft_trl.py --model quickstart-output/model --data recipes/data/law.jsonl
     python recipes/sft_trl.py --config recipes/configs/quickstart/sft.yaml --learning_rate 3e-4
 
-For who has TRL's tools around it already: data are read as in the other recipes (recipes/README.md), cut and packed by
-TRL, and every field of SFTConfig is an option (`assistant_only_loss`, `completion_only_loss`, `packing`). What TRL
+For you if you already use TRL: data are read as in the other recipes (recipes/README.md), cut and packed by TRL, and
+every field of SFTConfig is an option (`assistant_only_loss`, `completion_only_loss`, `packing`). What TRL
 does to the loss of a Mixture-of-Experts, and what it drops where the router is trained, is written in
 `hf_moe/finetuning/trl.py`; here the router is frozen, and nothing is dropped. `finetune_expert_lora.py` does the same
-with the plain Trainer and measures more: bits per byte and routing agreement of every domain.
+with the plain Trainer.
 
-The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `metrics.jsonl` and checkpoints with
-TRL's model card. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four steps.
+The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `README.md` (model card), `plots/`,
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four
+steps.
 """
 
 from typing import Any
@@ -50,9 +51,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     refuse_unreadable(trainer.model)
     accelerate_adapters(trainer.model)
     # 3. measure the held-out records, train, measure again
-    before = trainer.evaluate()
+    before = trl.evaluate(job, trainer)
     trained = run_trainer(trainer)
-    after = trainer.evaluate()
+    after = trl.evaluate(job, trainer)
     # 4. save and report
     return trl.save_and_report(job, before, trained, after)
 

@@ -1,6 +1,7 @@
 """The command parses, refuses and prints; the work is tested in test_quickstart.py."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -113,12 +114,23 @@ def test_info_describes_a_saved_model(tmp_path):
     result = run("info", tmp_path / "model")
     assert result.exit_code == 0
     assert "8 experts, top-2" in result.output
-    assert "grouped_mm" in result.output
+    assert 'runs now: grouped_mm. With experts_implementation="hf_moe": hf_moe_' in " ".join(result.output.split())
+    assert "refused" not in result.output
     assert "another version" not in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert re.search(r"^expert LoRA r=16 +\S+ .* yes yes yes yes$", result.output, re.MULTILINE)
     make_code_old(tmp_path / "model")
     output = " ".join(run("info", tmp_path / "model").output.split())
     assert "carries code of another version of hf_moe (modeling_hf_moe.py)" in output
     assert "renew_code(folder)" in output
+    chosen = run("info", tmp_path / "model", "--gpu", "1", "--batch-size", "3", "--verbose").output
+    assert "; 3 rows of " in chosen
+    assert "fits a GPU of" in chosen
+    assert " yes yes" not in chosen
+    assert "refused: " in chosen
+    found = json.loads(run("info", tmp_path / "model", "--json").output)
+    assert found["model"]["model_type"] == "hf_moe"
+    assert [each["name"] for each in found["memory"]["methods"]][1] == "expert LoRA r=16"
 
 
 def test_info_refuses_with_a_way_out(tmp_path):

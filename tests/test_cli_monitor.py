@@ -90,8 +90,7 @@ def test_a_reader_that_ends_first_is_no_failed_threshold(folder, arguments):
         (("good.prom", "--metric", "other"), "no expert counts"),
         (("good.prom", "--format", "csv"), "'csv' is not one of 'auto', 'jsonl', 'prometheus'"),
         (("good.prom", "--min-per-expert", "1e6"), "are needed to judge"),
-        (("good.prom", "--least-per-expert", "1e6"), "are needed to judge"),
-        (("good.prom", "--least-per-expert", "1", "--min-per-expert", "1"), "is the old name of --min-per-expert"),
+        (("good.prom", "--least-per-expert", "1"), "--least-per-expert is called --min-per-expert here"),
     ],
 )
 def test_bad_input_exits_with_2(folder, monkeypatch, arguments, message):

@@ -1,6 +1,8 @@
 """hf-moe trace on a tiny saved model: what it writes, what it refuses, what it leaves alone."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from hf_moe import cli
 from hf_moe.observability.report.text import count
 from hf_moe.observability.routing_trace import RoutingTrace
 from tiny_moe import hf_moe_model
+from tiny_report import sample_report
 
 runner = CliRunner()
-RESULTS = ["metrics.json", "plots", "report.html", "trace"]
+RESULTS = ["metrics.json", "plots", "routing.html", "trace"]
 
 
 def run(*arguments):
@@ -55,7 +58,7 @@ def test_a_run_leaves_page_trace_metrics_and_plots(model, tmp_path):
     assert metrics["metrics"]["all"]["load_cv/mean"] == pytest.approx(trace.metrics()["load_cv/mean"])
     assert metrics["metrics"]["domain maths"]["tokens"] == 60
     assert metrics["health"]["verdict"] in printed or "Too few tokens" in printed
-    page = (output / "report.html").read_text()
+    page = (output / "routing.html").read_text()
     assert f"<bdi>{model.parent.name}/model</bdi>" in page
     assert str(tmp_path) not in page
     assert len(list((output / "plots").glob("*.png"))) == 3
@@ -98,7 +101,7 @@ def test_a_second_run_replaces_the_first_and_without_text_none_is_stored(model, 
         assert code == 0, printed
     trace = RoutingTrace.load(output / "trace")
     assert trace.tokens.is_audit
-    assert "neither the tokens&#39; ids nor their text" in (output / "report.html").read_text()
+    assert "neither the tokens&#39; ids nor their text" in (output / "routing.html").read_text()
 
 
 def test_an_adapter_is_traced_too(model, tmp_path):
@@ -115,7 +118,26 @@ def test_an_adapter_is_traced_too(model, tmp_path):
     base, adapted = (RoutingTrace.load(tmp_path / name / "trace") for name in ("base", "adapted"))
     assert base.layers == adapted.layers
     assert base.metrics() != adapted.metrics()
-    assert "with adapter" in (tmp_path / "adapted" / "report.html").read_text()
+    page = (tmp_path / "adapted" / "routing.html").read_text()
+    assert f"{model.parent.name}/model with {tmp_path.name}/adapter" in page
+
+
+def test_of_many_layers_the_worst_are_printed_and_the_verdict_last(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    layers = list(sample_report(experts=(8,) * 10, tokens=2_000, domains=()).layers)
+    counts = layers[6].counts.clone()
+    counts[3] = 0
+    layers[6] = replace(layers[6], counts=counts)
+    trace = RoutingTrace(layers, {})
+    command._print(trace, Path("out"), all_layers=False)
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    assert max(map(len, lines)) <= 80
+    rows = [line for line in lines if "│ layer " in line]
+    assert len(rows) == 5
+    assert rows[0].split("│")[1].strip() == "layer 6"
+    assert lines[-1] == "Some experts are dead: no token chooses them."
+    command._print(trace, Path("out"), all_layers=True)
+    assert capsys.readouterr().out.count("│ layer ") == 10
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import json
 import pkgutil
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,16 @@ from typer.testing import CliRunner
 pytest.importorskip("hf_moe.recipes", reason="hf_moe is not installed: pip install -e .")
 from documents import ROOT, Block, blocks, broken_links, commands, name_of, pages, program, shown_files
 from hf_moe import cli
-from hf_moe.finetuning import arguments
 from hf_moe.finetuning.surroundings import recipe_errors
 from tiny_hub import FAMILIES, put_into_cache
 from tiny_models import CLASSES
-from tiny_moe import with_expert_lora, words
+from tiny_moe import hf_moe_model, tiny_tokenizer, with_expert_lora, words
 
 PAGES = pages()
 DOCUMENTS = [*PAGES, *(ROOT / name for name in ("SECURITY.md", "recipes/README.md", "benchmarks/README.md"))]
 STEPS = 2
 # commands that are cheap on a tiny model, by page; of the others the options count
-CHEAP = {
-    "docs/index.md": ("info", "finetune", "generate"),
-    "docs/how-to/routing.md": ("trace",),
-    "docs/how-to/compare.md": ("compare",),
-}
+CHEAP = {"README.md": ("finetune", "trace", "generate", "compare"), "docs/index.md": ("info",)}
 
 
 class ParsedError(BaseException):
@@ -61,25 +58,28 @@ def records() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def trained_adapter(tmp_path_factory):
-    """Expert LoRA on the tiny model that pages call Qwen/Qwen3-30B-A3B."""
+def home(tmp_path_factory) -> Path:
+    """What a reader has: the recipes of a clone, data, what the quickstart wrote, an adapter on Qwen3-30B-A3B."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    for name, rows in records().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        for place in (folder, folder / "recipes" / "data"):
+            (place / f"{name}.jsonl").write_text(text)
+    tokenizer = tiny_tokenizer()
+    base = hf_moe_model(vocab_size=len(tokenizer), max_position_embeddings=256)
+    base.save_pretrained(folder / "quickstart-output" / "model")
+    tokenizer.save_pretrained(folder / "quickstart-output" / "model")
+    with_expert_lora(base, init_lora_weights=False).save_pretrained(folder / "quickstart-output" / "adapter")
     base = AutoModelForCausalLM.from_pretrained(put_into_cache("Qwen/Qwen3-30B-A3B"))
-    folder = tmp_path_factory.mktemp("trained") / "adapter"
-    with_expert_lora(base, init_lora_weights=False).save_pretrained(folder)
+    with_expert_lora(base, init_lora_weights=False).save_pretrained(folder / "law-lora" / "adapter")
     return folder
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch, trained_adapter):
-    """A reader's working directory: the recipes of a clone, data, an adapter; here a training is short."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "recipes", "recipes")
-    shutil.copytree(trained_adapter, "law-lora/adapter")
-    Path("recipes/data").mkdir(exist_ok=True)
-    for name, rows in records().items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        for folder in (Path(), Path("recipes/data")):
-            (folder / f"{name}.jsonl").write_text(text)
+def reader(tmp_path, monkeypatch, home):
+    """The working directory is a copy of `home`, and a training is short."""
+    monkeypatch.chdir(shutil.copytree(home, tmp_path, dirs_exist_ok=True))
     prepare = TrainingArguments.__post_init__
 
     def prepare_short(self):
@@ -117,16 +117,15 @@ def own_commands(page: Path) -> list[tuple[Block, list[str]]]:
 
 def stop_after_parsing(monkeypatch) -> None:
     """Recipes read their options with the real parser, and go no further."""
-    parse = arguments.parse_recipe
-
-    def parse_and_stop(*args, **kwargs):
-        parse(*args, **kwargs)
-        raise ParsedError
-
     for file in (ROOT / "recipes").glob("*.py"):
         module = importlib.import_module(f"hf_moe.recipes.{file.stem}")
         if hasattr(module, "parse_recipe"):
-            monkeypatch.setattr(module, "parse_recipe", parse_and_stop)
+            monkeypatch.setattr(module, "parse_recipe", partial(parse_and_stop, module.parse_recipe))
+
+
+def parse_and_stop(parse: Callable[..., Any], *args, **kwargs):
+    parse(*args, **kwargs)
+    raise ParsedError
 
 
 def problem(command: list[str], capsys) -> str | None:
@@ -135,6 +134,8 @@ def problem(command: list[str], capsys) -> str | None:
     try:
         if program == "hf-moe":
             parse_only(words)
+        elif "hf_moe.cli" in words:
+            parse_only(words[words.index("hf_moe.cli") + 1 :])
         elif found := re.search(r" (?:recipes/|hf_moe\.recipes\.)(\w+?)(?:\.py)?(?: |$)", " ".join(words)):
             with recipe_errors():
                 recipe = importlib.import_module(f"hf_moe.recipes.{found[1]}")
@@ -170,11 +171,25 @@ def problem_of_script(words: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if own_commands(page)], ids=name_of)
 def test_commands_have_the_options_that_a_page_gives_them(page, reader, monkeypatch, capsys):
+    if any(command[1:2] == ["finetune"] and command[2] in ("sft", "dpo") for _, command in own_commands(page)):
+        pytest.importorskip("trl")
     stop_after_parsing(monkeypatch)
     get_ready(page)
     found = [(block, command, problem(command, capsys)) for block, command in own_commands(page)]
     wrong = [f"line {block.line}: {' '.join(command)}\n{said}" for block, command, said in found if said is not None]
     assert not wrong, "\n".join(wrong)
+
+
+def test_commands_in_sentences_and_tables_exist():
+    group = get_command(cli.app).commands
+    known = {name: {each for option in command.params for each in option.opts} for name, command in group.items()}
+    wrong = []
+    for page in DOCUMENTS:
+        for name, rest in re.findall(r"`hf-moe ([a-z][a-z-]*)([^`]*)`", page.read_text(encoding="utf-8")):
+            given = set() if name == "finetune" else set(re.findall(r"--[a-z-]+", rest))
+            if name not in known or given - known[name]:
+                wrong.append(f"{name_of(page)}: hf-moe {name}{rest}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize("name", CHEAP)

@@ -36,6 +36,12 @@ LINES = {
     HF_MOE: ("#2f6db5", 2.4, "-"),
 }
 
+# the floors, which are no implementation, in words
+LEGEND = {
+    DENSE: "dense floor: a dense MLP with as many FLOPs",
+    STREAM: "streaming floor: the used experts' bytes, read once",
+}
+
 
 def plot_ratios(data: Mapping[str, Any], folder: Path) -> list[Path]:
     """One figure a layer: time as a multiple of the best native's by tokens; panels by dtype and mode."""
@@ -67,8 +73,8 @@ def _plot_layer(data: Mapping[str, Any], layer: Mapping[str, Any], cases: list[R
                 axis.set_xlabel("tokens")
         axes[row][0].set_ylabel("time / best native")
     order = [name for name in LINES if name in handles]
-    lines = [handles[name] for name in order]
-    figure.legend(lines, order, loc="outside lower center", ncols=2 * len(modes), frameon=False, fontsize=8)
+    lines, labels = [handles[name] for name in order], [LEGEND.get(name, name) for name in order]
+    figure.legend(lines, labels, loc="outside lower center", ncols=1 + len(modes), frameon=False, fontsize=9)
     figure.suptitle(
         f"{layer['num_experts']} experts, {layer['top_k']} a token, width {layer['width']}, hidden size "
         f"{layer['hidden_size']}: below 1 is faster\n{data['device']}, {data['threads']} threads, {data['date']}",

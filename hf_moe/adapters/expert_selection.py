@@ -17,6 +17,7 @@ from hf_moe.layers.unseen_experts import required_layers
 METHODS = ("gate", "frequency")
 GIVEN = "given"  # chosen by hand: no scores
 _FORMAT = 1
+_LISTED_IDS = 6
 _MAX_FILE_BYTES = 64 * 2**20  # 1,000 layers of 1,000 experts take less
 
 
@@ -48,9 +49,11 @@ class LayerSelection:
             raise ValueError("scores must be finite and at least 0.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExpertSelection:
     """The experts to adapt, by the name of the MoE layer (as `moe_layers` names it in the model without wrappers).
+
+    Printed, it is a table: for each layer the experts chosen, of how many, and their share of the routing.
 
     Attributes:
         method: `gate` or `frequency`, as in `select_experts`; `given` if the experts were chosen by hand.
@@ -99,6 +102,22 @@ class ExpertSelection:
     def share(self) -> float:
         """Parameters of the chosen experts as a share of all routed experts' parameters."""
         return self.num_parameters / sum(layer.num_experts * layer.expert_parameters for layer in self.layers.values())
+
+    def __repr__(self) -> str:
+        chosen = sum(len(layer.experts) for layer in self.layers.values())
+        experts = sum(layer.num_experts for layer in self.layers.values())
+        layers = f"{len(self.layers):,} layer{'s' * (len(self.layers) > 1)}"
+        return (
+            f"ExpertSelection({self.method}, budget {self.budget:g}, {self.num_tokens:,} tokens): {chosen:,} of "
+            f"{experts:,} experts in {layers}, {self.share:.1%} of the experts' parameters"
+        )
+
+    def __str__(self) -> str:
+        rows = [("layer", "experts", "share of the routing", "ids")]
+        rows += [(name, *_row(layer)) for name, layer in self.layers.items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ("  ".join(map(str.ljust, row, (*widths, 0))).rstrip() for row in rows)
+        return "\n".join([repr(self), *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON takes; `from_dict` reads them."""
@@ -174,6 +193,14 @@ class ExpertSelection:
             ValueError: If the selection has no scores.
         """
         _plot(self, Path(path))
+
+
+def _row(layer: LayerSelection) -> tuple[str, str, str]:
+    """Cells of the printed table."""
+    share = f"{sum(layer.scores[expert] for expert in layer.experts):.0%}" if layer.scores else "not measured"
+    more = f", ... {layer.experts[-1]}" if len(layer.experts) > _LISTED_IDS else ""
+    ids = ", ".join(map(str, layer.experts[:_LISTED_IDS])) + more
+    return f"{len(layer.experts)} of {layer.num_experts}", share, ids
 
 
 def check_budget(budget: float) -> None:

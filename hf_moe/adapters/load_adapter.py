@@ -30,6 +30,7 @@ from hf_moe.adapters.frozen_router import (
 from hf_moe.adapters.unchanged_base import BaseOutputs, BaseState
 from hf_moe.io.error_text import one_line
 from hf_moe.io.installation import install_command
+from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.loading.errors import HUB_ERRORS, MISFITS, hub_sentence
 from hf_moe.loading.pretrained import ModelError, find_model
 
@@ -190,13 +191,54 @@ def _check_plan(files: AdapterFiles, model: Any, adapter_name: str) -> None:
             refuse_router_adapters(planned)
         except RouterNotFrozenError as error:
             raise AdapterRouterError(f"the adapter in {str(files.folder)!r} is refused: {error}") from error
-    _check_size(files, sum(place.numel() for place in places.values()), f"{CONFIG} describes")
+    described = sum(place.numel() for place in places.values())
+    _check_sizes(files, planned, places, described)
     # PEFT renames factors of single experts; what is no factor and has no place would be written into the base
     foreign = sorted(
         tensor.name for tensor in files.tensors if tensor.name not in places and ".lora_" not in tensor.name
     )
     if foreign:
         raise _without_place(files, foreign)
+
+
+def _check_sizes(files: AdapterFiles, planned: Any, places: Mapping[str, Tensor], described: int) -> None:
+    """Compare the shapes in the file with those that this base asks for; PEFT would list every tensor."""
+    stored = {tensor.name: tuple(tensor.shape) for tensor in files.tensors if tensor.name in places}
+    misfit = f"the adapter in {str(files.folder)!r} does not fit this base: "
+    if sizes := _expert_sizes(planned, stored, places):
+        raise AdapterError(f"{misfit}{sizes}.{_own_base(files)}")
+    _check_size(files, described, f"{CONFIG} describes")
+    for name, shape in stored.items():
+        if shape != (own := tuple(places[name].shape)):
+            raise AdapterError(f"{misfit}{name!r} is {list(shape)} in it, and {list(own)} here.{_own_base(files)}")
+
+
+def _expert_sizes(planned: Any, stored: Mapping[str, tuple], places: Mapping[str, Tensor]) -> str | None:
+    """In words the experts that LoRA factors were made for and those of this base, of the first layer that differs."""
+    paths = {id(module): path for path, module in planned.named_modules()}
+    wrapped: dict[int, list[Any]] = {}
+    for module in planned.modules():
+        if getattr(module, "parameter_name", None) == "down_proj":
+            wrapped.setdefault(id(module.get_base_layer()), []).append(module)
+    for layer in moe_layers(planned):
+        for wrapper in wrapped.get(id(layer.experts), ()):
+            name = f"{paths[id(wrapper)]}.lora_A.weight"
+            if name not in stored:
+                continue
+            (rows, width), (own_rows, own_width) = stored[name], places[name].shape
+            experts, rest = divmod(layer.num_experts * rows, own_rows)
+            # a rank that is not the config's is another error
+            if experts and not rest and (experts, width) != (layer.num_experts, own_width):
+                return (
+                    f"it was made for {experts} experts of width {width}, and the base has {layer.num_experts} of "
+                    f"width {own_width}"
+                )
+    return None
+
+
+def _own_base(files: AdapterFiles) -> str:
+    base = files.config.get("base_model_name_or_path")
+    return " Load it on its own base" + (f", {base!r:.200}." if isinstance(base, str) and base else ".")
 
 
 def _peft_config(files: AdapterFiles) -> "PeftConfig":
@@ -352,8 +394,8 @@ def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
     names = {tensor.name for tensor in files.tensors}
     if missing := sorted(set(state) - names):
         raise AdapterError(
-            f"{files.weights!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights. "
-            "Save the adapter again."
+            f"{files.weights!r} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be new weights: "
+            f"the adapter was made for a smaller model, or is damaged.{_own_base(files)}"
         )
     if surplus := sorted(names - set(state)):
         raise _without_place(files, surplus)
@@ -364,8 +406,8 @@ def _check_tensors(files: AdapterFiles, state: Mapping[str, Tensor]) -> None:
 
 def _without_place(files: AdapterFiles, surplus: list[str]) -> AdapterError:
     return AdapterError(
-        f"{files.weights!r} holds {surplus[0]!r} ({len(surplus)} in all), which the adapter has no place for: it "
-        "belongs to the base, or to nothing. Load it on its own base."
+        f"{files.weights!r} holds {surplus[0]!r} ({len(surplus)} in all), which the adapter has no place for on this "
+        f"base: it belongs to the base, or to nothing.{_own_base(files)}"
     )
 
 

@@ -7,7 +7,6 @@ Shape suffixes: B rows of a batch, S positions, T = B * S tokens, K slots per to
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -67,8 +66,8 @@ def select_experts(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     layers = required_layers(model)
     scores = _Scores(layers, method)
-    rows = _cut(_rows(dataset, tokenizer, max_length), max_tokens)
-    _measure(model, scores, rows, batch_size, max_tokens if progress else None)
+    rows = list(_cut(_rows(dataset, tokenizer, max_length), max_tokens))
+    _measure(model, scores, rows, batch_size, progress)
     chosen = {
         layer.plain_name: LayerSelection(
             layer.num_experts, layer.num_expert_parameters, _smallest_set(share_E, budget), tuple(share_E)
@@ -139,21 +138,21 @@ class _Scores:
 def _measure(
     model: nn.Module,
     scores: _Scores,
-    rows: Iterator[tuple[Tensor, Tensor]],
+    rows: Sequence[tuple[Tensor, Tensor]],
     batch_size: int,
-    expected_tokens: int | None,
+    progress: bool,
 ) -> None:
     was_training = [module for module in model.modules() if module.training]
     body = _without_head(model, scores.layers)
     device = next(model.parameters()).device
-    bar = tqdm(total=expected_tokens, disable=expected_tokens is None, unit="token", desc="scoring experts")
+    total = sum(int(mask_S.sum()) for _, mask_S in rows)
+    bar = tqdm(total=total, disable=not progress, unit="token", desc="scoring experts")
     model.eval()
     try:
         with bar, watch_routing(model, scores.add):
-            while batch := list(islice(rows, batch_size)):
-                ids_BS, mask_BS = (
-                    nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*batch, strict=True)
-                )
+            for begin in range(0, len(rows), batch_size):
+                batch = zip(*rows[begin : begin + batch_size], strict=True)
+                ids_BS, mask_BS = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in batch)
                 scores.begin(mask_BS)
                 body(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False)
                 bar.update(int(mask_BS.sum()))
@@ -219,7 +218,8 @@ def _tokens(row: Any, tokenizer: Any, number: int) -> tuple[Any, Any]:
     if isinstance(row, str):
         if tokenizer is None:
             raise ValueError("the dataset has texts: pass the model's tokenizer.")
-        return tokenizer(row)["input_ids"], None
+        # cut to max_length later: no warning of the model's length
+        return tokenizer(row, verbose=False)["input_ids"], None
     if isinstance(row, (Tensor, list, tuple)):
         return row, None
     raise TypeError(f"row {number} must be a text, token ids or a mapping, got {type(row).__name__}.")

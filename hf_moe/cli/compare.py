@@ -5,58 +5,75 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import ChatTemplate, OnBadRow, app, describe_error, fail, require, tokenizer_of
+from hf_moe.cli.common import (
+    BACKENDS_HELP,
+    DTYPES_HELP,
+    Adapter,
+    ChatTemplate,
+    Data,
+    Device,
+    Gate,
+    MaxTokens,
+    OnBadRow,
+    app,
+    check_max_tokens,
+    describe_error,
+    fail,
+    model_and_adapter,
+    require,
+    tokenizer_of,
+)
+from hf_moe.io.console import print_to_stderr
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def compare(
     base: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
-    new: Annotated[str | None, typer.Argument(help="The model to compare with it; BASE itself if left out.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter on NEW.")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text or conversations by domain: what the recipes read, or 'embedded'. Repeatable."),
+    new: Annotated[
+        str | None, typer.Argument(help="The model, or the adapter on BASE, to compare; BASE itself if left out.")
     ] = None,
+    adapter: Adapter = None,
+    data: Data = None,
+    max_tokens: MaxTokens = 10_000,
     on_bad_row: OnBadRow = "error",
     chat_template: ChatTemplate = None,
-    max_bytes: Annotated[
-        int, typer.Option(help="Sample size: bytes of each domain, from all over its text.")
-    ] = 40_000,
     window: Annotated[
-        int | None, typer.Option(help="Tokens read at once; 1,024 or the context of the models.")
+        int | None, typer.Option(help="Tokens read at once; if left out 1,024, or the smaller context of the two.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of BASE: auto (as saved), float32, bfloat16, float16.")] = "auto",
-    dtype_new: Annotated[str, typer.Option(help="Of NEW.")] = "auto",
-    experts_implementation: Annotated[str | None, typer.Option(help="Experts backend of BASE.")] = None,
-    experts_implementation_new: Annotated[str | None, typer.Option(help="Experts backend of NEW.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of BASE: {DTYPES_HELP}")] = "auto",
+    dtype_new: Annotated[str, typer.Option(help="Of NEW, likewise.")] = "auto",
+    experts_implementation: Annotated[str | None, typer.Option(help=f"Of BASE: {BACKENDS_HELP}")] = None,
+    experts_implementation_new: Annotated[str | None, typer.Option(help="Of NEW, likewise.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="One tokenizer for both, in place of their own.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
-    gate: Annotated[
-        Path | None, typer.Option(help="A YAML file of thresholds: exit code 1 if one does not hold.")
-    ] = None,
+    device: Device = None,
+    gate: Gate = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for comparison.json and comparison.html, which are replaced.")
     ] = None,
 ) -> None:
     """Compare two models on the same texts: routing, weights, bits per byte, latency. With --gate it is a test.
 
-    For benchmark scores: `hf-moe evaluate` measures them, and its --compare compares those of two runs.
+    For scores of benchmarks: `hf-moe evaluate` measures them, `hf-moe compare-results` compares those of two runs.
     """
     require("recipes", "datasets", "jinja2", "peft", "pyarrow")
-    from hf_moe.comparison.run import ModelChoice
+    from hf_moe.comparison.run import ModelChoice, shared_window
 
     if not data:
         fail("give text to compare on, such as --data law.txt --data code.jsonl, or --data embedded.")
-    if new is None and adapter is None and dtype == dtype_new and experts_implementation == experts_implementation_new:
+    check_max_tokens(max_tokens)
+    (base, base_adapter), (new, adapter) = _sides(base, new, adapter)
+    first = (base, base_adapter, dtype, experts_implementation)
+    second = (new, adapter, dtype_new, experts_implementation_new)
+    if first == second:
         fail("name a second model, or what is different: --adapter, --dtype-new or --experts-implementation-new.")
     try:
-        models = (
-            ModelChoice(base, None, dtype, experts_implementation, device),
-            ModelChoice(new or base, adapter, dtype_new, experts_implementation_new, device),
-        )
+        models = ModelChoice(*first, device), ModelChoice(*second, device)
+        window, note = shared_window(*models, window)
+        if note:
+            typer.echo(note)
         options = {"window": window, "batch_size": batch_size, "tokenizer": tokenizer}
-        texts = _read(data, max_bytes, tokenizer_of(tokenizer or base, chat_template), on_bad_row)
+        texts = _read(data, max_tokens, tokenizer_of(tokenizer or base, chat_template), on_bad_row)
         passed = _run(models, texts, options, gate, output)
     except (OSError, RuntimeError, ValueError) as error:
         fail(describe_error(error, base, new, adapter))
@@ -66,14 +83,29 @@ def compare(
         raise typer.Exit(1)
 
 
-def _read(data: list[str], max_bytes: int, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
-    from hf_moe.comparison.text_probe import evenly_spread
-    from hf_moe.evaluation.domains import read_domains
+Side = tuple[str, str | None]
 
-    if max_bytes < 1:
-        fail(f"--max-bytes must be at least 1, got {max_bytes}.")
+
+def _sides(base: str, new: str | None, adapter: str | None) -> tuple[Side, Side]:
+    """Model and adapter of both sides; an adapter in the place of NEW goes on BASE."""
+    from hf_moe.loading.adapter_base import is_adapter
+
+    model, of_base = model_and_adapter(base)
+    if new is None:
+        return (model, None if adapter is None else of_base), (model, adapter or of_base)
+    if not is_adapter(new):
+        return (model, of_base), (new, adapter)
+    if adapter is not None:
+        fail(f"{new!r} is a PEFT adapter, and --adapter names another. Name the model that it goes on.")
+    print_to_stderr(f"{new} is a PEFT adapter: it is loaded onto {model}, as by --adapter {new}")
+    return (model, of_base), (model, new)
+
+
+def _read(data: list[str], max_tokens: int, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
+    from hf_moe.data.documents import read_domains, sample
+
     domains = read_domains(data, tokenizer, on_bad_row=on_bad_row)
-    return {name: evenly_spread(documents, max_bytes) for name, documents in domains.items()}
+    return {name: sample(documents, max_tokens, tokenizer()) for name, documents in domains.items()}
 
 
 def _run(
@@ -106,7 +138,8 @@ def _measure(models: Any, texts: dict[str, list[str]], options: dict[str, Any]) 
     total = sum(len(text.encode()) for documents in texts.values() for text in documents)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     tasks: dict[int, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def advance(model: int, name: str, num_bytes: int) -> None:
             if model not in tasks:

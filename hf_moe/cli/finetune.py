@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hf_moe.cli.common import app, fail, require
+from hf_moe.cli.words import without_type
 from hf_moe.finetuning.command_line.help import LONG, answer_help
 from hf_moe.finetuning.command_line.methods import METHODS, Method
 
@@ -22,6 +23,9 @@ class _Recipe(TyperCommand):
 
 
 class _Methods(TyperGroup):
+    def get_help_option(self, ctx: Any) -> Any:
+        return without_type(super().get_help_option(ctx))
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0].endswith((".yaml", ".yml")):
             fail(f"name the method before the config: hf-moe finetune METHOD {args[0]}. METHOD: {', '.join(METHODS)}.")
@@ -36,7 +40,7 @@ methods = typer.Typer(
     help="Fine-tune a Mixture-of-Experts. `hf-moe finetune METHOD --help` lists a method's options.",
     epilog="On several GPUs: torchrun --nproc_per_node 8 -m hf_moe.cli finetune METHOD CONFIG",
 )
-app.add_typer(methods)
+app.add_typer(methods, rich_help_panel="Fine-tune")
 
 
 def _add(name: str, method: Method) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import app, describe_error, fail
+from hf_moe.cli.common import Gate, app, describe_error, fail
 
 MIN_PER_EXPERT = 100.0
 
@@ -19,16 +19,14 @@ class Format(StrEnum):
     prometheus = "prometheus"
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def monitor(
     baseline: Annotated[Path, typer.Argument(help="Folder of a routing trace of the model in good health.")],
     exports: Annotated[
         list[Path],
         typer.Argument(help="Expert counts of the serving process, oldest file first: JSON lines, Prometheus text."),
     ],
-    gate: Annotated[
-        Path | None, typer.Option(help="A YAML file of thresholds: exit code 1 if one does not hold.")
-    ] = None,
+    gate: Gate = None,
     format: Annotated[
         Format, typer.Option(help="Of the exports; auto goes by the first character of each.")
     ] = Format.auto,
@@ -38,24 +36,17 @@ def monitor(
     domain: Annotated[str | None, typer.Option(help="Compare with this domain of the baseline alone.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="Judge this layer alone. Repeatable.")] = None,
     min_per_expert: Annotated[
-        float | None,
-        typer.Option(help="Refuse to judge fewer assignments for an expert, on average; 100 if left out."),
-    ] = None,
-    least_per_expert: Annotated[float | None, typer.Option(hidden=True)] = None,
+        float, typer.Option(help="Refuse to judge fewer assignments for an expert, on average.")
+    ] = MIN_PER_EXPERT,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the metrics, which is replaced.")] = None,
 ) -> None:
     """Compare the expert counts that a serving process exports with a stored routing trace, and check thresholds."""
     from hf_moe.comparison.served_counts import read_served_counts
 
-    if least_per_expert is not None:
-        if min_per_expert is not None:
-            fail("--least-per-expert is the old name of --min-per-expert: give one of them.")
-        min_per_expert = least_per_expert
-    enough = MIN_PER_EXPERT if min_per_expert is None else min_per_expert
     try:
         thresholds = _thresholds(gate)
         counts = read_served_counts(exports, format=format.value, metric=metric)
-        found = _compare(baseline, counts, domain=domain, layers=layer, min_per_expert=enough)
+        found = _compare(baseline, counts, domain=domain, layers=layer, min_per_expert=min_per_expert)
     except (OSError, ValueError) as error:
         fail(describe_error(error))
     verdict = thresholds.judge(found.metrics()) if thresholds is not None else None

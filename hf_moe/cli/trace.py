@@ -1,8 +1,7 @@
 """hf-moe trace: run a model over text, and write its routing as a trace, a page, metrics and plots."""
 
 import math
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from itertools import chain
@@ -11,11 +10,31 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe.cli.common import ChatTemplate, OnBadRow, app, describe_error, fail, require, tokenizer_of
+from hf_moe.cli.common import (
+    Adapter,
+    Backend,
+    ChatTemplate,
+    Data,
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    OnBadRow,
+    app,
+    check_max_tokens,
+    describe_error,
+    fail,
+    model_and_adapter,
+    require,
+    tokenizer_of,
+)
 
-TRACE, REPORT, METRICS = "trace", "report.html", "metrics.json"
+TRACE, REPORT, METRICS = "trace", "routing.html", "metrics.json"
 # larger models get a choice of layers
 MOST_PANELS = 12
+# rows of the printed table: all layers, or of a deeper model the worst
+MOST_ROWS, WORST_ROWS = 8, 5
+COLUMNS = ("tokens", "busiest", "dead", "rare", "load_cv", "router_entropy")
 
 
 class Detail(StrEnum):
@@ -25,28 +44,28 @@ class Detail(StrEnum):
     tokens = "tokens"
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def trace(
-    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text or conversations: what the recipes read, a folder of it, or 'embedded'. Repeatable."),
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter's folder or name.")] = None,
+    model: Model,
+    adapter: Adapter = None,
+    data: Data = None,
     by_domain: Annotated[
         bool, typer.Option("--by-domain", help="Each file on its own, or the field 'domain' of its records.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each domain, drawn from all over it.")] = 10_000,
+    max_tokens: MaxTokens = 10_000,
     detail: Annotated[Detail, typer.Option(help="Sums only, or also the experts of every token.")] = Detail.tokens,
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Store neither text nor ids of tokens, only a hash of each passage.")
     ] = False,
     on_bad_row: OnBadRow = "error",
     chat_template: ChatTemplate = None,
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
-    experts_implementation: Annotated[str | None, typer.Option(help="Experts backend, such as hf_moe.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
+    dtype: Dtype = "auto",
+    experts_implementation: Backend = None,
+    device: Device = None,
     output: Annotated[Path, typer.Option(help="Folder for page, trace, metrics and plots.")] = Path("trace-output"),
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Print every layer; otherwise of more than 8 the worst 5.")
+    ] = False,
 ) -> None:
     """Run a model over text and see its routing: a page to look at, a verdict, metrics and plots."""
     require("recipes", "datasets", "jinja2", "matplotlib", "peft", "pyarrow")
@@ -54,28 +73,22 @@ def trace(
 
     if not data:
         fail("give text to trace, such as --data law.txt --data code.jsonl, or --data embedded.")
-    if max_tokens < 1:
-        fail(f"--max-tokens must be at least 1, got {max_tokens}.")
+    check_max_tokens(max_tokens)
     if no_text and detail is Detail.counts:
         fail("--no-text is for --detail tokens: counts hold no text.")
     _check_output(output)
+    model, adapter = model_and_adapter(model, adapter)
     try:
         choice = ModelChoice(model, adapter, dtype, experts_implementation, device)
         tokenizer = tokenizer_of(choice.path, chat_template)
         texts = _read(data, by_domain, tokenizer, on_bad_row)
         routing = _trace(choice, tokenizer(), texts, max_tokens, detail.value, audit=no_text)
-        _write(output, routing, _name(choice))
+        _write(output, routing, choice.name)
     except (OSError, RuntimeError, ValueError) as error:
         fail(describe_error(error, model, adapter))
     except KeyboardInterrupt:
         fail("interrupted. Nothing was written.", code=130)
-    _print(routing, output)
-
-
-def _name(choice: Any) -> str:
-    """Title of the page; a folder named only "model" goes with the one that it is in."""
-    folder = Path(choice.path)
-    return f"{folder.resolve().parent.name}/{choice.name}" if folder.name == "model" else choice.name
+    _print(routing, output, all_layers=all_layers)
 
 
 def _check_output(output: Path) -> None:
@@ -86,32 +99,16 @@ def _check_output(output: Path) -> None:
 
 
 def _read(paths: Sequence[str], by_domain: bool, tokenizer: Any, on_bad_row: str) -> dict[str, list[str]]:
-    """Read documents by domain, in a random order that is always the same, so that the first are from all over."""
-    from hf_moe.evaluation.domains import read_documents
+    from hf_moe.data.documents import read_documents, shuffled
 
     domains: dict[str, list[str]] = {}
-    for path in chain.from_iterable(map(_files, paths)):
+    for path in paths:
         found = read_documents(path, tokenizer, on_bad_row=on_bad_row, by_field=by_domain)
         for name, documents in found.items():
             domains.setdefault(name, []).extend(documents)
     if not by_domain:
         domains = {"text": list(chain.from_iterable(domains.values()))}
-    for documents in domains.values():
-        random.Random(0).shuffle(documents)
-    return domains
-
-
-def _files(path: str) -> list[str]:
-    """List the files of a folder that are read; not .json, because many of these hold no data."""
-    from hf_moe.data.sources import FILES
-
-    if not Path(path).is_dir():
-        return [path]
-    suffixes = tuple(suffix for suffix in FILES if not suffix.startswith(".json") or suffix.startswith(".jsonl"))
-    found = sorted(str(file) for file in Path(path).rglob("*") if file.name.endswith(suffixes) and file.is_file())
-    if not found:
-        fail(f"the folder {path!r} holds no {', '.join(suffixes)} file. Name a folder or file that does.")
-    return found
+    return {name: shuffled(documents) for name, documents in domains.items()}
 
 
 def _trace(
@@ -134,7 +131,8 @@ def _progress(model: Any, most_tokens: int) -> Iterator[None]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("tokens"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=most_tokens)
 
         def advance(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -191,31 +189,47 @@ def _plot(folder: Path, routing: Any) -> None:
         plot_expert_load(folder / "domain_load.png", loads, [labels[i] for i in panels])
 
 
-def _print(routing: Any, output: Path) -> None:
+def _print(routing: Any, output: Path, *, all_layers: bool) -> None:
+    """The layers, the files, what was found, and last the verdict."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    from hf_moe.observability.report.text import count, decimal, short_labels, times
-
-    layers, labels = [routing.statistics(layer) for layer in routing.layers], short_labels(routing.layers)
     health = routing.health()
-    table = Table("layer", *_right("tokens", "busiest expert", "dead", "load CV", "router entropy"))
-    for layer, label in zip(layers, labels, strict=True):
-        busiest = f"{times(1 + layer.max_violation)} the even share"
-        balance = (busiest, count(len(layer.dead_experts)), decimal(layer.load_cv), decimal(layer.router_entropy))
-        table.add_row(Text(label), count(layer.tokens), *balance)
+    layers = [routing.statistics(layer) for layer in routing.layers]
     console = Console()
-    console.print(table)
-    summary, *findings = str(health).split("\n")
-    console.print(Text(summary, style="bold green" if health.healthy else "bold yellow"))
-    for finding in findings:
-        console.print(Text(f"  {finding}"), soft_wrap=True)
+    console.print(_table(layers, health, all_layers or len(layers) <= MOST_ROWS))
     for file in (REPORT, METRICS, TRACE, "plots"):
-        typer.echo(f"  {output / file}")
+        typer.echo(f"{output / file}")
+    for paragraph in health.details():
+        console.print(Text(f"\n{paragraph}"), highlight=False)
+    console.print(Text(f"\n{health.summary}", style="bold green" if health.healthy else "bold yellow"))
 
 
-def _right(*names: str) -> Iterable[Any]:
-    from rich.table import Column
+def _table(layers: Sequence[Any], health: Any, every: bool) -> Any:
+    """A row a layer; under them what is good."""
+    from rich.table import Column, Table
 
-    return [Column(name, justify="right") for name in names]
+    from hf_moe.observability.report.glossary import LAYER_TERMS, layer_row
+
+    shown = list(layers) if every else _worst(layers, health)
+    terms = {key: LAYER_TERMS[key] for key in COLUMNS}
+    heads = [Column(term.title[0].lower() + term.title[1:], justify="right") for term in terms.values()]
+    table = Table(Column("layer"), *heads, show_footer=True)
+    for layer in shown:
+        row = layer_row(layer)
+        table.add_row(health.label(layer.name), *(row[key] for key in terms), end_section=layer is shown[-1])
+    table.columns[0].footer, table.columns[0].footer_style = "good", "dim"
+    for column, term in zip(table.columns[1:], terms.values(), strict=True):
+        column.footer, column.footer_style = term.good, "dim"
+    if len(shown) < len(layers):
+        table.caption = f"The worst {len(shown)} of {len(layers)} layers; --all-layers prints the others."
+        table.caption_justify = "left"
+    return table
+
+
+def _worst(layers: Sequence[Any], health: Any) -> list[Any]:
+    """The layers with the gravest findings, then those with the most uneven load."""
+    rank = {layer: place for place, layer in enumerate(dict.fromkeys(each.layer for each in health.findings))}
+    uneven = {layer.name: layer.load_cv if layer.counts.any() else 0.0 for layer in layers}
+    order = sorted(layers, key=lambda layer: (rank.get(layer.name, len(rank)), -uneven[layer.name]))
+    return order[:WORST_ROWS]

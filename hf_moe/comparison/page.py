@@ -13,11 +13,14 @@ from hf_moe.comparison.routing import LayerComparison
 from hf_moe.comparison.table import ABSENT, experts, number, percent, share
 from hf_moe.io.installation import install_command
 from hf_moe.io.whole_files import write_text
+from hf_moe.observability.report.glossary import COMPARISON_TERMS, LAYER_TERMS
 from hf_moe.observability.report.text import short_count, short_labels, visible
 from hf_moe.observability.thresholds import CheckResult, Verdict, format_value
 
 # edges of the colour steps: ratios of an expert's new load to its old one
 LOAD_STEPS = (0.25, 0.5, 0.71, 0.91, 1.1, 1.41, 2.0, 4.0)
+# terms of one model that the page uses too
+COMMON_TERMS = ("dead", "busiest", "router_entropy", "margin")
 
 
 def write_page(path: Path, comparison: ModelComparison, verdict: Verdict | None = None) -> None:
@@ -52,9 +55,12 @@ def render(comparison: ModelComparison, verdict: Verdict | None = None) -> str:
         verdict=None if verdict is None else _verdict(verdict),
         domains=_domains(comparison),
         has_latency=bool(comparison.base.latency and comparison.new.latency),
-        scale=_bits_scale(comparison),
+        change_scale=_change_scale(comparison),
+        terms=[*COMPARISON_TERMS.values(), *(LAYER_TERMS[key] for key in COMMON_TERMS)],
+        columns=COMPARISON_TERMS,
+        layer_columns=LAYER_TERMS,
         layers=[_layer(comparison, position, label, largest) for position, label in enumerate(labels)],
-        largest_drift=percent(largest),
+        drift_ticks=_drift_ticks(largest),
         window=f"{comparison.base.window:,}",
         has_loads=all(layer.has_same_experts for layer in comparison.routing.layers),
         has_drift=any(drift.experts is not None or drift.router is not None for drift in comparison.drift),
@@ -100,15 +106,21 @@ def _summary(comparison: ModelComparison, labels: dict[str, str]) -> list[str]:
         layer = next(one for one in comparison.routing.layers if one.name == shift.note)
         chance = layer.load_shift_by_chance or 0.0
         sentences.append(
-            f"The load of the experts moves by at most {shift.value:.3f} bits ({labels[shift.note]}); 0 is no change, "
-            f"1 other experts altogether. Chance alone would give about {chance:.1g}."
+            f"The load of the experts moves by at most {shift.value:.4f} bits in {labels[shift.note]} (noise: "
+            f"{_noise(chance)}); 0 is no change, 1 other experts altogether."
         )
     sentences.append(_dead_sentence(comparison))
     router, inner = (metrics[f"weight_drift.{part}.max"].value for part in ("router", "experts"))
     if router is not None and inner is not None:
         routers = "The routers have not changed" if router == 0 else f"Routers change by up to {percent(router)}"
-        sentences.append(f"{routers}; the experts' weights change by up to {percent(inner)} of their norm.")
+        sentences.append(f"{routers}; experts by up to {percent(inner)} (norm of the change over the base's norm).")
     return sentences
+
+
+def _noise(value: float) -> str:
+    """At least four digits, and the first that is not 0."""
+    digits = max(4, -math.floor(math.log10(value))) if value > 0 else 4
+    return f"{value:.{digits}f}"
 
 
 def _bits_sentence(comparison: ModelComparison) -> str:
@@ -156,7 +168,7 @@ def _check(result: CheckResult) -> dict[str, Any]:
 
 
 def _domains(comparison: ModelComparison) -> list[dict[str, Any]]:
-    low, high = _bits_scale(comparison)
+    end = _change_scale(comparison)
     found = []
     for name, record in comparison.to_dict()["domains"].items():
         before, after = record["bits_per_byte"]
@@ -171,7 +183,7 @@ def _domains(comparison: ModelComparison) -> list[dict[str, Any]]:
                 "new": number(after, 4),
                 "change": f"{change:+.4f}" if is_known else ABSENT,
                 "is_worse": not change <= 0,
-                "marks": [100 * (value - low) / (high - low) for value in (before, after)] if is_known else None,
+                "bar": _bar(change / end) if is_known else None,
                 "milliseconds": [number(value, 1) for value in record["milliseconds_per_1k_tokens"]],
                 "ratio": ABSENT if ratio is None else f"{ratio:.2f}×",
                 "agreement": share(record.get("agreement.mean")),
@@ -181,13 +193,17 @@ def _domains(comparison: ModelComparison) -> list[dict[str, Any]]:
     return found
 
 
-def _bits_scale(comparison: ModelComparison) -> tuple[float, float]:
-    """Round ends of an axis that holds every domain's bits per byte."""
-    values = [part.value for side in (comparison.base, comparison.new) for part in side.bits.values()]
-    known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    step = 10 ** math.floor(math.log10(max(max(known) - min(known), 0.01)))
-    low, high = math.floor(min(known) / step) * step, math.ceil(max(known) / step) * step
-    return low, high if high > low else low + step
+def _change_scale(comparison: ModelComparison) -> float:
+    """A round number that no domain's change of bits per byte exceeds."""
+    changes = [abs(comparison.bits_change(name)) for name in comparison.to_dict()["domains"]]
+    largest = max((change for change in changes if math.isfinite(change)), default=0.0) or 0.01
+    unit = 10 ** math.floor(math.log10(largest))
+    return unit * next(step for step in (1, 2, 3, 4, 5, 6, 8, 10) if unit * step >= largest * (1 - 1e-9))
+
+
+def _bar(part: float) -> dict[str, float]:
+    """Start and width, in percent of an axis from -1 to 1, of a bar from 0 to `part`."""
+    return {"start": 50 + 50 * min(part, 0.0), "width": 50 * abs(part)}
 
 
 def _layer(comparison: ModelComparison, position: int, label: str, largest: float) -> dict[str, Any]:
@@ -202,6 +218,7 @@ def _layer(comparison: ModelComparison, position: int, label: str, largest: floa
         "label": visible(label),
         "name": visible(layer.name),
         "agreement": share(layer.agreement),
+        "step": _sixth(layer.agreement),
         "overlap": share(layer.overlap),
         "by_domain": [(name, share(value), _sixth(value)) for name, value in by_domain],
         "shift": number(layer.load_shift, 4),
@@ -242,6 +259,11 @@ def _largest_drift(comparison: ModelComparison) -> float:
     return max(
         (float(drift.by_expert.max()) for drift in comparison.drift if drift.by_expert is not None), default=0.0
     )
+
+
+def _drift_ticks(largest: float) -> list[str]:
+    """Where each of the six steps of `_drifts` begins, in words."""
+    return ["0%", "> 0%", *(percent(part * largest / 5) for part in range(1, 5))]
 
 
 def _drifts(values: Sequence[float], largest: float) -> list[dict[str, Any]]:

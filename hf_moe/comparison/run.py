@@ -1,6 +1,7 @@
 """Load two models one after the other and measure both on the same texts."""
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,11 @@ from hf_moe.comparison.models import Measurement, ModelComparison, compare_measu
 from hf_moe.comparison.text_probe import WINDOW, TextProbe
 from hf_moe.data.encoding import context_of
 from hf_moe.evaluation.errors import EvaluationError
+from hf_moe.experts.preferred import prefer_hf_moe
 from hf_moe.loading.pretrained import DTYPES, ModelError, load_language_model, load_tokenizer, read_config
+
+# folders that say nothing without the one that they are in
+GENERAL_NAMES = ("model", "adapter", "merged", "output")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class ModelChoice:
         path: A model folder, or a name on the Hub. Quantised checkpoints load as they are.
         adapter: Folder or name of a PEFT adapter on it.
         dtype: One of `DTYPES`; auto is as saved.
-        experts_implementation: Experts backend; transformers chooses if None.
+        experts_implementation: Experts backend; None is hf_moe, or transformers' choice where that cannot run.
         device: Such as "cuda"; the GPU if there is one.
     """
 
@@ -43,7 +48,7 @@ class ModelChoice:
 
     @property
     def name(self) -> str:
-        """Name for reports: of a path the last part, so that no folder of this machine shows."""
+        """Name for reports: of a path the last part, so that no folder of this machine shows; two if it is general."""
         parts = [_last_part(self.path)]
         parts += [] if self.adapter is None else [f"with {_last_part(self.adapter)}"]
         parts += [] if self.dtype == "auto" else [f"in {self.dtype}"]
@@ -65,7 +70,7 @@ def compare_models(
 
     Args:
         texts: Documents by domain.
-        window: Tokens of a window; None is 1,024, or the smaller context of the two models.
+        window: Tokens of a window; None is that of `shared_window`.
         tokenizer: Folder or name of a tokenizer for both; None takes each model's own.
         on_progress: Called with 0 for the base or 1, the model's name, and the bytes of text that it has just read.
 
@@ -73,13 +78,11 @@ def compare_models(
         EvaluationError: If a model, an adapter or a tokenizer cannot be used.
         OSError, ValueError: As the loaders of transformers.
     """
-    for choice in (base, new):
-        read_config(choice.path)
+    window, _ = shared_window(base, new, window)
     tokenizers = _tokenizers(base, new, tokenizer)
     measured: list[Measurement] = []
     for position, (choice, own) in enumerate(zip((base, new), tokenizers, strict=True)):
         model = load_model(choice)
-        window = window or min(WINDOW, context_of(model.config) or WINDOW)
         probe = TextProbe(texts, own, window=window, batch_size=batch_size)
         measured.append(probe.measure(model, partial(on_progress, position, choice.name)))
         del model
@@ -87,6 +90,26 @@ def compare_models(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return compare_measurements(measured[0], measured[1], (base.name, new.name))
+
+
+def shared_window(base: ModelChoice, new: ModelChoice, window: int | None = None) -> tuple[int, str]:
+    """Tokens that both models read at once: `window`, or 1,024 or the smaller of their contexts.
+
+    Returns:
+        The number, and a sentence where one model could read more of the text than it will; empty otherwise.
+
+    Raises:
+        EvaluationError: If `window` is larger than a context.
+        ModelError: If one is no model.
+    """
+    contexts = {choice.path: context_of(read_config(choice.path)) or math.inf for choice in (base, new)}
+    smaller = min(contexts, key=lambda path: contexts[path])
+    context, name = contexts[smaller], _last_part(smaller)
+    if window is not None and window > context:
+        raise EvaluationError(f"window must be at most {context:,}, the context of {name!r}, got {window:,}.")
+    found = window or int(min(WINDOW, context))
+    is_cut = window is None and found < min(WINDOW, max(contexts.values()))
+    return found, f"Both models read {found:,} tokens at once, the context of {name}." if is_cut else ""
 
 
 def load_model(choice: ModelChoice) -> nn.Module:
@@ -106,6 +129,8 @@ def load_model(choice: ModelChoice) -> nn.Module:
         model = load_language_model(choice.path, **options)
     except ModelError as error:
         raise EvaluationError(str(error)) from error
+    if choice.experts_implementation is None:
+        prefer_hf_moe(model)
     if choice.adapter is not None:
         return load_adapter(model, choice.adapter).eval()
     return model.eval()
@@ -127,4 +152,7 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def _last_part(path: str) -> str:
-    return Path(path).name if Path(path).exists() else path
+    if not Path(path).exists():
+        return path
+    parts = Path(path).resolve().parts
+    return "/".join(parts[-2:] if parts[-1] in GENERAL_NAMES else parts[-1:])

@@ -37,7 +37,7 @@ def print_verdict(verdict: Verdict) -> None:
 
 
 def _domains(comparison: ModelComparison) -> Table:
-    title = "By domain: bits per byte (lower is better), milliseconds for 1,000 tokens"
+    title = "By domain: bits per byte (lower is better), ms for 1,000 tokens"
     table = _table(title, "domain", "base", "new", "change", "ms", "same\nexperts", "load\nshift")
     for name, record in comparison.to_dict()["domains"].items():
         before, after = record["bits_per_byte"]
@@ -60,7 +60,9 @@ def routing_table(routing: RoutingComparison, drift: Sequence[LayerDrift] = ()) 
     columns = ["layer", *(["same\nexperts"] if has_sets else ["overlap"] if has_overlap else [])]
     columns += ["load\nshift", "dead", "newly\ndead", "busiest,\nx mean"]
     columns += ["router\nchange", "experts'\nchange"] if drift else []
-    table = _table("By layer, all texts (load shift: Jensen-Shannon divergence, bits)", *columns)
+    title = "By layer, all texts. Load shift: Jensen-Shannon divergence, bits."
+    title += "\nChanges: norm of the change over the norm of the base's weights." if drift else ""
+    table = _table(title, *columns)
     labels = short_labels([layer.name for layer in routing.layers])
     for position, (label, layer) in enumerate(zip(labels, routing.layers, strict=True)):
         row = [label, *([share(layer.agreement)] if has_sets else [share(layer.overlap)] if has_overlap else [])]

@@ -125,21 +125,3 @@ def _timed(model: nn.Module, rows: torch.Tensor) -> float:
     model(input_ids=rows, use_cache=False)
     synchronize()
     return time.perf_counter() - start
-
-
-def evenly_spread(documents: Sequence[str], most_bytes: int) -> list[str]:
-    """Choose documents from the whole range, of about `most_bytes` together; a single long one is cut."""
-    sizes = [len(text.encode()) for text in documents]
-    if sum(sizes) <= most_bytes:
-        return list(documents)
-    step = max(sum(sizes) / most_bytes, 1.0)
-    chosen = [documents[int(i * step)] for i in range(int(len(documents) / step) or 1)]
-    found: list[str] = []
-    left = most_bytes
-    for text in chosen:
-        data = text.encode()[:left]
-        found.append(type(text)(data.decode(errors="ignore")))  # a conversation stays one
-        left -= len(data)
-        if left <= 0:
-            break
-    return [text for text in found if text]

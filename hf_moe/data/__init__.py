@@ -3,6 +3,7 @@
 Reading:
 
     sources.py      a data set by name: a local file, a folder or the Hub, as numbered rows
+    documents.py    texts to be measured: files, folders and data sets of the Hub, as documents by domain
     text_files.py   local files as records with their lines; the user's own text by domain
     formats.py      layouts of columns, and the five kinds of row that they mean
     bad_rows.py     errors of data, and the rows that cannot be used

@@ -16,14 +16,14 @@ Standard benchmarks, a run from names to `results.json`:
 
 Text by domain and single experts, in the same run:
 
-    domains.py          texts by domain, and their entries in results.json
+    domains.py          the entry of a domain of text in results.json
     bits_per_byte.py    bits per byte of a text, document by document
     expert_metrics.py   which experts a benchmark uses, and what it loses without them
     masking.py          switch experts off while a model runs
 
 Differences between two evaluations:
 
-    paired.py           document by document, with confidence intervals (`hf-moe evaluate --compare`)
+    paired.py           document by document, with confidence intervals (`hf-moe compare-results`)
 
 For code that uses the `evaluate` library:
 

@@ -93,7 +93,7 @@ def bits_by_document(
     model.eval()
     try:
         batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        for batch in tqdm(batches, desc=progress, disable=progress is None):
+        for batch in tqdm(batches, desc=progress, disable=True if progress is None else None):
             for part, value in zip(batch, _nats(model, batch, padding=start), strict=True):
                 nats[part.document] += value
     finally:

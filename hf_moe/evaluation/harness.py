@@ -4,6 +4,7 @@ Registered as `hf-moe`: `lm_eval.simple_evaluate(model="hf-moe", model_args={"pr
 are HFLM's to the digit: what is overridden here counts, times and refuses, and then calls HFLM.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -134,13 +135,19 @@ class HfMoeLM(HFLM):
         self.work.truncated += sum(len(prompt) + len(answer) > longest for _, prompt, answer in requests)
         # a rolling log-likelihood calls this for each batch of windows, under a bar of its own
         is_rolling = override_bs is not None
-        return super()._loglikelihood_tokens(requests, disable_tqdm or is_rolling, override_bs)
+        return super()._loglikelihood_tokens(requests, _has_no_bar(disable_tqdm) or is_rolling, override_bs)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, _has_no_bar(disable_tqdm))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        return super().loglikelihood_rolling(requests, _has_no_bar(disable_tqdm))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         for request in requests:
             prompt, options = request.args
             self.work.truncated += len(self.tok_encode(prompt)) > self.prompt_room(request.task_name, options)
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return super().generate_until(requests, disable_tqdm=_has_no_bar(disable_tqdm))
 
     def prompt_room(self, task: str, options: Mapping[str, Any]) -> int:
         """Tokens of the model's context that a task's generation options leave for its prompt.
@@ -168,6 +175,11 @@ class HfMoeLM(HFLM):
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _has_no_bar(disabled: bool) -> bool:
+    """In a file each step of a progress bar is a line."""
+    return disabled or not sys.stderr.isatty()
 
 
 def _checked_device(device: str | None) -> str:

@@ -104,5 +104,5 @@ def _check(ids: Mapping[str, frozenset[int]], routing: Routing) -> None:
     if not bool((routing.weights[is_masked_TK] == 0).all()):
         raise MaskError(
             f"the router of {routing.layer.name!r} ({routing.layer.router_name}) still gives weight to a masked "
-            "expert: it does not choose by logits that can be masked. Use --mask-experts 0 for this model."
+            "expert: it does not choose by logits that can be masked. Leave out --mask-experts for this model."
         )

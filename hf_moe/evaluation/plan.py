@@ -20,14 +20,15 @@ class Evaluation:
     Attributes:
         model: A folder, a name on the Hub, or a loaded model.
         tasks: Names, groups, tags or patterns of lm-eval, or YAML files of tasks.
-        domains: Files for bits per byte, see `hf_moe.evaluation.domains.read_domains`.
-        on_bad_row: Of rows of `domains` that cannot be used: `error`, or `skip` to leave them out.
+        data: Text for bits per byte, see `hf_moe.data.documents.read_domains`.
+        on_bad_row: Of rows of `data` that cannot be used: `error`, or `skip` to leave them out.
         adapter: A PEFT adapter's folder or name.
         data_root: Folder with local copies of the tasks' data, see `hf_moe.evaluation.local_data`.
         limit: Documents of each task, from the first; below 1 a share of them; None takes all.
         num_fewshot: Few-shot examples; None leaves each task's own number.
         generation: Options of generation tasks that replace the task's (`{"max_gen_toks": 64}`).
-        chat_template: Whether prompts go through the tokenizer's chat template.
+        chat_template: Whether the tasks' prompts go through the tokenizer's chat template.
+        template_file: A Jinja file in place of the tokenizer's chat template.
         batch_size: A number, or "auto" for the largest that fits.
         seed: Of numpy's and torch's generators and of few-shot draws.
         mask_experts: So many of the most used experts of each task and domain are masked, one at a time.
@@ -36,7 +37,8 @@ class Evaluation:
         stride: By how much windows advance; None takes half of them.
         bootstrap_iters: Of lm-eval's standard error where a metric has no formula.
         run_unsafe_code: Allow tasks that run the code that the model writes.
-        options: Of `HfMoeLM`: `experts_implementation`, `device`, `dtype`, `tokenizer`, `max_length`, ...
+        options: Of `HfMoeLM`: `experts_implementation` (None is hf_moe, where it runs the model), `device`, `dtype`,
+            `tokenizer`, `max_length`, ...
 
     Raises:
         EvaluationError: If a number is out of range, a folder does not exist, or there is nothing to do.
@@ -44,7 +46,7 @@ class Evaluation:
 
     model: str | PreTrainedModel
     tasks: tuple[str, ...] = ()
-    domains: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
     on_bad_row: str = "error"
     adapter: str | None = None
     data_root: Path | None = None
@@ -52,9 +54,10 @@ class Evaluation:
     num_fewshot: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     chat_template: bool = False
+    template_file: Path | None = None
     batch_size: int | str = "auto"
     seed: int = SEED
-    mask_experts: int = 2
+    mask_experts: int = 0
     mask_limit: int = 50
     window: int | None = None
     stride: int | None = None
@@ -65,8 +68,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         if isinstance(self.limit, float) and self.limit.is_integer():
             object.__setattr__(self, "limit", int(self.limit))
-        if not self.tasks and not self.domains:
-            raise EvaluationError("there is nothing to evaluate. Name tasks (--tasks arc_easy,gsm8k) or --domains.")
+        if not self.tasks and not self.data:
+            raise EvaluationError(
+                "there is nothing to evaluate. Name tasks (--tasks arc_easy,gsm8k) or text (--data law.txt)."
+            )
         self._check_numbers()
         self._check_folders()
 

@@ -16,7 +16,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from hf_moe.evaluation.domains import documents_sha256, read_domains
+from hf_moe.data.chat_text import read_chat_template
+from hf_moe.data.documents import read_domains
+from hf_moe.evaluation.domains import documents_sha256
 from hf_moe.evaluation.harness import HfMoeLM
 from hf_moe.evaluation.local_data import data_record
 from hf_moe.evaluation.measure import Measure, samples_path
@@ -25,6 +27,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.results import FORMAT, NAME, check_results, harness_identity, versions
 from hf_moe.evaluation.scoring import group_entry, prepare
 from hf_moe.evaluation.tasks import Tasks
+from hf_moe.experts.preferred import prefer_hf_moe
 from hf_moe.io.console import print_to_stderr
 from hf_moe.io.stages import ResumableRun
 from hf_moe.io.whole_files import write_json
@@ -54,8 +57,12 @@ def evaluate(evaluation: Evaluation, output: Path, *, command: str = "") -> dict
         num_fewshot=evaluation.num_fewshot,
         seed=evaluation.seed,
     )
-    domains = read_domains(evaluation.domains, partial(_tokenizer, evaluation), on_bad_row=evaluation.on_bad_row)
+    domains = read_domains(evaluation.data, partial(_tokenizer, evaluation), on_bad_row=evaluation.on_bad_row)
     lm = HfMoeLM(evaluation.model, adapter=evaluation.adapter, batch_size=evaluation.batch_size, **evaluation.options)
+    if isinstance(evaluation.model, str) and evaluation.options.get("experts_implementation") is None:
+        prefer_hf_moe(lm.model)
+    if evaluation.template_file is not None:
+        lm.tokenizer.chat_template = read_chat_template(evaluation.template_file)
     for warning in explain(lm.model).warnings:
         print_to_stderr(f"warning: {warning}")
     for name, task in tasks.tasks.items():
@@ -69,7 +76,10 @@ def _tokenizer(evaluation: Evaluation) -> PreTrainedTokenizerBase:
     given = options.get("tokenizer") or (model if isinstance(model, str) else model.name_or_path)
     if isinstance(given, PreTrainedTokenizerBase):
         return given
-    return load_tokenizer(given, trust_remote_code=bool(options.get("trust_remote_code")))
+    tokenizer = load_tokenizer(given, trust_remote_code=bool(options.get("trust_remote_code")))
+    if evaluation.template_file is not None:
+        tokenizer.chat_template = read_chat_template(evaluation.template_file)
+    return tokenizer
 
 
 class _Run:

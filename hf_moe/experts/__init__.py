@@ -6,6 +6,7 @@ A call goes from `backends` (what runs it) through `pipeline` (order and weights
     request.py                 the record that a backend is chosen by, and one row of their table
     own_backends.py            the backends of hf_moe: what each refuses, what it suits, its operators
     crossover.py               from how many rows torch's grouped product is chosen, by chip (crossover.json)
+    preferred.py               the backend that commands choose where none is named
     transformers_backends.py   the backends that transformers brings, and what each refuses
     pipeline.py                the steps of a layer over a backend's operators and any storage
     dispatch.py                the order of routed rows, and their weighted sum

@@ -10,6 +10,7 @@ expert width, R rank, A and B the widths that one projection maps from and to.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +70,9 @@ def run_experts(
             tokens without gradients, the token's result is NaN.
     """
     hidden_TH, index_TK = hidden_states.to(storage.dtype), top_k_index.to(torch.int64)
-    # the weights decide the dtype; autocast would change it between the steps
-    with torch.autocast(hidden_TH.device.type, enabled=False):
+    device = hidden_TH.device.type
+    # the weights decide the dtype; autocast, which the meta device has not, would change it between the steps
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         out_TH = _run(operators, experts, storage, hidden_TH, index_TK, top_k_weights, low_rank)
     return out_TH.to(hidden_states.dtype)
 

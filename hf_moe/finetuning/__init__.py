@@ -6,9 +6,10 @@
     domains.py         the data of a job, by domain: training rows and held-out rows
     packing_check.py   proof that the model keeps packed examples apart
     other_towers.py    vision and audio towers, which training on text leaves as they are
-    measure.py         held-out loss and chosen experts of every domain
+    measure.py         held-out loss, chosen experts and samples of every domain
+    samples.py         what the model writes after a few held-out prompts
     train.py           the ordinary Trainer over the job, and what became of it
-    save.py            an adapter or a model, with the routers' hash
+    save.py            an adapter or a model, with the routers' hash; no card of other libraries
     report.py          `report.json`, and the table of domains
     card.py            the results folder: report, plots, model card
     surroundings.py    versions, machine, warnings, errors in one line

@@ -10,6 +10,7 @@ from hf_moe.data.formats import check_options
 from hf_moe.training.checkpointing.checkpoints import TOKEN_IS_PICKLED
 
 SMOKE_HELP = "Four short steps, to see that everything works."
+SAMPLES, SAMPLES_HELP = 3, "Held-out prompts that are continued before and after; the card quotes them. 0: none."
 
 
 class RecipeError(ValueError):
@@ -111,18 +112,26 @@ class RecipeTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
     remove_unused_columns: bool | None = field(default=False)
     train_sampling_strategy: str = field(default="sequential")  # the mixture has put the rows in order
+    sample_prompts: int = field(default=SAMPLES, metadata={"help": SAMPLES_HELP})
     smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise RecipeError(TOKEN_IS_PICKLED)
-        if self.smoke:
-            shorten(self)
+        check_own(self)
         super().__post_init__()
 
 
-def shorten(arguments: Any) -> None:
-    """Set a Trainer's arguments to four short steps."""
+def check_own(arguments: Any) -> None:
+    """Check `sample_prompts` of a Trainer's arguments, and set four short steps if `smoke` is set.
+
+    Raises:
+        RecipeError: If `sample_prompts` is negative.
+    """
+    if arguments.sample_prompts < 0:
+        raise RecipeError(f"sample_prompts must be 0 or more, got {arguments.sample_prompts}.")
+    if not arguments.smoke:
+        return
     arguments.max_steps, arguments.logging_steps, arguments.save_steps = 4, 1, 2
     arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, 2)
 

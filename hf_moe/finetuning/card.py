@@ -8,7 +8,7 @@ from typing import Any
 from hf_moe.hub.cards.card import card_from_facts
 from hf_moe.hub.cards.checkpoint_facts import checkpoint_facts
 from hf_moe.hub.cards.emissions_facts import emissions_facts
-from hf_moe.hub.cards.metadata import CardChoices, is_repo
+from hf_moe.hub.cards.metadata import CardChoices
 from hf_moe.hub.cards.plots import draw_plots
 from hf_moe.hub.cards.training_facts import training_facts
 from hf_moe.io.whole_files import whole_folder, write_json, write_text
@@ -38,12 +38,5 @@ def write_results(folder: Path, report: Report, *, saved: str) -> None:
 def finetune_card(folder: Path, report: Report, *, saved: str) -> str:
     """The card as Markdown with a YAML head, from the report and what lies in the folder."""
     facts = replace(training_facts(report), emissions=emissions_facts(folder))
-    origin = f"{facts.base_model} " if is_repo(facts.base_model) else ""
-    title = f"{facts.recipe}: {origin}fine-tuned on {_listed(facts.trained_on)}"
-    checkpoint = checkpoint_facts(folder / saved)
     choices = CardChoices(base_model=facts.base_model)
-    return str(card_from_facts(checkpoint, facts, choices=choices, title=title, plots=PLOTS))
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return str(card_from_facts(checkpoint_facts(folder / saved), facts, choices=choices, plots=PLOTS))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,18 +14,17 @@ from hf_moe.finetuning.arguments import DataArguments, RecipeError
 
 
 @dataclass(frozen=True)
-class DomainData:
-    """One data set.
+class DomainTexts:
+    """One data set, as it is measured.
 
     Attributes:
         share: Of the training rows, from 0 to 1; those of all domains sum to 1.
         train, held_out: Encoded examples.
-        train_rows, held_out_rows: The same as rows.
+        held_out_rows: The held-out examples as rows.
     """
 
     share: float
     train: Encoding
-    train_rows: Rows
     held_out: Encoding
     held_out_rows: Rows
 
@@ -35,6 +34,23 @@ class DomainData:
         row_length = min(row_length, len(ids))
         count = min(most, len(ids) // row_length)
         return torch.tensor(ids[: count * row_length]).view(count, row_length)
+
+
+@dataclass(frozen=True)
+class DomainData(DomainTexts):
+    """One data set, with the rows that it is learned from."""
+
+    train_rows: Rows
+
+
+class Measurable(Protocol):
+    """Data that `measure` takes: every domain by name, and the tokens of an example at most."""
+
+    @property
+    def domains(self) -> Mapping[str, DomainTexts]: ...
+
+    @property
+    def longest(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,7 @@ def _read_domain(source: Source, share: float, encoder: Encoder, arguments: Data
     train = cut(kept, longest, source.path, data_set.remarks())
     held_out = cut(out, longest, source.path)
     train_rows, held_out_rows = (_rows(part.examples, encoder.tokenizer, arguments) for part in (train, held_out))
-    return DomainData(share, train, train_rows, held_out, held_out_rows)
+    return DomainData(share, train, held_out, held_out_rows, train_rows)
 
 
 def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Rows:

@@ -1,6 +1,7 @@
-"""Held-out metrics of every domain: loss and bits per byte of the tokens that have a label, and the chosen experts."""
+"""Held-out metrics of every domain: loss, bits per byte of the tokens that have a label, chosen experts, samples."""
 
 import math
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from hf_moe.comparison.routing_agreement import RoutingChoices, record_choices
 from hf_moe.data.encoding import IGNORED
 from hf_moe.data.packing import Rows
-from hf_moe.finetuning.domains import Data
+from hf_moe.finetuning.domains import Measurable
 from hf_moe.finetuning.prepare import Job
+from hf_moe.finetuning.samples import Sample, write_samples
 from hf_moe.observability.health import Health
 from hf_moe.observability.recording import record_routing
 
@@ -77,15 +79,20 @@ def text_bytes(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """Held-out metrics and chosen experts by domain; `health` is the verdict on the routing of all."""
+    """Held-out metrics and chosen experts by domain; `health` is the verdict on the routing of all.
+
+    `samples` is what the model wrote, `sample_seconds` the time that this took.
+    """
 
     metrics: dict[str, HeldOut]
     choices: dict[str, RoutingChoices]
     health: Health
+    samples: list[Sample]
+    sample_seconds: float
 
 
-def measure(job: Job[Data], model: nn.Module) -> Measured:
-    """Held-out loss of every domain, and the experts chosen for its held-out tokens, with the routing's health."""
+def measure(job: Job[Measurable], model: nn.Module) -> Measured:
+    """Held-out loss of every domain, the experts chosen for its tokens, the routing's health, and a few samples."""
     batch_size, domains = job.training.per_device_eval_batch_size, job.data.domains
     metrics = {
         name: evaluate_rows(model, job.tokenizer, domain.held_out_rows, batch_size=batch_size)
@@ -96,4 +103,6 @@ def measure(job: Job[Data], model: nn.Module) -> Measured:
             name: record_choices(model, domain.probe(job.data.longest), batch_size=batch_size)
             for name, domain in domains.items()
         }
-    return Measured(metrics, choices, trace.health())
+    begin = time.perf_counter()
+    samples = write_samples(job, model)
+    return Measured(metrics, choices, trace.health(), samples, time.perf_counter() - begin)

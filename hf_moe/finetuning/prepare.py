@@ -31,7 +31,7 @@ from hf_moe.observability.explain import explain
 logger = logging.getLogger(__name__)
 
 
-AnyData = TypeVar("AnyData")
+AnyData = TypeVar("AnyData", covariant=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.comparison.routing_agreement import routing_agreement
-from hf_moe.finetuning.domains import Data
+from hf_moe.finetuning.domains import Data, Measurable
 from hf_moe.finetuning.measure import Measured
 from hf_moe.finetuning.prepare import Job
 from hf_moe.finetuning.surroundings import machine, versions
@@ -27,6 +27,11 @@ SETTINGS = (
     "max_grad_norm",
     "bf16",
     "seed",
+    # of TRL's
+    "max_length",
+    "packing",
+    "beta",
+    "loss_type",
 )
 
 
@@ -36,33 +41,42 @@ def report(job: Job[Data], before: Measured, trained: Trained, after: Measured, 
     Args:
         saved: The folder in the output folder that holds the result, for its size.
     """
-    options, rows, data = job.training.to_dict(), rows_per_step(job.training), job.data
+    rows, data = rows_per_step(job.training), job.data
+    tokens = trained.steps * rows * data.row_length if data.packed else None
+    return run_report(job, trained, saved=saved) | measured_report(job, before, after) | {"tokens": tokens}
+
+
+def measured_report(job: Job[Measurable], before: Measured, after: Measured) -> dict[str, Any]:
+    """What was measured before and after training: by domain, the routing's health, samples."""
     return {
-        **run_report(job, trained, saved=saved),
-        "model_type": job.model.config.model_type,
-        "machine": machine(job.training),
-        "domains": domain_report(data, before, after),
+        "domains": domain_report(job.data, before, after),
         "health": {"before": str(before.health), "after": str(after.health)},
-        "training": {**{name: options[name] for name in SETTINGS}, "rows_per_step": rows},
-        "tokens": trained.steps * rows * data.row_length if data.packed else None,
-        "seconds_per_step": trained.seconds_per_step,
+        "samples": [
+            {"domain": one.domain, "prompt": one.prompt, "before": one.text, "after": two.text}
+            for one, two in zip(before.samples, after.samples, strict=True)
+        ],
+        "sample_seconds": round(before.sample_seconds + after.sample_seconds, 1),
     }
 
 
 def run_report(job: Job[Any], trained: Trained, *, saved: str, libraries: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The part of the report that all recipes have, those with TRL too.
+    """What the run was, and what became of it.
 
     Args:
         saved: The folder in the output folder that holds the result, for its size.
         libraries: Those to give the versions of, beside the usual ones.
     """
-    size = explain(trained.model)
+    size, options = explain(trained.model), job.training.to_dict()
     return {
         "recipe": job.method,
         "date": date.today().isoformat(),
         "command": job.command,
         "choices": job.choices,
+        "training": {name: options[name] for name in SETTINGS if name in options}
+        | {"rows_per_step": rows_per_step(job.training)},
         "versions": versions(*libraries),
+        "machine": machine(job.training),
+        "model_type": job.model.config.model_type,
         "parameters": {
             "total": size.total_parameters,
             "active": size.active_parameters,
@@ -71,11 +85,12 @@ def run_report(job: Job[Any], trained: Trained, *, saved: str, libraries: tuple[
         "saved_bytes": folder_bytes(job.folder / saved),
         "router_sha256": {"before": job.router_sha256, "after": router_hash(trained.model)},
         "steps": trained.steps,
+        "seconds_per_step": trained.seconds_per_step,
         "log": trained.log,
     }
 
 
-def domain_report(data: Data, before: Measured, after: Measured) -> dict[str, Any]:
+def domain_report(data: Measurable, before: Measured, after: Measured) -> dict[str, Any]:
     """JSON values by domain: its share of the data, metrics before and after, routing agreement per layer."""
     return {
         name: {

@@ -1,16 +1,40 @@
-"""Save the result of a recipe: an adapter or a model, with the routers' hash, whole or not at all."""
+"""Save the result of a recipe: an adapter or a model, with the routers' hash, whole or not at all; with our card."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_moe.adapters.frozen_router import save_router_hash, verify_adapter_without_router
 from hf_moe.finetuning.other_towers import copy_processor, has_other_towers
+from hf_moe.hub.cards.card import model_card
+from hf_moe.hub.upload_files import is_checkpoint, is_template
 from hf_moe.io.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
+
+
+class OwnCardMixin(Trainer):
+    """A Trainer whose card is ours; a recipe writes it when the run has ended, with what it measured.
+
+    TRL would write one for every checkpoint, fine-tuned from "None" if the model was loaded from a folder, and PEFT a
+    template into the checkpoint, with that folder's path as the base.
+    """
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of what `save_model` left in the output folder, as for `push_to_hub`; of nothing there is none."""
+        folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero() and is_checkpoint(folder):
+            state = {"log_history": self.state.log_history, "global_step": self.state.global_step}
+            model_card(folder, training=state).save(folder / "README.md")
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        card = Path(str(output_dir or self.args.output_dir), "README.md")
+        if card.is_file() and is_template(card):
+            card.unlink()
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import platform
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from hf_moe.adapters.readable import UnreadableAdapterError
 from hf_moe.data.bad_rows import DataError
 from hf_moe.finetuning.arguments import RecipeError
 from hf_moe.io.console import print_to_stderr
+from hf_moe.io.quiet import quiet_libraries
 from hf_moe.io.run_lock import RunRefusedError
 from hf_moe.loading.pretrained import ModelError
 
@@ -54,7 +54,7 @@ def machine(arguments: TrainingArguments) -> dict[str, Any]:
 def recipe_errors() -> Iterator[None]:
     """Print what cannot be used in one line, and exit with 2."""
     try:
-        with without_needless_warnings():
+        with quiet_libraries():
             yield
     except _REFUSALS as error:
         print_to_stderr(f"error: {error}")
@@ -73,21 +73,12 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def without_needless_warnings() -> Iterator[None]:
-    """Leave out warnings that a user can do nothing about: one is meant for PEFT, one for machines with a GPU."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
-        yield
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
-    """`without_needless_warnings`, and without the bars of reading and writing files."""
+    """`quiet_libraries`, and without the bars of reading and writing files."""
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with without_needless_warnings():
+        with quiet_libraries():
             yield
     finally:
         if had_bars:

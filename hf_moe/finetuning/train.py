@@ -14,9 +14,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hf_moe.finetuning.arguments import RecipeError
 from hf_moe.finetuning.domains import Data
 from hf_moe.finetuning.prepare import Job
+from hf_moe.finetuning.save import OwnCardMixin
 from hf_moe.finetuning.surroundings import versions
 from hf_moe.observability.explain import explain
-from hf_moe.training.memory import StepMemory, step_memory
+from hf_moe.planner.step_memory import StepMemory, measured_step_memory
 from hf_moe.training.trainer import MoeTrainer
 
 
@@ -41,6 +42,10 @@ class Trained:
     is_main_process: bool
 
 
+class RecipeTrainer(OwnCardMixin, MoeTrainer):
+    """The Trainer of the recipes."""
+
+
 def train(job: Job[Data], model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> Trained:
     """Print what will be trained, and train it over the mixture.
 
@@ -49,7 +54,7 @@ def train(job: Job[Data], model: nn.Module, callbacks: Sequence[TrainerCallback]
     """
     _print_plan(job, model)
     set_seed(job.training.seed)
-    trainer = MoeTrainer(
+    trainer = RecipeTrainer(
         model=model,
         args=job.training,
         train_dataset=job.data.mixture(trained_rows(job.training, job.data), job.training.seed),
@@ -141,7 +146,7 @@ def _kinds(model: nn.Module) -> str:
 def _memory(model: nn.Module, data: Data, arguments: TrainingArguments) -> StepMemory:
     """Memory of a training step of this process, from one row's forward."""
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    return step_memory(
+    return measured_step_memory(
         model,
         next(iter(data.domains.values())).train_rows[0],
         batch_size=arguments.train_batch_size,

@@ -19,29 +19,37 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_moe.adapters.expert_lora import expert_lora_config
 from hf_moe.adapters.frozen_router import router_hash
-from hf_moe.finetuning.arguments import SMOKE_HELP, ExpertLoraArguments, ModelArguments, RecipeError, shorten
+from hf_moe.finetuning.arguments import (
+    SAMPLES,
+    SAMPLES_HELP,
+    SMOKE_HELP,
+    ExpertLoraArguments,
+    ModelArguments,
+    check_own,
+)
+from hf_moe.finetuning.card import write_results
+from hf_moe.finetuning.measure import Measured, measure
 from hf_moe.finetuning.prepare import Job, known_config, load_model, load_tokenizer, refuse_used_folder
-from hf_moe.finetuning.report import run_report
-from hf_moe.finetuning.save import save_adapter
+from hf_moe.finetuning.report import measured_report, print_domains, run_report
+from hf_moe.finetuning.save import OwnCardMixin, save_adapter
 from hf_moe.finetuning.train import MetricsFile, Trained, refuse_shards
-from hf_moe.finetuning.trl_data import TrlDataArguments
+from hf_moe.finetuning.trl_data import TrlData, TrlDataArguments
 from hf_moe.io.installation import install_command
 from hf_moe.io.names import without_folders
-from hf_moe.io.whole_files import write_json
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
+from hf_moe.training.routing_metrics import RoutingMetricsCallback
 
 try:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-    from trl.trainer.utils import get_trackio_space_url
 except ImportError as error:
     raise ImportError(f"TRL is not installed. Install it with: {install_command('trl')}") from error
 
 
-class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):
+class SafeSFTTrainer(OwnCardMixin, SafeCheckpointMixin, SFTTrainer):
     """SFTTrainer whose checkpoints a kill cannot damage, and which stops at a loss that is not finite."""
 
 
-class SafeDPOTrainer(SafeCheckpointMixin, DPOTrainer):
+class SafeDPOTrainer(OwnCardMixin, SafeCheckpointMixin, DPOTrainer):
     """DPOTrainer whose checkpoints a kill cannot damage, and which stops at a loss that is not finite."""
 
 
@@ -75,6 +83,7 @@ class _FrozenRouterArguments:
 
     router_aux_loss_coef: float | None = field(default=0.0)
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    sample_prompts: int = field(default=SAMPLES, metadata={"help": SAMPLES_HELP})
     smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
     def __post_init__(self) -> None:
@@ -83,11 +92,10 @@ class _FrozenRouterArguments:
 
 
 def _set_up(arguments: Any) -> None:
-    """TRL's bfloat16, where nothing is asked for, only on a device that has it; four short steps if `smoke` is set."""
+    """TRL's bfloat16, where nothing is asked for, only on a device that has it; and `check_own`."""
     if arguments.bf16 is None and (arguments.use_cpu or not is_torch_bf16_gpu_available()):
         arguments.bf16 = False
-    if arguments.smoke:
-        shorten(arguments)
+    check_own(arguments)
 
 
 @dataclass
@@ -104,28 +112,6 @@ class DpoArguments(_FrozenRouterArguments, DPOConfig):
     output_dir: str | None = field(default="dpo-trl-output")
 
 
-def refuse_broken_trackio() -> None:
-    """Fail now and not at the first checkpoint, for whose card TRL asks trackio where it is installed.
-
-    Raises:
-        RecipeError: If trackio is there and cannot be imported.
-    """
-    try:
-        get_trackio_space_url()
-    except ImportError as error:
-        raise RecipeError(
-            f"trackio is installed but cannot be imported ({error}), and TRL imports it for every checkpoint's card. "
-            'Mend it (pip install "trackio>=0.43" "pillow<13"), or uninstall it.'
-        ) from error
-
-
-class TrlData(NamedTuple):
-    """Two `datasets.Dataset`, as TRL reads them."""
-
-    train: Any
-    held_out: Any
-
-
 def prepare_for_trl(
     method: str,
     command: str,
@@ -133,7 +119,7 @@ def prepare_for_trl(
     base: ModelArguments,
     texts: TrlDataArguments,
     training: Any,
-    read: Callable[..., tuple[Any, Any]],
+    read: Callable[..., TrlData],
 ) -> Job[TrlData]:
     """Take the output folder, read the data, load the model; whatever cannot be used is refused.
 
@@ -146,11 +132,10 @@ def prepare_for_trl(
     Raises:
         RecipeError, DataError, OSError: Before any training.
     """
-    refuse_broken_trackio()
     refuse_used_folder(training)
     config = known_config(base)
     tokenizer = load_tokenizer(base)
-    data = TrlData(*read(texts, training, tokenizer, base.chat_options))
+    data = read(texts, training, tokenizer, base.chat_options)
     # TRL cannot build a model type that another package registers
     model = load_model(base, training.device, config)
     choices = {**asdict(adapter), "model": without_folders(base.model)}
@@ -176,36 +161,50 @@ def expert_lora_trainer(
         callbacks=[MetricsFile(), *callbacks],
     )
     refuse_shards(trainer)
+    # before the other callbacks, so that metrics.jsonl and trackers get its metrics
+    RoutingMetricsCallback().attach(trainer)
     return trainer
 
 
-def save_and_report(
-    job: Job[TrlData], before: Mapping[str, float], trained: Trained, after: Mapping[str, float]
-) -> dict[str, Any]:
-    """Save `adapter/` and `report.json`, print the metrics; returns the report.
+class Evaluated(NamedTuple):
+    """Held-out records, as TRL's trainer evaluates them, and as the other recipes do."""
+
+    metrics: dict[str, float]
+    measured: Measured
+
+
+def evaluate(job: Job[TrlData], trainer: Trainer) -> Evaluated:
+    """TRL's metrics of the held-out records, without its times, and what `measure` tells of them."""
+    timing = ("runtime", "per_second", "_time", "num_tokens", "epoch")
+    found = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if not key.endswith(timing)}
+    return Evaluated(found, measure(job, trainer.model))
+
+
+def save_and_report(job: Job[TrlData], before: Evaluated, trained: Trained, after: Evaluated) -> dict[str, Any]:
+    """Save `adapter/`, write `report.json`, plots and the card, print the metrics; returns the report.
 
     Args:
-        before, after: What the trainer's `evaluate` returned.
+        before, after: What `evaluate` returned.
     """
     if trained.is_main_process:
         save_adapter(trained.model, job.folder / "adapter")
-    report = run_report(job, trained, saved="adapter", libraries=("trl",))
-    report["held_out"] = {"before": _metrics(before), "after": _metrics(after)}
+    last = trained.log[-1] if trained.log else {}
+    report = {
+        **run_report(job, trained, saved="adapter", libraries=("trl",)),
+        **measured_report(job, before.measured, after.measured),
+        "held_out": {"before": before.metrics, "after": after.metrics},
+        # TRL counts them, and logs the sum
+        "tokens": round(last["num_tokens"]) if last.get("step") == trained.steps and "num_tokens" in last else None,
+    }
     if trained.is_main_process:
-        write_json(job.folder / "report.json", report)
+        write_results(job.folder, report, saved="adapter")
         _print_metrics(report["held_out"])
-        Console(soft_wrap=True).print(f"results: {job.folder}", markup=False, highlight=False)
+        print_domains(report["domains"], job.folder)
     return report
 
 
-def _metrics(evaluated: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of the Trainer's evaluation, without its times."""
-    timing = ("runtime", "per_second", "_time", "num_tokens", "epoch")
-    return {key.removeprefix("eval_"): value for key, value in evaluated.items() if not key.endswith(timing)}
-
-
 def _print_metrics(held_out: Mapping[str, Mapping[str, float]]) -> None:
-    table = Table(title="Held-out records", title_justify="left")
+    table = Table(title="Held-out records, by TRL", title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
     for name, value in held_out["before"].items():

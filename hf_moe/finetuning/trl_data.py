@@ -7,24 +7,52 @@ cuts and packs; DPO, which takes no tokens, gets conversations as JSON, of which
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hf_moe.data.bad_rows import DataError, RowError
 from hf_moe.data.chat_text import ChatWriter
-from hf_moe.data.encoding import Encoder, Example, cut
-from hf_moe.data.formats import FINE_TUNING, PREFERENCES, Chat, DataSet, Instruction, Layout, Preference, Row
+from hf_moe.data.encoding import Encoder, Encoding, Example, cut
+from hf_moe.data.formats import FINE_TUNING, PREFERENCES, Chat, Instruction, Layout, Pair, Preference, Row, Text
+from hf_moe.data.packing import pad_examples
 from hf_moe.data.sources import Source, hold_out, read_source
 from hf_moe.finetuning.arguments import RecipeError, SourceArguments
+from hf_moe.finetuning.domains import DomainTexts
 from hf_moe.io.console import print_to_stderr
 
 # options of SFTConfig about data that is read and tokenised here, with the values that change nothing
 NOT_OURS = {"chat_template_path": None, "dataset_kwargs": None, "dataset_text_field": "text", "eos_token": None}
 
+_MEASURED = 1024  # tokens of a measured example where max_length sets no limit: TRL's default of it
+
 
 class TrlDataArguments(SourceArguments):
     """The data sets that it learns from; cutting and packing are TRL's."""
+
+
+@dataclass(frozen=True)
+class TrlData:
+    """What TRL's trainer reads, and the same records as the other recipes measure them.
+
+    Attributes:
+        train, held_out: Each a `datasets.Dataset`.
+        domains: Of preferences the chosen answers.
+        longest: Tokens of a measured example at most.
+    """
+
+    train: Any
+    held_out: Any
+    domains: dict[str, DomainTexts]
+    longest: int
+
+
+class _Read(NamedTuple):
+    """A row as it was read: `record` for TRL, None where TRL gets the examples themselves."""
+
+    record: dict[str, Any] | None
+    examples: list[Example]
 
 
 def read_for_sft(
@@ -32,8 +60,8 @@ def read_for_sft(
     training: Any,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
-) -> tuple[Any, Any]:
-    """Training and held-out `datasets.Dataset` with `input_ids` and `labels`; weights mix the training part.
+) -> TrlData:
+    """Data sets with `input_ids` and `labels`; weights mix the training part.
 
     `assistant_only_loss` and `completion_only_loss` of the SFTConfig `training` are in the labels; the first is
     switched off there, as TRL would look for conversations.
@@ -62,17 +90,14 @@ def read_for_sft(
     # what is packed TRL cuts by its packing_strategy
     longest = sys.maxsize if training.packing or training.max_length is None else training.max_length
 
-    def encode(row: Row) -> list[Example]:
+    def encode(row: Row) -> _Read:
         kinds.add(type(row))
-        return encoder.encode(row)
+        return _Read(None, encoder.encode(row))
 
-    def prepare(data_set: DataSet, encoded: list, part: str) -> list[dict[str, Any]]:
-        encoding = cut(encoded, longest, data_set.where, data_set.remarks())
-        if part == "train":
-            _print_once(training, f"{data_set.where}: {encoding}")
-        return [vars(example) for example in encoding.examples]
+    def remark(where: str, encoding: Encoding) -> None:
+        _print_once(training, f"{where}: {encoding}")
 
-    parts = _read(arguments, training, FINE_TUNING, encode, prepare, lambda records: None)
+    parts = _read(arguments, training, tokenizer, FINE_TUNING, encode, remark, longest)
     if assistant_only and not kinds & {Chat, Instruction}:
         raise RecipeError("assistant_only_loss is for conversations, and no data set has any. Leave it out.")
     return parts
@@ -83,9 +108,9 @@ def read_for_dpo(
     training: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
-) -> tuple[Any, Any]:
-    """Training and held-out `datasets.Dataset` with `chosen`, `rejected`, mostly `prompt`, and for conversations
-    `tools` and `chat_template_kwargs`; weights mix the training part.
+) -> TrlData:
+    """Data sets with `chosen`, `rejected`, mostly `prompt`, and for conversations `tools` and `chat_template_kwargs`;
+    weights mix the training part.
 
     Args:
         options: Variables of the chat template; a row's own come first.
@@ -94,17 +119,17 @@ def read_for_dpo(
         DataError: If a data set cannot be used, or two have different columns.
     """
 
-    def check(row: Row) -> dict[str, Any]:
+    encoder = Encoder(tokenizer, max_length=None, assistant_only=False, options=options)
+
+    def check(row: Row) -> _Read:
         assert isinstance(row, Preference)
-        return _preference(row, tokenizer, options or {})
+        return _Read(_preference(row, tokenizer, options or {}), _chosen(row, encoder))
 
-    def prepare(data_set: DataSet, records: list, part: str) -> list[dict[str, Any]]:
-        if part == "train":
-            for remark in data_set.remarks():
-                _print_once(training, f"{data_set.where}: {remark}")
-        return records
+    def remark(where: str, encoding: Encoding) -> None:
+        for each in encoding.remarks:
+            _print_once(training, f"{where}: {each}")
 
-    return _read(arguments, training, PREFERENCES, check, prepare, _preference_features)
+    return _read(arguments, training, tokenizer, PREFERENCES, check, remark, sys.maxsize, _preference_features)
 
 
 def _print_once(training: TrainingArguments, text: str) -> None:
@@ -114,24 +139,39 @@ def _print_once(training: TrainingArguments, text: str) -> None:
 
 def _read(
     arguments: TrlDataArguments,
-    training: TrainingArguments,
+    training: Any,
+    tokenizer: PreTrainedTokenizerBase,
     layouts: Sequence[Layout],
-    work: Callable[[Row], Any],
-    prepare: Callable[[DataSet, list, str], list[dict[str, Any]]],
-    features: Callable[[list[dict[str, Any]]], Any],
-) -> tuple[Any, Any]:
+    work: Callable[[Row], _Read],
+    remark: Callable[[str, Encoding], None],
+    cut_at: int,
+    features: Callable[[list[dict[str, Any]]], Any] = lambda records: None,
+) -> TrlData:
+    """Read, split and mix every data set.
+
+    Args:
+        remark: Called with the encoded training part of each.
+        cut_at: Tokens of an example that TRL gets; one that is measured is cut to `max_length` besides.
+    """
     from datasets import Dataset, concatenate_datasets, interleave_datasets
 
     sources = [Source.parse(value) for value in arguments.data]
     total = sum(source.weight for source in sources)
     if not total:
         raise DataError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
-    parts = []
+    longest = min(training.max_length or _MEASURED, tokenizer.model_max_length)
+    parts: list[list[list[dict[str, Any]]]] = []
+    domains: dict[str, DomainTexts] = {}
     for source in sources:
         data_set = read_source(source, layouts, on_bad_row=arguments.on_bad_row)
         done = list(data_set.apply(work).values())
-        train, held_out = hold_out(done, share=arguments.held_out, most=arguments.held_out_records, where=source.path)
-        parts.append((prepare(data_set, train, "train"), prepare(data_set, held_out, "held out")))
+        split = hold_out(done, share=arguments.held_out, most=arguments.held_out_records, where=source.path)
+        train, held_out = (cut((row.examples for row in part), cut_at, source.path) for part in split)
+        train.remarks += data_set.remarks()
+        remark(data_set.where, train)
+        parts.append([_records(*each) for each in zip(split, (train, held_out), strict=True)])
+        name = source.domain if source.domain not in domains else f"{source.domain} {len(domains) + 1}"
+        domains[name] = _measured(source.weight / total, train, held_out, longest, tokenizer)
     schema = features([record for pair in parts for part in pair for record in part])
     made = [[Dataset.from_list(part, features=schema) for part in pair] for pair in parts]
     used = [(source.weight / total, train) for source, (train, _) in zip(sources, made, strict=True) if source.weight]
@@ -139,7 +179,35 @@ def _read(
         [train for _, train in used], probabilities=[share for share, _ in used], seed=training.seed,
         stopping_strategy="all_exhausted",
     )  # fmt: skip
-    return mixed, concatenate_datasets([held_out for _, held_out in made])
+    return TrlData(mixed, concatenate_datasets([held_out for _, held_out in made]), domains, longest)
+
+
+def _records(rows: Sequence[_Read], encoding: Encoding) -> list[dict[str, Any]]:
+    """What TRL gets: the records, or the examples that the cut has left."""
+    records = [row.record for row in rows if row.record is not None]
+    return records or [vars(example) for example in encoding.examples]
+
+
+def _measured(
+    share: float, train: Encoding, held_out: Encoding, longest: int, tokenizer: PreTrainedTokenizerBase
+) -> DomainTexts:
+    """Held-out examples cut to `longest`, one a row."""
+    held_out = cut([held_out.examples], longest, "the held-out records")
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    row_length = max(len(example.input_ids) for example in held_out.examples)
+    return DomainTexts(share, train, held_out, pad_examples(held_out.examples, row_length=row_length, padding=padding))
+
+
+def _chosen(row: Preference, encoder: Encoder) -> list[Example]:
+    """The chosen answer after its prompt; the whole conversation if the chat template does not keep them apart."""
+    if isinstance(row.chosen, str):
+        return encoder.encode(Text(row.chosen) if row.prompt is None else Pair(row.prompt, row.chosen))
+    common = next((i for i, pair in enumerate(zip(row.chosen, row.rejected)) if pair[0] != pair[1]), 0)  # noqa: B905
+    messages, prompt = [*(row.prompt or []), *row.chosen], len(row.prompt or []) or common
+    try:
+        return encoder.encode(Chat(messages, prompt or None, row.tools, row.options))
+    except RowError:
+        return encoder.encode(Chat(messages, None, row.tools, row.options))
 
 
 def _preference(row: Preference, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from hf_moe.hub.secrets import TOKEN, other_secrets
 
 REMOVED = "[token removed]"
-# a folder of this machine before a file's name; no part of a URL, of owner/name, or of "a / b"
-_UNIX = re.compile(r"(?<![\w./~\\-])(?:file://|~)?/(?:[\w.@+\\-]+/)*(?=[\w.@+\\-])")
+# a folder of this machine before a file's name; no part of a URL, of owner/name, of "a / b" or of a part that opens
+_UNIX = re.compile(r"(?<![\w./~\\-])(?!/(?:details|summary)>)(?:file://|~)?/(?:[\w.@+\\-]+/)*(?=[\w.@+\\-])")
 _WINDOWS = re.compile(r"\b[A-Za-z]:[\\/]+(?:[\w .@+-]+[\\/]+)*")
 
 

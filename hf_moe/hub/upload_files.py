@@ -61,9 +61,9 @@ def checkpoint_folder(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise PushRefusedError(f"{str(folder)!r} is no folder. Name the folder of a saved model or adapter.")
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         return folder
-    parts = [folder / name for name in ("model", "adapter") if _is_checkpoint(folder / name)]
+    parts = [folder / name for name in ("model", "adapter") if is_checkpoint(folder / name)]
     if len(parts) == 1:
         return parts[0]
     if parts:
@@ -73,7 +73,8 @@ def checkpoint_folder(folder: Path) -> Path:
     )
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """True for a folder with a model or an adapter."""
     return (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 

@@ -9,6 +9,7 @@ Files, then runs, then words:
     names.py        names and command lines for reports, without folders of this machine
     error_text.py   another library's error in one line
     console.py      messages on the standard error, printed as they are
+    quiet.py        what other libraries say and a user can do nothing about, left out
     installation.py the command that installs an extra
     old_names.py    old names of methods and arguments, with a FutureWarning
 """

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hf_moe.experts.backends import BACKENDS, choose, refusals
+from hf_moe.experts.backends import BACKENDS, HF_MOE, Choice, choose, refusals
 from hf_moe.experts.request import request_for
 from hf_moe.layers.moe_layers import MoeLayer, inner_model, is_experts, moe_layers
 from hf_moe.layers.packed_storages import UnreadableStorage
@@ -49,7 +49,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Result of `explain`; `str()` is a text to read, `to_dict()` the same for JSON.
+    """Result of `explain`; `str()` is a text to read, `describe(verbose=True)` all of it, `to_dict()` is for JSON.
 
     Attributes:
         model_class: Class of the model inside all wrappers.
@@ -63,6 +63,7 @@ class Explanation:
         backend: The experts implementations that run, joined by ", "; "" without MoE layers.
         choices: The implementation that `hf_moe` chooses where it is the backend, with the reason; a sentence for each
             kind of layer, and one more where many rows lead to another choice.
+        with_hf_moe: What it would choose where another backend is set, each with the reason in brackets.
         refusals: Implementation -> reason why it cannot run this model. Empty for quantised experts: their quantiser
             decides. Of a model without weights (meta device), as `choices`, for the device of this machine.
         warnings: Whatever deserves attention, one sentence each.
@@ -78,6 +79,7 @@ class Explanation:
     layers: tuple[LayerGroup, ...]
     backend: str
     choices: tuple[str, ...]
+    with_hf_moe: tuple[str, ...]
     refusals: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -85,22 +87,35 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, *, verbose: bool = False) -> str:
+        """A text to read, one line for each point.
+
+        Args:
+            verbose: Also how active parameters are counted, and which backends refuse the model and why.
+        """
+        active = "not known" if self.active_parameters is None else _count(self.active_parameters)
         lines = [
             f"{self.model_class} ({self.model_type}), {self.dtype}",
-            f"parameters: total {_count(self.total_parameters)}, active per token "
-            f"{'not known' if self.active_parameters is None else _count(self.active_parameters)}, "
+            f"parameters: total {_count(self.total_parameters)}, active per token {active}, "
             f"trainable {_count(self.trainable_parameters)}",
-            *([] if self.active_parameters is None else [f"  {ACTIVE_RULE}"]),
+            *([f"  {ACTIVE_RULE}"] if verbose and self.active_parameters is not None else []),
             f"router: {self.router}",
             f"MoE layers: {sum(group.count for group in self.layers)}",
             *(f"  {group}" for group in self.layers),
+            *self._what_runs(),
         ]
-        if self.layers:
-            lines.append(f"experts backend: {self.backend}")
-        lines += [f"  {choice}" for choice in self.choices]
-        lines += [f"  refused: {name}: {reason}" for name, reason in self.refusals.items()]
+        if verbose:
+            lines += [f"  refused: {name}: {reason}" for name, reason in self.refusals.items()]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _what_runs(self) -> list[str]:
+        if not self.layers:
+            return []
+        other = f' With experts_implementation="hf_moe": {"; ".join(self.with_hf_moe)}.' if self.with_hf_moe else ""
+        return [f"runs now: {self.backend}.{other}", *(f"  {choice}" for choice in self.choices)]
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -140,6 +155,7 @@ def explain_layers(model: nn.Module, layers: list[MoeLayer]) -> Explanation:
         layers=tuple(_groups(layers)),
         backend=", ".join(dict.fromkeys(_backend(layer) for layer in layers)),
         choices=tuple(dict.fromkeys(choice for layer in layers for choice in _choices(model, layer))),
+        with_hf_moe=tuple(dict.fromkeys(text for layer in layers for text in _with_hf_moe(model, layer))),
         refusals=refused,
         warnings=(*warnings, *(warning for warning in more if warning)),
     )
@@ -248,9 +264,8 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     warnings: dict[str, list[str]] = {}
     for layer in layers:
         weight, backend, storage = _storage(layer), _backend(layer), storage_of(layer.experts)
-        is_attached = attached_storage(layer.experts) is not None
-        is_fp8 = storage.format == "fp8"
-        if not is_attached and not is_fp8 and (weight is None or weight.dtype not in DENSE_DTYPES):
+        is_attached, is_fp8 = attached_storage(layer.experts) is not None, storage.format == "fp8"
+        if _is_of_a_quantiser(layer):
             kind = "in a form of their own" if weight is None else f"as {weight.dtype}"
             text = f"Expert weights are stored {kind}: their quantiser decides which backends run them."
             warnings.setdefault(text, []).append(layer.name)
@@ -273,6 +288,14 @@ def _refusals(layers: list[MoeLayer]) -> tuple[dict[str, str], list[str]]:
     return refused, [f"{join_ranges(names)}: {text}" for text, names in warnings.items()]
 
 
+def _is_of_a_quantiser(layer: MoeLayer) -> bool:
+    """Whether the weights are in a form that only what quantised them knows."""
+    if attached_storage(layer.experts) is not None or storage_of(layer.experts).format == "fp8":
+        return False
+    weight = _storage(layer)
+    return weight is None or weight.dtype not in DENSE_DTYPES
+
+
 def _fp8_to_come(layers: list[MoeLayer], config: Any) -> str | None:
     """Of a model without weights: its checkpoint is of fp8, and what is described is not."""
     storages = [storage_of(layer.experts) for layer in layers]
@@ -292,14 +315,26 @@ def _device(storage: ExpertStorage) -> torch.device:
 
 
 def _choices(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
+    if _backend(layer) == HF_MOE:
+        few, *many = _choices_of_hf_moe(model, layer) or (None,)
+        yield from [] if few is None else [str(few)]
+        yield from (f"With many rows, {choice}" for choice in many)
+
+
+def _with_hf_moe(model: nn.Module, layer: MoeLayer) -> Iterable[str]:
+    if _backend(layer) != HF_MOE and not _is_of_a_quantiser(layer):  # its weights would be unpacked for the answer
+        for place, choice in enumerate(_choices_of_hf_moe(model, layer)):
+            yield f"{'with many rows ' * place}{choice.name} ({choice.reason.rstrip('.')})"
+
+
+def _choices_of_hf_moe(model: nn.Module, layer: MoeLayer) -> list[Choice]:
+    """What `hf_moe` chooses for few rows, and for many if that is another; empty where it cannot read the weights."""
     storage = storage_of(layer.experts)
-    if _backend(layer) == "hf_moe" and not isinstance(storage, UnreadableStorage):
-        adapted = getattr(_experts_child(model, layer), "runs_low_rank", False)  # as accelerate_adapters leaves it
-        request = request_for(layer.experts, storage, _device(storage), adapted=adapted)
-        choice, with_many_rows = choose(request), choose(request._replace(many_rows=True))
-        yield str(choice)
-        if with_many_rows != choice:
-            yield f"With many rows, {with_many_rows}"
+    if isinstance(storage, UnreadableStorage):
+        return []
+    adapted = getattr(_experts_child(model, layer), "runs_low_rank", False)  # as accelerate_adapters leaves it
+    request = request_for(layer.experts, storage, _device(storage), adapted=adapted)
+    return list(dict.fromkeys((choose(request), choose(request._replace(many_rows=True)))))
 
 
 def _groups(layers: list[MoeLayer]) -> Iterable[LayerGroup]:

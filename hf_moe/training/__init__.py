@@ -10,6 +10,5 @@ From the Trainer down:
     rollback.py          return to the last good weights when routing leaves its thresholds
     callbacks.py         proof of a frozen router; a progress bar with the balance
     same_weights.py      proof that several processes train one model
-    memory.py            memory of a training step, estimated before the first
     autograd_graph.py    parameters that a gradient flows into
 """

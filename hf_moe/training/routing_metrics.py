@@ -3,16 +3,26 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.trainer_callback import ExportableState
 
 from hf_moe.layers.moe_layers import moe_layers
 from hf_moe.layers.watch_routing import Routing
-from hf_moe.observability.health import Finding, Health, Verdict, diagnose, enough_tokens
+from hf_moe.observability.health import (
+    ENOUGH_FOR_COLLAPSE,
+    Finding,
+    Health,
+    Verdict,
+    diagnose,
+    enough_tokens,
+    spread,
+)
 from hf_moe.observability.layer_statistics import LayerStatistics, empty_statistics
 from hf_moe.observability.layer_sums import LayerSums, ScoreRule
 from hf_moe.training.routing_listener import RoutingListener
@@ -22,6 +32,10 @@ logger = logging.getLogger(__name__)
 # a longer history would call a slow, wanted specialisation a collapse
 _HISTORY = 12
 _GRAVE: set[Verdict] = {"invalid", "collapsed", "one_takes_most", "collapsing"}
+
+_SKEWED: set[Verdict] = {"collapsed", "one_takes_most"}
+# share of the baseline's spread below which a layer is worse
+_WORSE = 0.5
 
 
 class RoutingWindow(RoutingListener):
@@ -100,11 +114,15 @@ class RoutingMetricsCallback(RoutingWindow):
             state.log_history[-1].update(found)
 
 
-class CollapseCallback(RoutingWindow):
+class CollapseCallback(RoutingWindow, ExportableState):
     """Judge the routing whenever the log has seen enough tokens, and warn or stop with the layer and the cause.
 
     The verdicts are those of `diagnose`, layer by layer: also of eight layers that each send all tokens to an expert
     of their own. A slow fall is seen over the last judgements.
+
+    The first step is the baseline. A layer that is skewed in it (collapsed, or one expert takes most tokens), as in
+    some bases that are fine-tuned, is named once and judged only where it gets worse: where the experts in effect
+    used beyond the chosen ones (`spread`) become less than half. Checkpoints of the Trainer keep the baseline.
 
     Args:
         action: "warn" logs; "stop" also ends the training at a collapse (`should_training_stop`). Dead experts, a
@@ -113,6 +131,7 @@ class CollapseCallback(RoutingWindow):
 
     Attributes:
         health: The last judgement, None before the first.
+        baseline: `spread` of the layers that were skewed at the start, by name; None before the first step.
     """
 
     def __init__(self, action: Literal["warn", "stop"] = "warn", patience: int = 2):
@@ -123,15 +142,46 @@ class CollapseCallback(RoutingWindow):
             raise ValueError(f"patience must be at least 1 judgement, got {patience}.")
         self.action, self.patience = action, patience
         self.health: Health | None = None
+        self.baseline: dict[str, float] | None = None
         self._history: deque[list[LayerStatistics]] = deque(maxlen=_HISTORY)
         self._pending: list[LayerStatistics] = []
         self._bad = 0
 
+    def state(self) -> dict[str, Any]:
+        """What checkpoints keep of it."""
+        return {
+            "args": {"action": self.action, "patience": self.patience},
+            "attributes": {"baseline": self.baseline},
+        }
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self._pending = []
+        # the Trainer gives it back only where it is asked to restore its callbacks, and needs it to save them
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        kept = kept[0] if isinstance(kept, list) else kept
+        self.baseline = kept["attributes"]["baseline"] if state.global_step else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.baseline is not None:
+            return
+        self._gather()
+        seen = [layer for layer in self._pending if layer.tokens]
+        if not seen or any(float(layer.counts.sum()) < ENOUGH_FOR_COLLAPSE * layer.num_experts for layer in seen):
+            return
+        skewed = {finding.layer for finding in diagnose(seen).findings if finding.kind in _SKEWED}
+        self.baseline = {layer.name: spread(layer) for layer in seen if layer.name in skewed}
+        if skewed:
+            logger.warning(
+                "routing skewed since the start, not judged unless it gets worse: %s. The base is like that: no "
+                "collapse of this training.",
+                ", ".join(self.baseline),
+            )
+
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        taken = self.take()
-        self._pending = [one + two for one, two in zip(self._pending, taken, strict=True)] if self._pending else taken
+        self._gather()
         spoilt = _spoilt_routers(model)
         seen = [layer for layer in self._pending if layer.tokens]
         if not spoilt and not (seen and all(enough_tokens(layer) for layer in seen)):
@@ -142,11 +192,15 @@ class CollapseCallback(RoutingWindow):
         if spoilt or self._bad >= self.patience:
             self._act(state.global_step, control)
 
+    def _gather(self) -> None:
+        taken = self.take()
+        self._pending = [one + two for one, two in zip(self._pending, taken, strict=True)] if self._pending else taken
+
     def _judge(self, seen: list[LayerStatistics]) -> Health:
         names = [layer.name for layer in seen]
         history = [point for point in self._history if [layer.name for layer in point] == names]
         self._history.append(seen)
-        return diagnose(seen, history)
+        return _against(diagnose(seen, history), seen, self.baseline or {})
 
     def _act(self, step: int, control) -> None:
         assert self.health is not None
@@ -161,6 +215,23 @@ class CollapseCallback(RoutingWindow):
         self._bad = 0
         if stops:
             control.should_training_stop = True
+
+
+def _against(health: Health, seen: Sequence[LayerStatistics], baseline: Mapping[str, float]) -> Health:
+    """The judgement without what was so at the start."""
+    if not any(finding.layer in baseline and finding.kind in _SKEWED for finding in health.findings):
+        return health
+    now = {layer.name: spread(layer) for layer in seen}
+    findings = []
+    for finding in health.findings:
+        if finding.layer in baseline and finding.kind in _SKEWED:
+            if now[finding.layer] >= baseline[finding.layer] * _WORSE:
+                continue
+            finding = replace(finding, message=f"worse than at the start: {finding.message}")
+        findings.append(finding)
+    has_collapsed = any(finding.kind == "collapsed" for finding in findings)
+    whole = health.pattern if len(findings) == len(health.findings) else "some_layers"
+    return Health(findings[0].kind if findings else "healthy", whole if has_collapsed else None, tuple(findings))
 
 
 def balance_metrics(layers: Sequence[LayerStatistics]) -> dict[str, float]:
@@ -185,7 +256,7 @@ def balance_metrics(layers: Sequence[LayerStatistics]) -> dict[str, float]:
 
 def _spoilt_routers(model: nn.Module) -> tuple[Finding, ...]:
     return tuple(
-        Finding(layer.plain_name, "invalid", "the router's weights are NaN or infinite. Go back to a checkpoint.")
+        Finding(layer.plain_name, "invalid", "the router's weights are NaN or infinite.")
         for layer in moe_layers(model)
         if layer.router is not None and not all(bool(p.isfinite().all()) for p in layer.router.parameters())
     )

@@ -234,7 +234,7 @@ def test_accelerating_is_idempotent_says_what_it_did_and_returns_the_layers(capl
     assert len(caplog.records) == logged
     assert "adapters of 3 MoE layers run through their low-rank factors" in caplog.text
     assert "'hf_moe' instead of 'grouped_mm'" in caplog.text
-    assert "experts backend: hf_moe\n" in str(hf_moe.explain(tuned))
+    assert "runs now: hf_moe.\n" in str(hf_moe.explain(tuned))
     assert {type(wrapper).__name__ for wrapper in wrappers(tuned)} == {"ParamWrapper"}
 
 

@@ -124,3 +124,13 @@ def test_the_plot_is_a_picture(selection, tmp_path):
     mixed.plot(tmp_path / "mixed.png")
     with pytest.raises(ValueError, match="no scores to draw"):
         ExpertSelection.from_experts(hf_moe_model(), {NAME: [1]}).plot(tmp_path / "none.png")
+
+
+def test_it_prints_as_a_table():
+    layer = LayerSelection(4, 100, (1, 3), (0.1, 0.3, 0.1, 0.5))
+    text = str(ExpertSelection("gate", 0.8, 1234, {"model.layers.0.mlp": layer}))
+    assert text.splitlines() == [
+        "ExpertSelection(gate, budget 0.8, 1,234 tokens): 2 of 4 experts in 1 layer, 50.0% of the experts' parameters",
+        "layer               experts  share of the routing  ids",
+        "model.layers.0.mlp  2 of 4   80%                   1, 3",
+    ]

@@ -96,7 +96,9 @@ def test_no_more_tokens_are_measured_than_asked_for(capsys):
     model = hf_moe_model()
     selection = select_experts(model, ROWS, max_tokens=7)
     assert selection.num_tokens == 7
-    assert "scoring experts" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "scoring experts: 100%" in shown
+    assert "7/7" in shown
     assert select_experts(model, ROWS, max_length=4, progress=False).num_tokens == 4 + 4 + 3 + 4
     first = select_experts(model, [ROWS[0], ROWS[1][:2]], progress=False)
     assert first == selection

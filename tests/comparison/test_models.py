@@ -14,7 +14,7 @@ from hf_moe.comparison.page import render, write_page
 from hf_moe.comparison.routing_agreement import record_choices
 from hf_moe.comparison.run import ModelChoice, compare_models, load_model
 from hf_moe.comparison.table import print_comparison
-from hf_moe.comparison.text_probe import TextProbe, evenly_spread
+from hf_moe.comparison.text_probe import TextProbe
 from hf_moe.evaluation.bits_per_byte import bits_per_byte
 from hf_moe.evaluation.errors import EvaluationError
 from hf_moe.layers.moe_layers import moe_layers
@@ -205,16 +205,6 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, tokenizer):
     dense.save_pretrained(tmp_path / "dense")
     with pytest.raises(EvaluationError, match="has no MoE layer"):
         load_model(ModelChoice(str(tmp_path / "dense")))
-
-
-def test_documents_are_spread_over_the_whole():
-    documents = [f"{i:02d}" + "x" * 8 for i in range(100)]
-    chosen = evenly_spread(documents, 100)
-    assert sum(len(text.encode()) for text in chosen) == 100
-    assert chosen[0].startswith("00")
-    assert chosen[-1].startswith("90")
-    assert evenly_spread(documents, 5000) == documents
-    assert evenly_spread(["é" * 50], 9) == ["éééé"]
 
 
 class _Tags(HTMLParser):

@@ -37,7 +37,7 @@ def test_a_base_and_its_adapter_are_compared(model_folder, mirror, tmp_path):
 
 
 def test_a_missing_adapter_is_found_before_the_base_runs(model_folder, tmp_path, monkeypatch, capsys):
-    arguments = ["--model", str(model_folder()), "--adapter", str(tmp_path / "absent"), "--domains", "embedded"]
+    arguments = ["--model", str(model_folder()), "--adapter", str(tmp_path / "absent"), "--data", "embedded"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments, "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as error:
         runpy.run_path(recipe.__file__, run_name="__main__")

@@ -41,7 +41,7 @@ def domain(tmp_path_factory) -> str:
 def finished(model_folder, mirror, domain, tmp_path_factory):
     """An evaluation that was not interrupted: its folder and results."""
     output = tmp_path_factory.mktemp("runs") / "finished"
-    evaluation = Evaluation(str(model_folder()), domains=(domain,), data_root=mirror, **SETTINGS)
+    evaluation = Evaluation(str(model_folder()), data=(domain,), data_root=mirror, **SETTINGS)
     return output, evaluate(evaluation, output, command="hf-moe evaluate model")
 
 
@@ -51,7 +51,7 @@ def test_conversations_are_a_domain_in_the_models_chat_template(model_folder, tm
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [user("two?"), assistant("four")]}) + "\n{}\n")
     options = {"tokenizer": str(tmp_path / "tokenizer")}
-    given = {"domains": (str(tmp_path / "chat.jsonl"),), "mask_experts": 0, "options": options, "batch_size": 1}
+    given = {"data": (str(tmp_path / "chat.jsonl"),), "options": options, "batch_size": 1}
     with pytest.raises(DataError, match=r"1 of 2 rows"):
         evaluate(Evaluation(str(model_folder()), **given), tmp_path / "out")
     results = evaluate(Evaluation(str(model_folder()), on_bad_row="skip", **given), tmp_path / "out")
@@ -135,7 +135,7 @@ def test_the_most_used_expert_was_masked(finished):
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(finished, model_folder, mirror, domain, tmp_path, monkeypatch):
-    evaluation = Evaluation(str(model_folder()), domains=(domain,), data_root=mirror, **SETTINGS)
+    evaluation = Evaluation(str(model_folder()), data=(domain,), data_root=mirror, **SETTINGS)
     scored = []
     score = measure.score
 
@@ -206,7 +206,7 @@ def test_a_group_is_aggregated_as_lm_eval_does(model_folder, mirror, tmp_path, m
 
 
 def test_two_evaluations_are_compared(finished, model_folder, mirror, domain, tmp_path):
-    other = Evaluation(str(model_folder(seed=1)), domains=(domain,), data_root=mirror, **SETTINGS)
+    other = Evaluation(str(model_folder(seed=1)), data=(domain,), data_root=mirror, **SETTINGS)
     evaluate(other, tmp_path / "other")
     found = compare_results(finished[0], tmp_path / "other" / "results.json")
     assert found["tasks"].keys() == {"arc_easy", "boolq"}

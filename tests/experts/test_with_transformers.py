@@ -68,7 +68,7 @@ def test_trains_and_generates_as_eager(family):
 def test_from_config_takes_the_name(family):
     model = AutoModelForCausalLM.from_config(tiny_config(family), experts_implementation="hf_moe")
     assert model.config._experts_implementation == "hf_moe"
-    assert "experts backend: hf_moe\n  hf_moe runs hf_moe_" in str(hf_moe.explain(model))
+    assert "runs now: hf_moe.\n  hf_moe runs hf_moe_" in str(hf_moe.explain(model))
 
 
 def test_from_pretrained_takes_the_name(tmp_path):

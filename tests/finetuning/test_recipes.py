@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,23 @@ def test_what_is_loaded_back_has_the_metrics_of_the_report(models, data, tmp_pat
     model = loaded(models, tmp_path / "out", report, "hf_moe")
     metrics = evaluate_rows(model, tiny_tokenizer(), domains["notes"].held_out_rows)
     assert metrics.to_dict() == pytest.approx(report["domains"]["notes"]["after"], rel=1e-5)
+    (sample,) = report["samples"]
+    assert sample["domain"] == "notes"
+    assert any(text.startswith(sample["prompt"].strip()[:4]) for text in (words(60, seed) for seed in range(24)))
+    assert not list((tmp_path / "out").glob("checkpoint-*/README.md")), "PEFT's template, with this machine's folders"
+
+
+def test_the_cards_code_runs_as_it_is_pasted(models, data, tmp_path, monkeypatch, capsys):
+    run("finetune_expert_lora", options(models, data[1:], tmp_path, "hf_moe", "--sample_prompts", "0"))
+    card = (tmp_path / "README.md").read_text()
+    assert "## Samples" not in card
+    (tmp_path / "hf_moe").symlink_to(models / "hf_moe")
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(code, {})
+    ours, without = capsys.readouterr().out.split("Once upon a time")[1:]
+    assert len(ours) > 5
+    assert len(without) > 5
 
 
 def test_every_row_is_encoded_with_the_recipes_choices_and_what_is_left_out_is_shown(tmp_path):
@@ -209,6 +227,7 @@ def test_training_learns(models, data, tmp_path):
     arguments = options(models, data, tmp_path / "out")
     arguments.remove("--smoke")
     more = ["--max_steps", "40", "--learning_rate", "1e-2", "--per_device_train_batch_size", "4"]
+    more += ["--sample_prompts", "0"]
     report = run("finetune_full", [*arguments, *more])
     for domain in report["domains"].values():
         assert domain["after"]["bits_per_byte"] < 0.9 * domain["before"]["bits_per_byte"]

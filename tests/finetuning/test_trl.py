@@ -15,13 +15,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
 from hf_moe.adapters.frozen_router import RouterNotFrozenError, freeze_router
-from hf_moe.finetuning.arguments import RecipeError
 from hf_moe.finetuning.trl import (
     DpoArguments,
     MoeSFTTrainer,
+    SafeSFTTrainer,
     SftArguments,
     SFTTrainer,
-    refuse_broken_trackio,
 )
 from hf_moe.training.balancing.mixin import BalancingConfig, BalancingError, BalancingMixin
 from hf_moe.training.callbacks import RouterFreezeCallback
@@ -237,10 +236,13 @@ def test_packed_examples_do_not_see_each_other(tokenizer, data, tmp_path):
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)
 
 
-def test_a_trackio_that_does_not_import_is_refused_before_training(monkeypatch):
-    def broken():
-        raise ModuleNotFoundError("No module named 'gradio_client'")
-
-    monkeypatch.setattr("hf_moe.finetuning.trl.get_trackio_space_url", broken)
-    with pytest.raises(RecipeError, match=r"gradio_client.*uninstall it"):
-        refuse_broken_trackio()
+def test_the_card_of_a_push_is_ours(tokenizer, data, tmp_path):
+    """`push_to_hub` saves the model into the output folder and calls for its card; before that there is nothing."""
+    trainer = trainer_for(SafeSFTTrainer, build("hf_moe", tokenizer), tokenizer, data, tmp_path)
+    trainer.create_model_card(model_name="x")
+    assert not (tmp_path / "README.md").exists()
+    trainer.save_model()
+    trainer.create_model_card(model_name="x")
+    card = (tmp_path / "README.md").read_text()
+    assert "experts_implementation" in card
+    assert "None" not in card

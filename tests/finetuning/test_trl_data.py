@@ -33,13 +33,15 @@ def arguments_for(kind, folder, **options):
 def sft(sources, folder, tokenizer=None, choices=None, **options):
     training = arguments_for(SftArguments, folder, **options)
     data = TrlDataArguments(sources, **(choices or {}))
-    return training, *read_for_sft(data, training, tokenizer or tiny_tokenizer())
+    read = read_for_sft(data, training, tokenizer or tiny_tokenizer())
+    return training, read.train, read.held_out
 
 
 def dpo(sources, folder, tokenizer=None, choices=None, **options):
     training = arguments_for(DpoArguments, folder)
     data = TrlDataArguments(sources, **(choices or {}))
-    return training, *read_for_dpo(data, training, tokenizer or tiny_tokenizer(), **options)
+    read = read_for_dpo(data, training, tokenizer or tiny_tokenizer(), **options)
+    return training, read.train, read.held_out
 
 
 def test_weights_mix_the_training_records(tmp_path):

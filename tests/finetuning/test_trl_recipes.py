@@ -1,7 +1,6 @@
 """The recipes with TRL, tiny: what they save, prove, refuse, learn and resume."""
 
 import importlib
-import importlib.util
 import json
 
 import pytest
@@ -24,13 +23,6 @@ FAMILIES = ("hf_moe", "qwen3_moe")
 RECIPES = ("sft_trl", "dpo_trl")
 
 
-@pytest.fixture(autouse=True)
-def _whole_trackio(monkeypatch):
-    """Where trackio is installed without what it needs, TRL sees none."""
-    if importlib.util.find_spec("trackio") and not importlib.util.find_spec("gradio_client"):
-        monkeypatch.setattr("trl.trainer.utils.is_trackio_available", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     return save_tiny_models(tmp_path_factory.mktemp("models"), FAMILIES)
@@ -48,6 +40,12 @@ def data(tmp_path_factory):
     for name, rows in records.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    """Plots take longer than these runs."""
+    monkeypatch.setattr("hf_moe.finetuning.trl.write_results", lambda *arguments, **options: None)
 
 
 def run(recipe, models, data, output, family="hf_moe", *more):
@@ -71,6 +69,17 @@ def test_a_recipe_runs_saves_and_proves(recipe, family, models, data, tmp_path):
     assert not any("aux_loss" in record for record in report["log"])
     assert str(models) not in json.dumps(report)
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) >= 4
+    assert all(record["moe/max_violation"] >= 0 for record in report["log"])
+    (domain,) = report["domains"].values()
+    assert domain["before"]["bits_per_byte"] > 0
+    assert report["samples"][0]["prompt"].strip() in {words(4, seed).strip() for seed in range(24)}
+    # the one card is ours: neither TRL's nor PEFT's, also in checkpoints
+    assert [path.parent for path in (tmp_path / "out").rglob("README.md")] == [tmp_path / "out"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert " with expert LoRA, " in card
+    assert "| loss of TRL's trainer, in nats |" in card
+    assert "None" not in card
+    assert sorted(path.name for path in (tmp_path / "out" / "plots").iterdir()) == ["bits_per_byte.png", "loss.png"]
     base = AutoModelForCausalLM.from_pretrained(models / family)
     ids = torch.arange(20)[None]
     before = base(ids).logits
@@ -91,8 +100,8 @@ def test_a_vision_language_model_is_trained_whole(data, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_training_learns(recipe, models, data, tmp_path):
-    options = ("--max_steps", "25", "--learning_rate", "1e-2", "--save_strategy", "no")
+def test_training_learns(recipe, models, data, tmp_path, no_card):
+    options = ("--max_steps", "25", "--learning_rate", "1e-2", "--save_strategy", "no", "--sample_prompts", "0")
     held_out = run(recipe, models, data, tmp_path / "out", "hf_moe", *options)["held_out"]
     if recipe == "sft_trl":
         assert held_out["after"]["loss"] < 0.95 * held_out["before"]["loss"]
@@ -102,7 +111,7 @@ def test_training_learns(recipe, models, data, tmp_path):
         assert held_out["after"]["rewards/margins"] > 0.1
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path, no_card):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("sft_trl", models, data, whole, "hf_moe", "--smoke")
     run("sft_trl", models, data, parts, "hf_moe", "--smoke")

@@ -17,7 +17,16 @@ def test_tokens_of_all_services_are_removed():
 
 @pytest.mark.parametrize(
     "text",
-    ["total / active", "owner/name", "https://github.com/a/b/c", "![x](plots/loss.png)", "| 1 / 2 |", "and/or", "/"],
+    [
+        "total / active",
+        "owner/name",
+        "https://github.com/a/b/c",
+        "![x](plots/loss.png)",
+        "| 1 / 2 |",
+        "and/or",
+        "/",
+        "<summary>x</summary></details>",
+    ],
 )
 def test_what_only_looks_like_a_path_stays(text):
     assert scrub(text) == text

@@ -86,7 +86,7 @@ def test_a_damaged_config_is_reported_before_the_tokenizer_reads_it(command, tmp
     more = {
         "trace": ["--data", str(data), "--output", str(tmp_path / "out")],
         "compare": ["--data", str(data), "--dtype-new", "float32"],
-        "evaluate": ["--domains", str(data), "--output", str(tmp_path / "out")],
+        "evaluate": ["--data", str(data), "--output", str(tmp_path / "out")],
     }
     result = CliRunner().invoke(cli.app, [command, str(model), *more[command]])
     assert result.exit_code == 2, result.output

@@ -237,7 +237,7 @@ def test_backend_and_refusals():
     explained = explain(model)
     assert explained.backend == "eager"
     assert explained.warnings == ()
-    assert "experts backend: eager" in str(explained)
+    assert "runs now: eager." in str(explained)
 
 
 def test_a_backend_that_the_table_does_not_know():

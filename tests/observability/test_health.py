@@ -52,7 +52,7 @@ def test_dead_experts(model):
     health = diagnose(observe(model, tokens()))
     assert health.verdict == "dead_experts"
     assert len(health.findings) == layers
-    assert all(": 6, 7. " in finding.message for finding in health.findings)
+    assert all(finding.message.endswith(": 6, 7.") for finding in health.findings)
 
 
 def test_a_slow_collapse_is_seen_before_it_is_complete(model):
@@ -118,17 +118,31 @@ def test_experts_that_are_rarely_chosen_are_named_and_no_fault():
     health = diagnose([layer(even, name="a"), layer(rare, name="b"), layer([500] * 5 + [40], name="c")])
     assert health.healthy
     assert health.rarely_chosen == {"b": (4, 5), "c": (5,)}
-    note = "less than an eighth of an even load: 2 experts of layer 1 (4, 5), and some of 1 more layer."
-    assert health.note({"b": "layer 1"}).endswith(note)
-    assert str(health).endswith("2 experts of b (4, 5), and some of 1 more layer.")
+    assert health.note() == (
+        "Rarely chosen (less than an eighth of an even load) in these 2,540 tokens: 2 experts of b (4, 5), and some "
+        "of 1 more layer. They may serve other text."
+    )
+    assert str(health).endswith(health.note())
     assert diagnose([layer(even)]).note() == ""
     # no note beside a fault
     assert diagnose([layer(rare), layer([500, 500, 0, 500], name="d")]).note() == ""
 
 
-def test_the_gravest_comes_first():
-    health = diagnose([layer([500, 500, 0, 500], name="a"), layer([1, 2000, 1, 1], name="b")])
-    assert [finding.kind for finding in health.findings] == ["collapsed", "dead_experts"]
+def test_the_gravest_comes_first_then_the_worst_layer():
+    dead = [[500] * (8 - i) + [0] * i for i in (1, 3, 2, 1, 1, 1)]
+    layers = [layer(counts, name=f"layers.{i}.mlp") for i, counts in enumerate(dead)]
+    health = diagnose([*layers, layer([1, 2000, 1, 1], name="layers.6.mlp")])
+    assert [finding.kind for finding in health.findings] == ["collapsed", *["dead_experts"] * 6]
+    assert [finding.layer[7] for finding in health.findings] == ["6", "1", "2", "0", "3", "4", "5"]
+    lines = str(health).split("\n")
+    assert lines[0].startswith("The router has collapsed")
+    start = lines.index("Dead experts in 6 of 7 layers, worst first:")
+    assert lines[start + 1] == "  layer 1: 3 of 8 experts got none of 2,500 tokens: 5, 6, 7."
+    assert lines[start + 4 : start + 6] == [
+        "  and 3 more layers.",
+        "Likely cause: they fell behind early, or the text is of one narrow domain.",
+    ]
+    assert str(health).count("Likely cause: they fell behind") == 1
 
 
 def test_bad_input():

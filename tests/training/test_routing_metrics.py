@@ -1,5 +1,6 @@
 """What the callbacks log is what the routers did; a collapse is named with its layer and stops what it should."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -24,15 +25,15 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ROWS[position], "labels": ROWS[position]}
 
 
-def train(model, folder, *callbacks, lr=0.0, before=lambda trainer: None, **options):
+def train(model, folder, *callbacks, lr=0.0, before=lambda trainer: None, resume=None, **options):
     """Plain Trainer: 4 steps of 8 rows, a log at each."""
     settings = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 8, "report_to": "none"}
     arguments = TrainingArguments(
-        folder, learning_rate=lr, save_strategy="no", use_cpu=True, disable_tqdm=True, **{**settings, **options}
+        folder, learning_rate=lr, use_cpu=True, disable_tqdm=True, **{"save_strategy": "no", **settings, **options}
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=list(callbacks))
     before(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -111,19 +112,54 @@ def messages(caplog):
     return [record.getMessage() for record in caplog.records if record.name.endswith("routing_metrics")]
 
 
+class Collapse(TrainerCallback):
+    """Sends every layer's tokens to experts of its own from the second step on."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            steer(model, [neighbours(2 * position) for position in range(len(moe_layers(model)))], 12)
+
+
 @pytest.mark.parametrize("family", ["olmoe", "hf_moe"])
 def test_a_collapse_stops_the_training_with_layer_and_cause(family, tmp_path, caplog):
     model = tiny(family)
     layers = moe_layers(model)
-    steer(model, [neighbours(2 * position) for position in range(len(layers))], 12)
     callback = CollapseCallback("stop", patience=2)
-    trainer = train(model, tmp_path, callback, per_device_train_batch_size=16)
-    assert trainer.state.global_step == 2
+    trainer = train(model, tmp_path, callback, Collapse(), per_device_train_batch_size=16)
+    assert trainer.state.global_step == 3
+    assert callback.baseline == {}
     assert (callback.health.verdict, callback.health.pattern) == ("collapsed", "own_expert")
     (message,) = messages(caplog)
-    assert "routing at step 2, training stops" in message
-    assert all(layer.plain_name in message for layer in layers)
+    assert "routing at step 3, training stops" in message
+    assert all(f"layer {position}: " in message for position in range(len(layers)))
     assert "Likely cause" in message
+
+
+def test_a_base_that_is_skewed_is_judged_by_what_gets_worse(tmp_path, caplog):
+    model = tiny("olmoe")
+    names = [layer.plain_name for layer in moe_layers(model)]
+    options = {"per_device_train_batch_size": 16, "save_strategy": "steps", "save_steps": 2}
+    callback = CollapseCallback("stop", patience=1)
+    callback.take = lambda take=callback.take: [skewed(layer) for layer in take()]
+    train(model, tmp_path, callback, max_steps=2, **options)
+    assert callback.health.healthy
+    assert list(callback.baseline) == names
+    (message,) = messages(caplog)
+    assert "skewed since the start, not judged unless it gets worse: model.layers.0.mlp" in message
+    # what a checkpoint kept is what a resumed run judges by
+    resumed = CollapseCallback("stop", patience=1)
+    resumed.take = lambda take=resumed.take: [skewed(layer, others=0) for layer in take()]
+    trainer = train(model, tmp_path, resumed, resume=str(tmp_path / "checkpoint-2"), **options)
+    assert resumed.baseline == callback.baseline
+    assert trainer.state.global_step == 3
+    assert "worse than at the start" in messages(caplog)[-1]
+
+
+def skewed(layer, others=4):
+    """Nearly all tokens at experts 0 and 1."""
+    counts = torch.full_like(layer.counts, others)
+    counts[:2] = (layer.counts.sum() - counts[2:].sum()) // 2
+    return dataclasses.replace(layer, counts=counts)
 
 
 def test_a_warning_goes_on(tmp_path, caplog):

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, K adapter experts per token, A adapter experts, W adapter width, H hidden size.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -135,7 +136,8 @@ def route(rows_TH: Tensor, gate_AH: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     The probabilities are over all adapter experts, also those not taken: see `AdapterExpertsConfig.top_k`.
     """
     wide = torch.promote_types(rows_TH.dtype, torch.float32)
-    with torch.autocast(rows_TH.device.type, enabled=False):
+    device = rows_TH.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # the meta device has none
         probabilities_TA = F.linear(rows_TH.to(wide), gate_AH.to(wide)).softmax(-1)
     weights_TK, index_TK = probabilities_TA.topk(top_k, dim=-1)
     return index_TK, weights_TK

@@ -97,6 +97,7 @@ _EVERYWHERE: dict[str, tuple[str, Any, str]] = {
     "resume_from_checkpoint": ("str", None, "auto continues from the newest valid checkpoint in output_dir."),
     "report_to": ("str", "none", "Trackers such as tensorboard, wandb, trackio; none."),
     "seed": ("int", 42, "Of the order of the data and of new weights."),
+    "sample_prompts": ("int", None, ""),
     "smoke": ("bool", False, ""),
 }
 _OF_TRL: dict[str, tuple[str, Any, str]] = {

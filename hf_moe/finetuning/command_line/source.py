@@ -29,7 +29,7 @@ class Option:
 def options_of(dataclass_name: str, files: Sequence[Path]) -> dict[str, Option]:
     """The fields of a dataclass of these files, with those of its bases that the files define as well.
 
-    Every default there is a literal; every help text as well, or the name of one in these files.
+    Every default and help text there is a literal, or the name of one in these files.
 
     Raises:
         KeyError: If no file defines the dataclass.
@@ -72,7 +72,7 @@ def _own(node: ast.ClassDef, constants: dict[str, Any]) -> Iterator[Option]:
             given = {keyword.arg: keyword.value for keyword in each.value.keywords}
         default = REQUIRED
         if "default" in given:
-            default = ast.literal_eval(given["default"])
+            default = _literal(given["default"], constants)
         elif "default_factory" in given:
             default = None
         yield Option(each.target.id, ast.unparse(each.annotation), default, _help(given.get("metadata"), constants))
@@ -83,6 +83,8 @@ def _help(metadata: ast.expr | None, constants: dict[str, Any]) -> str:
         return ""
     texts = {ast.literal_eval(key): value for key, value in zip(metadata.keys, metadata.values, strict=True) if key}
     found = texts.get("help")
-    if isinstance(found, ast.Name):
-        return str(constants[found.id])
-    return str(ast.literal_eval(found)) if found is not None else ""
+    return "" if found is None else str(_literal(found, constants))
+
+
+def _literal(node: ast.expr, constants: dict[str, Any]) -> Any:
+    return constants[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)

@@ -13,14 +13,12 @@ Facts, each from one kind of file:
     emissions_facts.py    codecarbon's record of energy and emissions
     routing_facts.py      a routing trace, or its metrics
     same_model.py         refuse facts of another model
+    beside.py             the report and the results that lie beside a checkpoint, and an earlier card
 
 Parts of the card:
 
     metadata.py           the YAML head, and what the author chooses
-    evaluation.py         benchmarks, masked experts, bits per byte
-    routing.py            health, balance, agreement with the base
-    training.py           recipe, stages, energy, data
-    sections.py           loading code, table of facts, sample, limits, citation, versions
+    sections/             the text, a function for each heading
     plots.py              loss, bits per byte, load of the experts
     benchmarks.py         results files for the Hub's leaderboards
     markdown.py           tables, cells and code blocks that data cannot break

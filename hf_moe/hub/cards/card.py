@@ -10,18 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_moe.hub.cards import sections
 from hf_moe.hub.cards.benchmarks import eval_files, eval_refusals
+from hf_moe.hub.cards.beside import RESULTS_FORMAT, keep_richer_card
 from hf_moe.hub.cards.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from hf_moe.hub.cards.emissions_facts import Emissions, emissions_facts
-from hf_moe.hub.cards.evaluation import evaluation_section
 from hf_moe.hub.cards.facts import CardError, read_facts
 from hf_moe.hub.cards.markdown import cell, plain
 from hf_moe.hub.cards.metadata import CardChoices, card_data, is_repo
-from hf_moe.hub.cards.routing import routing_section
 from hf_moe.hub.cards.routing_facts import RoutingFacts, routing_facts
 from hf_moe.hub.cards.same_model import refuse_other_results, refuse_other_trace, refuse_other_training
-from hf_moe.hub.cards.training import data_section, training_section
+from hf_moe.hub.cards.sections import about, summary
+from hf_moe.hub.cards.sections.evaluation import evaluation_section
+from hf_moe.hub.cards.sections.loading import loading
+from hf_moe.hub.cards.sections.routing import routing_section
+from hf_moe.hub.cards.sections.samples import samples_section
+from hf_moe.hub.cards.sections.training import data_section, training_section
 from hf_moe.hub.cards.training_facts import TrainingFacts, training_facts
 from hf_moe.hub.scrub import scrub
 from hf_moe.io.installation import install_command
@@ -91,19 +94,20 @@ def card_from_facts(
     results, routing, choices = results or {}, routing or RoutingFacts(), choices or CardChoices()
     name, base = choices.repo_id or checkpoint.name, _base(checkpoint, training, choices.base_model)
     # before markup escapes their slashes
-    name, title = scrub(plain(name)), scrub(plain(title or _title(checkpoint, training, name)))
+    title = scrub(plain(title or summary.title(checkpoint, training, name, base)))
+    name = scrub(plain(name))
     total = checkpoint.total or training.total
     parts = {
-        "Load it": sections.loading(checkpoint, training, name, base),
-        "What it is": sections.facts(checkpoint, training, base, choices.license),
+        "Load it": loading(checkpoint, training, name, base),
+        "What it is": about.facts(checkpoint, training, base, choices.license),
+        "Samples": samples_section(training, total),
         "Evaluation": evaluation_section(results, training, plots),
         "Routing": routing_section(routing, training, plots),
         "Training": training_section(training, plots),
         "Data": data_section(training),
-        "Sample": sections.sample(training),
-        "Limits": sections.limits(results, training, total),
-        "Citation": sections.citation(title, name, training.date),
-        "Made with": sections.made_with(training, results),
+        "Limits": about.limits(results, training, total),
+        "Citation": about.citation(title, name, training.date),
+        "Made with": about.made_with(training, results),
     }
     head = card_data(
         checkpoint,
@@ -112,7 +116,7 @@ def card_from_facts(
         emissions=training.emissions,
         training_type=_training_type(checkpoint, training, base),
     )
-    text = _render(head.to_yaml(), cell(title), _summary(checkpoint, training), parts)
+    text = _render(head.to_yaml(), cell(title), summary.summary(checkpoint, training, base), parts)
     return ModelCard(scrub(text))
 
 
@@ -126,6 +130,8 @@ def write_card(
     **choices: Any,
 ) -> list[Path]:
     """Write `README.md`, its plots, and `.eval_results/` for full runs of benchmarks; returns what was written.
+
+    A card that says more than the new one is kept as `README.old.md`, with a warning.
 
     Args:
         folder: As `model` of `model_card`.
@@ -146,6 +152,7 @@ def write_card(
     plots = [f"plots/{path.name}" for path in drawn]
     card = card_from_facts(checkpoint, trained, evaluated, routing, chosen, plots=plots)
     files = {"README.md": str(card), **eval_files(evaluated)}
+    keep_richer_card(target / "README.md", str(card))
     for name, reason in eval_refusals(evaluated).items():
         logger.warning("%s gets no file in .eval_results: %s.", name, reason)
     for name, text in files.items():
@@ -171,7 +178,7 @@ def _read_facts(
 def _results(given: Facts | None) -> dict[str, Any]:
     """Results of `hf-moe evaluate`, or nothing."""
     results = {} if given is None else _read(given)
-    if given is not None and not str(results.get("format")).startswith("hf_moe.evaluation/"):
+    if given is not None and not str(results.get("format")).startswith(RESULTS_FORMAT):
         raise CardError(f"{_name(given, 'results')} is no results.json of hf-moe evaluate. Give the one it wrote.")
     return results
 
@@ -215,27 +222,6 @@ def _training_type(checkpoint: CheckpointFacts, training: TrainingFacts, base: s
     if checkpoint.is_adapter or base is not None:
         return "fine-tuning"
     return "pre-training" if training.is_from_scratch else None
-
-
-def _title(checkpoint: CheckpointFacts, training: TrainingFacts, name: str) -> str:
-    return name if is_repo(name) or training.recipe is None else f"{training.recipe}: {name}"
-
-
-def _summary(checkpoint: CheckpointFacts, training: TrainingFacts) -> str:
-    """One or two sentences, of what is known."""
-    kind = "An adapter for a Mixture-of-Experts model" if checkpoint.is_adapter else "A Mixture-of-Experts model"
-    total, active = checkpoint.total or training.total, checkpoint.active or training.active
-    size = "" if total is None else f" of {total:,} parameters"
-    if total is not None and active is not None:
-        size += f" ({active:,} active per token)"
-    text = f"{kind}{size}."
-    changes = {domain.name: domain.change for domain in training.domains if domain.change is not None}
-    if not changes:
-        return text
-    best, worst = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
-    trained = "" if training.trained is None else f"{training.trained:,} parameters were trained. "
-    extremes = ", ".join(f"{changes[name]:+.3f} on {cell(name)}" for name in dict.fromkeys((best, worst)))
-    return f"{text} {trained}Change in bits per byte of held-out text: {extremes} (lower is better)."
 
 
 def _render(card_yaml: str, title: str, summary: str, parts: Mapping[str, str]) -> str:

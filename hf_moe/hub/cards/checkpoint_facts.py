@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from hf_moe.hub.cards.facts import CardError, read_facts, take
 
 _ROUTER_FIELDS = ("router_scoring", "routing", "norm_topk_prob", "router_aux_loss_coef", "num_shared_experts")
+_ADAPTER_FIELDS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_parameters")
 _CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 
 
@@ -18,7 +19,8 @@ _CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 class CheckpointFacts:
     """None and empty where the folder does not say it.
 
-    Of an adapter `total`, `active`, `layers`, `router`, `context`, `vocabulary` and `dtype` are its base's.
+    Of an adapter `total`, `active`, `layers`, `router`, `context`, `vocabulary`, `dtype` and the chat template are its
+    base's.
     """
 
     name: str
@@ -41,7 +43,15 @@ class CheckpointFacts:
     vocabulary: int | None = None
     saved_bytes: int | None = None
     router_sha256: str | None = None
-    has_tokenizer: bool = False
+    has_chat_template: bool = False
+
+    @property
+    def adapter_kind(self) -> str | None:
+        """In words; None of a model, or where the adapter's config does not say it."""
+        kind = self.adapter.get("peft_type") if self.is_adapter else None
+        if kind == "LORA":  # experts are parameters, no modules
+            return "expert LoRA" if self.adapter.get("target_parameters") else "LoRA"
+        return "adapter experts" if kind == "ADAPTER_EXPERTS" else kind
 
 
 def checkpoint_facts(folder: Path) -> CheckpointFacts:
@@ -70,12 +80,19 @@ def checkpoint_facts(folder: Path) -> CheckpointFacts:
         base_model=base,
         base_is_local=local is not None,
         trained=_count_parameters(weights) if is_adapter else None,
-        adapter={key: adapter[key] for key in ("peft_type", "r", "lora_alpha", "lora_dropout") if key in adapter},
+        adapter={key: adapter[key] for key in _ADAPTER_FIELDS if adapter.get(key) is not None},
         saved_bytes=sum(path.stat().st_size for path in weights) if weights else None,
         router_sha256=_router_hash(folder),
-        has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+        has_chat_template=source is not None and _has_chat_template(source),
         **({} if source is None else _of_config(source)),
     )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return config.is_file() and bool(read_facts(config).get("chat_template"))
 
 
 def _local(folder: Path, base: str) -> Path | None:

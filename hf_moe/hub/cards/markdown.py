@@ -24,6 +24,11 @@ def image(plots: Sequence[str], path: str, title: str) -> str:
     return f"![{title}]({path})" if path in plots else ""
 
 
+def details(summary: str, body: str) -> str:
+    """A part that opens on a click, of Markdown that is ours or escaped."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{body}\n\n</details>"
+
+
 def cell(value: Any) -> str:
     """A value as the text of a table cell: no markup, no line breaks, nothing invisible."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

@@ -83,7 +83,7 @@ def card_data(
         library_name="peft" if checkpoint.is_adapter else "transformers",
         pipeline_tag="text-generation" if checkpoint.is_causal_lm else None,
         base_model=base_model,
-        base_model_relation="adapter" if checkpoint.is_adapter and base_model else None,
+        base_model_relation=None if base_model is None else "adapter" if checkpoint.is_adapter else "finetune",
         datasets=[each for each in choices.datasets if is_repo(each)] or None,
         tags=["moe", "mixture-of-experts", "hf-moe", *(["lora"] if is_lora else [])],
         model_name=plain(choices.repo_id) if evaluations else None,

@@ -2,12 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_moe.hub.cards.facts import take
+import torch
+
+from hf_moe.hub.cards.facts import numbers, take
 from hf_moe.hub.cards.markdown import plain
 from hf_moe.hub.cards.routing_facts import load_trace
 from hf_moe.hub.cards.training_facts import TrainingFacts, training_facts
+
+if TYPE_CHECKING:
+    from hf_moe.observability.routing_trace import RoutingTrace
+
+MOST_PANELS = 8
 
 
 def draw_plots(
@@ -30,16 +37,45 @@ def draw_plots(
         drawn.append(folder / "plots" / "bits_per_byte.png")
         plot_bits_per_byte(drawn[-1], bits, new_domain=take(training, "new_domain", str))
     if trace is not None and Path(trace).is_dir():
+        drawn.append(folder / "plots" / "expert_load.png")
+        _draw_load(drawn[-1], load_trace(Path(trace)))
+    elif loads := _loads(training):
         from hf_moe.observability.plots import plot_expert_load
 
-        found = load_trace(Path(trace))
-        domains: list[str | None] = [*found.domains] or [None]
-        loads = {
-            name or "all tokens": [found.statistics(layer, name).counts for layer in found.layers] for name in domains
-        }
         drawn.append(folder / "plots" / "expert_load.png")
         plot_expert_load(drawn[-1], loads)
     return drawn
+
+
+def _loads(report: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """The quickstart's count of tokens by expert, as `plot_expert_load` takes it; empty where it is not whole."""
+    found = take(report, "evaluation.expert_load_before", dict) or {}
+    layers = {
+        name: [numbers({"x": layer}, "x") for layer in each] for name, each in found.items() if isinstance(each, list)
+    }
+    shapes = {tuple(map(len, each)) for each in layers.values()}
+    if (
+        len(shapes) != 1
+        or not min(shapes)
+        or any(None in layer or not layer for each in layers.values() for layer in each)
+    ):
+        return {}
+    return {plain(name): [torch.tensor(layer) for layer in each] for name, each in layers.items()}
+
+
+def _draw_load(path: Path, trace: "RoutingTrace") -> None:
+    """Experts by domain, a panel for each layer; of a deep model the layers by experts, over all domains."""
+    from hf_moe.observability.plots import plot_expert_load, plot_layer_load
+    from hf_moe.observability.report.text import short_labels
+
+    labels = short_labels(trace.layers)
+    if len(trace.layers) > MOST_PANELS:
+        return plot_layer_load(path, [trace.statistics(layer) for layer in trace.layers], labels)
+    domains: list[str | None] = [*trace.domains] or [None]
+    loads = {
+        name or "all tokens": [trace.statistics(layer, name).counts for layer in trace.layers] for name in domains
+    }
+    plot_expert_load(path, loads, labels)
 
 
 def _curves(report: Mapping[str, Any], is_adapter: bool) -> dict[str, list[dict[str, float]]]:
@@ -67,6 +103,6 @@ def _bits(training: TrainingFacts) -> dict[str, dict[str, float]]:
     domains = [domain for domain in training.domains if domain.bits]
     variants = list(domains[0].bits) if domains else []
     whole = [domain for domain in domains if all(domain.bits.get(variant) is not None for variant in variants)]
-    if not whole or "before" not in variants:
+    if not whole or not {"before", "after"} <= set(variants):
         return {}
     return {variant: {domain.name: float(domain.bits[variant] or 0) for domain in whole} for variant in variants}

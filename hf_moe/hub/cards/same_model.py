@@ -25,6 +25,8 @@ def refuse_other_training(checkpoint: CheckpointFacts, training: TrainingFacts) 
     what = "the training report"
     _compare(what, checkpoint, training.model_type, training.total)
     _refuse_difference(what, "routers with the SHA-256", training.router_after, checkpoint.router_sha256)
+    if checkpoint.is_adapter:
+        _refuse_difference(what, "parameters that were trained", training.trained, checkpoint.trained)
 
 
 def refuse_other_trace(checkpoint: CheckpointFacts, routing: RoutingFacts) -> None:
@@ -45,6 +47,6 @@ def _refuse_difference(what: str, quantity: str, theirs: Any, ours: Any) -> None
     """Raises CardError if both are known and differ."""
     if theirs is not None and ours is not None and theirs != ours:
         raise CardError(
-            f"{what} and the checkpoint are of different models: {quantity}: {theirs} and {ours}. Give what belongs "
-            "to this checkpoint, or leave it out."
+            f"{what} and the checkpoint are of different models: {quantity}: {theirs} and {ours}. Name what belongs "
+            "to this checkpoint, and move away a file beside it that does not."
         )

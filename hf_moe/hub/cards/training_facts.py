@@ -1,6 +1,6 @@
 """Facts of a training run, from the report of a recipe or of the quickstart, or a Trainer's `trainer_state.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,10 +50,21 @@ class DomainFacts:
 
 
 @dataclass(frozen=True)
+class SampleFacts:
+    """What was written after `prompt`, a held-out one of `domain`; None where nothing was."""
+
+    prompt: str
+    before: str | None = None
+    after: str | None = None
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """A report, whoever wrote it; None and empty where it says nothing.
 
     `health`: the verdict on the routing in words, by variant (before, after). `texts`: by domain, what the text is.
+    `sampling`: how the samples were drawn, in words. `held_out`: metrics by name, before and after, of TRL's trainer.
     """
 
     recipe: str | None = None
@@ -78,7 +89,9 @@ class TrainingFacts:
     load_entropy: tuple[float | None, ...] = ()
     max_violation: tuple[float | None, ...] = ()
     loads_back: bool | None = None
-    sample: Mapping[str, str] = field(default_factory=dict)
+    samples: tuple[SampleFacts, ...] = ()
+    sampling: str = "greedily"
+    held_out: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     interrupted: tuple[str, ...] = ()
 
     @property
@@ -90,6 +103,15 @@ class TrainingFacts:
     def trained_on(self) -> list[str]:
         """Names of the domains that rows were drawn from."""
         return [domain.name for domain in self.domains if domain.share is None or domain.share > 0]
+
+    @property
+    def tuned_on(self) -> list[str]:
+        """What it was made for: the report's new domain, or the first data set; the others are mixed in with it."""
+        return [self.new_domain] if self.new_domain is not None else self.trained_on[:1]
+
+    @property
+    def is_dpo(self) -> bool:
+        return self.recipe is not None and self.recipe.startswith("DPO")
 
     @property
     def router_is_same(self) -> bool | None:
@@ -140,7 +162,21 @@ def _of_recipe(report: Mapping[str, Any], common: dict[str, Any]) -> TrainingFac
         router_after=take(report, "router_sha256.after", str),
         stages=(stage,),
         domains=tuple(_recipe_domain(name, each) for name, each in tables(report, "domains").items()),
+        samples=tuple(_samples(report)),
+        held_out=_held_out(report),
     )
+
+
+def _samples(report: Mapping[str, Any]) -> Iterator[SampleFacts]:
+    for each in take(report, "samples", list) or []:
+        if (prompt := take(each, "prompt", str)) is not None:
+            yield SampleFacts(prompt, *(take(each, part, str) for part in ("before", "after", "domain")))
+
+
+def _held_out(report: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None]]:
+    before, after = (take(report, f"held_out.{when}", dict) or {} for when in ("before", "after"))
+    # names hold slashes and may hold dots: no paths
+    return {name: (take({"x": before[name]}, "x", float), take({"x": after.get(name)}, "x", float)) for name in before}
 
 
 def _recipe_domain(name: str, domain: dict[str, Any]) -> DomainFacts:
@@ -157,11 +193,12 @@ def _recipe_domain(name: str, domain: dict[str, Any]) -> DomainFacts:
 
 def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> TrainingFacts:
     interrupted = tuple(str(part) for part in take(report, "interrupted", list) or [])
-    sample = {part: take(report, f"load_back.sample.{part}", str) for part in ("prompt", "base", "adapted")}
+    new = take(report, "new_domain", str)
+    prompt, before, after = (take(report, f"load_back.sample.{part}", str) for part in ("prompt", "base", "adapted"))
     return TrainingFacts(
         **common,
         model_type="hf_moe",
-        new_domain=take(report, "new_domain", str),
+        new_domain=new,
         total=take(report, "base.parameters.total", int),
         active=take(report, "base.parameters.active", int),
         trained=take(report, "adapter.trainable_parameters", int),
@@ -173,7 +210,8 @@ def _of_quickstart(report: Mapping[str, Any], common: dict[str, Any]) -> Trainin
         load_entropy=tuple(numbers(report, "evaluation.balance_before.load_entropy")),
         max_violation=tuple(numbers(report, "evaluation.balance_before.max_violation")),
         loads_back=take(report, "load_back.logits_equal", bool),
-        sample={part: text for part, text in sample.items() if text is not None},
+        samples=() if prompt is None else (SampleFacts(prompt, before, after, new),),
+        sampling="by sampling at a temperature of 0.7",
         interrupted=interrupted,
     )
 
@@ -230,7 +268,7 @@ def _of_base(found: TrainingFacts, router: str | None) -> TrainingFacts:
         stages=found.stages[:1],
         domains=tuple(domains),
         health={name: text for name, text in found.health.items() if name == "before"},
-        sample={part: text for part, text in found.sample.items() if part != "adapted"},
+        samples=tuple(replace(sample, after=None) for sample in found.samples),
     )
 
 

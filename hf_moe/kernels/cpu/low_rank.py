@@ -1,4 +1,4 @@
-"""Experts under low-rank adapters on the CPU: rows go through the factors, `W + BA` and its gradient never exist.
+"""Experts under low-rank adapters on the CPU: `B(Ax)` for each expert's rows, without building `W + BA`.
 
 Shape suffixes: T tokens, N = T*K routed rows, H hidden, P pre-activation width, R rank.
 """

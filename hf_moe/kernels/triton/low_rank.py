@@ -1,4 +1,4 @@
-"""Experts under low-rank adapters: rows go through the factors, `W + BA` and its gradient never exist.
+"""Experts under low-rank adapters: `B(Ax)` for each expert's rows, without building `W + BA`.
 
 Saved for backward is also the [N, R] product of the rows with the up projection's first factor.
 

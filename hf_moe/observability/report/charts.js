@@ -70,7 +70,7 @@ function hideTip() {
 // ---- a plane of cells: drawing is the caller's; labels, hover, touch and arrow keys are here
 
 // options: label, rows, columns, width, height (of a cell), rowLabels, columnName, draw(context, size), describe(row,
-// column) -> lines or null, pick(row, column), boxOf(row, column) for cells that are not a lattice.
+// column) -> lines or null, pick(row, column), first (the cell where the keys begin), boxOf(row, column) for cells that are not a lattice.
 function plane(host, options) {
   const { rows, columns, width, height } = options;
   const size = { width: width * columns, height: height * rows };
@@ -86,7 +86,7 @@ function plane(host, options) {
   const cursor = element("div", { className: "cursor", hidden: true });
   const inner = element("div", { className: "inner", tabIndex: 0 }, [canvas, cursor]);
   inner.setAttribute("role", "application");
-  inner.setAttribute("aria-label", `${options.label}. Arrow keys move, Enter chooses. The values are also in a table.`);
+  inner.setAttribute("aria-label", `${options.label}. Arrow keys move${options.pick ? ", Enter chooses. The values are also in a table." : "."}`);
   inner.style.width = `${size.width}px`;
   inner.append(columnTicks(columns, width, options.columnNumbers));
   const plane = element("div", { className: "plane" }, [inner]);
@@ -94,6 +94,9 @@ function plane(host, options) {
   host.className = "chart";
   host.replaceChildren(rowTicks(options, size), plane, axis);
   if (plane.scrollWidth > plane.clientWidth + 1) axis.textContent += ` (${columns} of them: scroll sideways)`;
+  const fade = () => plane.classList.toggle("more", plane.scrollWidth - plane.clientWidth - plane.scrollLeft > 2);
+  plane.onscroll = fade;
+  fade();
   explore(inner, canvas, cursor, options, size);
 }
 
@@ -102,7 +105,7 @@ function columnTicks(columns, width, numbers) {
   const ticks = [];
   for (let i = 0; i < columns; i += step) {
     const tick = element("span", { textContent: numbers ? numbers[i] : i });
-    tick.style.left = `${Math.max((i + 0.5) * width, 4)}px`;
+    tick.style.left = `${Math.max((i + 0.5) * width, 4 * tick.textContent.length)}px`;
     ticks.push(tick);
   }
   const strip = element("div", { className: "columns" }, ticks);
@@ -166,8 +169,8 @@ function explore(inner, canvas, cursor, options, size) {
     if (event.key === "Enter" && at && options.pick) return options.pick(...at);
     if (!(event.key in moves)) return;
     event.preventDefault();
-    const next = at && !cursor.hidden ? [at[0] + moves[event.key][0], at[1] + moves[event.key][1]] : at || [0, 0];
-    if (inside(next)) show(...next);
+    const next = at && !cursor.hidden ? [at[0] + moves[event.key][0], at[1] + moves[event.key][1]] : at || options.first || [0, 0];
+    if (inside(next) && describe(...next)) show(...next);
     cursor.scrollIntoView({ block: "nearest", inline: "nearest" });
   });
 }
@@ -219,7 +222,7 @@ function drawCrosses(context, { rows, columns, width, height, crossed }) {
 }
 
 // The width of a column so that all fit, or the narrowest that a finger can still find.
-function columnWidth(host, columns, labels, { least = 3.6, most = 72 } = {}) {
+function columnWidth(host, columns, labels, { least = 3.6, most = 150 } = {}) {
   const context = element("canvas").getContext("2d");
   context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   const widest = Math.max(30, ...labels.map((label) => context.measureText(label).width));

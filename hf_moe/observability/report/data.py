@@ -17,8 +17,8 @@ from hf_moe.observability.layer_statistics import LayerStatistics
 from hf_moe.observability.report.text import visible_token
 
 MOST_TOKENS = 20_000
-# characters of base64; with the rest of the page below 6 MB
-TOKEN_BUDGET, COACTIVATION_BUDGET = 3_900_000, 1_400_000
+# characters of base64; with the rest of the page below 5 MB
+TOKEN_BUDGET, COACTIVATION_BUDGET = 2_500_000, 1_400_000
 _UNSIGNED = (("u1", 2**8), ("u2", 2**16), ("u4", 2**32))
 
 

@@ -11,6 +11,9 @@ from hf_moe.observability.report import text
 from hf_moe.observability.report.data import MOST_TOKENS, ReportData, TokenSample
 from hf_moe.observability.token_table import TokenRow, TokenTable
 
+# choices (of a token, in a layer) that the page has room for, and slots of a token that it keeps before more tokens
+MOST_CHOICES, FIRST_SLOTS = 1_500_000, 4
+
 
 class Trace(Protocol):
     """The part of `RoutingTrace` that the report reads."""
@@ -26,7 +29,8 @@ class Trace(Protocol):
 
 
 def report_data(trace: Trace, title: str | None = None) -> ReportData:
-    """Collect everything that the page shows of `trace`, of its tokens at most `MOST_TOKENS`, evenly from all domains.
+    """Collect everything that the page shows of `trace`, of its tokens as many as fit, evenly from all
+    domains.
 
     Args:
         title: The model's name; its class if not given.
@@ -86,7 +90,9 @@ def _sample(
     sizes: dict[str | None, int] = {
         domain: max((each.tokens for each in found), default=0) for domain, found in by_domain.items()
     }
-    rows = list(_chosen_rows(table, _quotas(sizes | {None: table.num_tokens - sum(sizes.values())})))
+    choices = sum(min(each.top_k, FIRST_SLOTS) for each in layers)
+    room = min(MOST_TOKENS, MOST_CHOICES // max(choices, 1))
+    rows = list(_chosen_rows(table, _quotas(sizes | {None: table.num_tokens - sum(sizes.values())}, room)))
     places = {domain: place for place, domain in enumerate(by_domain)}
     lengths = [count for _, count in rows]
     return TokenSample(
@@ -103,10 +109,9 @@ def _sample(
     )
 
 
-def _quotas(sizes: Mapping[str | None, int]) -> dict[str | None, int]:
-    """Tokens to take of each domain: equal parts of `MOST_TOKENS`; what a small domain leaves, the larger ones get."""
+def _quotas(sizes: Mapping[str | None, int], left: int) -> dict[str | None, int]:
+    """Tokens to take of each domain: equal parts of `left`; what a small domain leaves, the larger ones get."""
     quotas: dict[str | None, int] = {}
-    left = MOST_TOKENS
     for position, domain in enumerate(sorted(sizes, key=lambda name: sizes[name])):
         quotas[domain] = min(sizes[domain], left // (len(sizes) - position))
         left -= quotas[domain]

@@ -64,7 +64,21 @@ function listen(report, state, { chooseLayer, drawAll, drawBars, drawLoad }) {
   // a touch elsewhere puts the tip away
   window.addEventListener("pointerdown", (event) => event.target.closest(".inner, .tokens") || hideTip(), { capture: true });
   window.addEventListener("scroll", hideTip, { passive: true });
+  window.addEventListener("scroll", markContents, { passive: true });
+  markContents();
   window.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
+}
+
+// The link to the part of the page that is at the top of the window.
+function markContents() {
+  const links = [...document.querySelectorAll(".contents a")];
+  const passed = links.filter((link) => document.querySelector(link.hash).getBoundingClientRect().top < 140);
+  const isEnd = window.innerHeight + window.scrollY > document.documentElement.scrollHeight - 4;
+  const current = isEnd && window.scrollY ? links[links.length - 1] : passed[passed.length - 1] || links[0];
+  if (!current || current.hasAttribute("aria-current")) return;
+  links.forEach((link) => (link === current ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current")));
+  const strip = current.parentElement;
+  strip.scrollTo({ left: current.offsetLeft - strip.clientWidth / 2, behavior: "instant" });
 }
 
 function fail(error) {

@@ -11,47 +11,17 @@ import torch
 
 from hf_moe.io.installation import install_command
 from hf_moe.io.whole_files import write_text
-from hf_moe.observability.health import Finding, Health, diagnose
+from hf_moe.observability.health import KINDS, diagnose, told_one_by_one
 from hf_moe.observability.layer_statistics import LayerStatistics, jensen_shannon
-from hf_moe.observability.report import text
+from hf_moe.observability.report import glossary, text
 from hf_moe.observability.report.data import ReportData, pack_coactivation, pack_layers, pack_tokens
 
 SCRIPTS = ("data.js", "charts.js", "sections.js", "tokens.js", "main.js")
 
-_KINDS = {
-    "invalid": (
-        "Router weights are not finite",
-        "Go back to the last checkpoint whose weights are finite; clip gradients or lower the learning rate.",
-    ),
-    "collapsed": (
-        "Collapsed",
-        "Go back to a checkpoint before the collapse and train with a balancing loss per layer or a bias update.",
-    ),
-    "one_takes_most": (
-        "One expert takes most tokens",
-        "Strengthen the balancing of these layers; with a bias update, lower its rate.",
-    ),
-    "collapsing": (
-        "Collapsing",
-        "Strengthen the balancing now, or lower the router's learning rate: a collapse is hard to undo.",
-    ),
-    "dead_experts": (
-        "Dead experts",
-        "Trace more and more varied text first. Experts that stay dead cost memory and add nothing: train on with "
-        "balancing, or prune them.",
-    ),
-    "no_gradient": (
-        "The router learns nothing",
-        "Set norm_topk_prob=False, or choose more than one expert per token.",
-    ),
-    "dropping": ("Dropped assignments", "Raise capacity_factor, or balance the load."),
-    "unknown": ("Too few tokens to judge", "Trace more text."),
-}
-_PATTERNS = {
-    "same_expert": "All layers collapsed onto the expert of the same number.",
-    "own_expert": "Every layer collapsed onto an expert of its own. Pooled over the layers this looks balanced, so a "
-    "balancing loss that pools them sees nothing.",
-    "some_layers": "Some layers collapsed, others did not.",
+_FACT_GROUPS = {
+    "Model": ("Model", "Parameters", "Active per token", "Weights"),
+    "Experts": ("MoE layers", "Experts in a layer", "Chosen per token"),
+    "Text": ("Tokens traced", "Domains"),
 }
 
 
@@ -81,9 +51,11 @@ def render(data: ReportData) -> str:
         # no address is allowed, and no script or style but these two
         policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
         "form-action 'none'",
-        facts=[(text.visible(name), text.visible(value)) for name, value in data.facts.items()],
+        facts=_facts(data),
         health=_health(data, labels),
         rows=[_row(layer, label) for layer, label in zip(data.layers, labels, strict=True)],
+        columns=glossary.LAYER_TERMS,
+        terms=[*glossary.LAYER_TERMS.values(), *glossary.OTHER_TERMS.values()],
         has_domains=len(data.domains) > 1,
         has_tokens=data.tokens is not None and len(data.tokens.texts) > 0,
         traced=any(layer.tokens for layer in data.layers),
@@ -105,61 +77,50 @@ def _payload(data: ReportData, labels: list[str]) -> dict[str, Any]:
     }
 
 
+def _facts(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The facts in groups; those of other names come with the model's."""
+    known = {name for names in _FACT_GROUPS.values() for name in names}
+    groups = []
+    for title, names in _FACT_GROUPS.items():
+        others = tuple(name for name in data.facts if name not in known) if title == "Model" else ()
+        shown = [name for name in (*names, *others) if name in data.facts]
+        groups.append((title, [(text.visible(name), text.visible(data.facts[name])) for name in shown]))
+    return [group for group in groups if group[1]]
+
+
 def _health(data: ReportData, labels: list[str]) -> dict[str, Any]:
     """The verdict, and the findings by kind, gravest first."""
     if not any(layer.tokens for layer in data.layers):
-        return {
-            "verdict": "unknown",
-            "summary": "Nothing to judge: no token was traced.",
-            "groups": [],
-            "pattern": "",
-            "note": "",
-        }
+        summary = "Nothing to judge: no token was traced."
+        return {"verdict": "unknown", "summary": summary, "groups": [], "pattern": "", "note": ""}
     health = diagnose(data.layers)
-    names = {layer.name: label for layer, label in zip(data.layers, labels, strict=True)}
-    positions = {layer.name: position for position, layer in enumerate(data.layers)}
-    groups: dict[str, list[Finding]] = {}
-    for finding in health.findings:
-        groups.setdefault(finding.kind, []).append(finding)
+    places = {layer.name: (place, label) for place, (layer, label) in enumerate(zip(data.layers, labels, strict=True))}
     return {
         "verdict": "healthy" if health.healthy else "unknown" if health.verdict == "unknown" else "ill",
-        "summary": _summary(health),
-        "pattern": _PATTERNS.get(health.pattern or "", ""),
-        "note": text.visible(health.note(names), 600),
+        "summary": health.summary,
+        "pattern": health.pattern_words(),
+        "note": text.visible(health.note(), 600),
         "groups": [
             {
-                "title": _KINDS[kind][0],
-                "advice": _KINDS[kind][1],
-                "findings": [
-                    (positions[each.layer], names[each.layer], text.visible(each.message, 600)) for each in found
-                ],
+                "kind": KINDS[kind],
+                "where": health.where(len(found)),
+                "told": told_one_by_one(len(found)),
+                "findings": [(*places[each.layer], text.visible(each.message, 600)) for each in found],
             }
-            for kind, found in groups.items()
+            for kind, found in health.groups.items()
         ],
     }
 
 
-def _summary(health: Health) -> str:
-    return str(health).partition("\n")[0]
-
-
-def _row(layer: LayerStatistics, label: str) -> dict[str, str]:
+def _row(layer: LayerStatistics, label: str) -> dict[str, Any]:
     """One line of the table of layers."""
-    violation = layer.max_violation
+    is_seen = not math.isnan(layer.max_violation)
     return {
         "label": label,
         "name": text.visible(layer.name),
-        "experts": text.count(layer.num_experts),
-        "top_k": text.count(layer.top_k),
-        "tokens": text.short_count(layer.tokens),
-        "busiest": text.times(1 + violation),
-        "busiest_expert": "" if math.isnan(violation) else f"expert {layer.busiest_expert}",
-        "load_cv": text.decimal(layer.load_cv),
-        "load_entropy": text.decimal(layer.load_entropy),
-        "dead": text.count(len(layer.dead_experts)) if layer.tokens else "–",
-        "router_entropy": text.decimal(layer.router_entropy),
-        "margin": text.decimal(layer.margin),
-        "empty": text.percent(layer.empty_share),
+        "values": glossary.layer_row(layer),
+        "busiest_expert": f"expert {layer.busiest_expert}" if is_seen else "",
+        "has_dead": is_seen and bool(layer.dead_experts),
     }
 
 

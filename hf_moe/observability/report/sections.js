@@ -1,6 +1,8 @@
 // The sections of the page, each drawn from the report and the state { layer, expert, ... }.
 
 const OCTAVES = 3;
+// a domain prefers an expert that it uses this many times the mean over domains, and for that many of its tokens
+const [PREFERRED, LEAST_TOKENS] = [1.1, 10];
 const RATIO_TICKS = ["⅛", "¼", "½", "even", "2×", "4×", "8×"];
 
 function byId(id) {
@@ -144,12 +146,8 @@ function domainShare(report, layer, domain, expert) {
 function drawDomains(report, state, pick) {
   const host = byId("domain-map");
   if (!host) return;
-  const views = report.domains.map((_, domain) => layerOf(report, state.layer, domain));
-  const experts = report.experts[state.layer];
-  const seen = views.filter((view) => view.total);
-  const share = (view, expert) => (view.total ? view.counts[expert] / view.total : NaN);
-  const mean = Array.from({ length: experts }, (_, i) => sum(seen.map((view) => share(view, i))) / Math.max(seen.length, 1));
-  const ratio = (row, expert) => (mean[expert] ? share(views[row], expert) / mean[expert] : NaN);
+  const { views, experts, mean, ratio } = domainRatios(report, state.layer);
+  byId("domains-lead").textContent = `${titled(report.labels[state.layer])}: the colour compares the share that an expert has of one domain with its mean over all domains.`;
   const ramp = ratioRamp(2);
   heatMap(host, {
     label: `Use of the experts of ${report.labels[state.layer]} by domain`,
@@ -161,7 +159,19 @@ function drawDomains(report, state, pick) {
     pick: (_, expert) => pick(expert),
   });
   showRamp(byId("domain-legend"), "--ramp", ["¼", "½", "mean", "2×", "4×"]);
-  byId("domain-table").replaceChildren(domainTable(report, state, views, ratio, mean));
+  byId("domain-table").replaceChildren(domainTable(report, state));
+}
+
+// Of one layer: how often each domain uses an expert, over the mean of all domains.
+function domainRatios(report, layer) {
+  const views = report.domains.map((_, domain) => layerOf(report, layer, domain));
+  const experts = report.experts[layer];
+  const seen = views.filter((view) => view.total);
+  const share = (view, expert) => (view.total ? view.counts[expert] / view.total : NaN);
+  const mean = Array.from({ length: experts }, (_, i) => sum(seen.map((view) => share(view, i))) / Math.max(seen.length, 1));
+  const ratio = (row, expert) => (mean[expert] ? share(views[row], expert) / mean[expert] : NaN);
+  const prefers = (row, expert) => views[row].counts[expert] >= LEAST_TOKENS && ratio(row, expert) >= PREFERRED;
+  return { views, experts, mean, ratio, prefers };
 }
 
 function domainWords(report, views, row, expert, mean, ratio) {
@@ -174,11 +184,12 @@ function domainWords(report, views, row, expert, mean, ratio) {
   ];
 }
 
-function domainTable(report, state, views, ratio, mean) {
+function domainTable(report, state) {
+  const { views, ratio, prefers } = domainRatios(report, state.layer);
   const rows = views.map((view, row) => {
-    const used = byLoad(view.counts).filter((expert) => view.counts[expert] >= 10 && mean[expert]);
-    const most = used.sort((a, b) => ratio(row, b) - ratio(row, a)).slice(0, 3).filter((expert) => ratio(row, expert) >= 1.1);
-    const words = most.map((expert) => `expert\u00a0${expert}\u00a0(${times(ratio(row, expert))})`).join(", ");
+    const most = Array.from(view.counts.keys()).filter((expert) => prefers(row, expert));
+    const best = most.sort((a, b) => ratio(row, b) - ratio(row, a)).slice(0, 3);
+    const words = best.map((expert) => `expert\u00a0${expert}\u00a0(${times(ratio(row, expert))})`).join(", ");
     return [report.domains[row], count(view.tokens), report.distances[row][state.layer].toFixed(3), words || "none in particular"];
   });
   return table(["Domain", "Tokens", "Distance", "Prefers"], rows, [3]);
@@ -193,16 +204,20 @@ function drawTogether(report, state) {
   const reason = togetherMissing(report, view, pairs);
   if (reason) return host.replaceChildren(element("p", { className: "nothing", textContent: reason }));
   const found = pairRatios(view, pairs);
+  const order = clusterOrder(found);
+  if (!order.length) return host.replaceChildren(element("p", { className: "nothing", textContent: "Too few tokens to say which experts work together." }));
   const chart = element("div");
   const list = element("div", {}, [element("h4", { textContent: "Most above what their loads explain" }), pairList(found)]);
   const legend = element("div", { className: "legend" });
-  const left = element("div", {}, [chart, legend]);
   host.replaceChildren(
-    element("p", { className: "lead", textContent: "How often two experts serve the same token, compared with what their loads alone would give. Grey: too few tokens to say." }),
-    element("div", { className: "pairs" }, [left, list]),
+    element("p", { className: "lead", textContent: "How often two experts serve the same token, over what their loads alone would give. Experts that work together stand side by side; a pair at less than twice its expected number has no colour." }),
+    element("div", { className: "pairs" }, [element("div", {}, [chart, legend]), list]),
   );
-  drawPairs(chart, view, found);
-  showRamp(legend, "--ramp", ["⅛", "¼", "½", "as loads say", "2×", "4×", "8×"]);
+  drawPairs(chart, view, found, order);
+  showRamp(legend, "--above", ["2×", "4×", "8×", "16×"]);
+  legend.append(key("below", "less than 2×"), key("few", "too few tokens to say"));
+  const left = view.experts - order.length;
+  if (left) list.append(element("p", { className: "quiet", textContent: `Left out: ${plural(left, "expert")} with too few tokens to say anything.` }));
 }
 
 function togetherMissing(report, view, pairs) {
@@ -227,21 +242,69 @@ function pairRatios(view, pairs) {
   return { experts, counts, together, expected, ratio };
 }
 
-function drawPairs(host, view, { experts, counts, together, ratio }) {
-  const ramp = ratioRamp(OCTAVES);
-  const unknown = rgb(cssColours("--rule")[0]);
-  const size = Math.max(Math.min((Math.min(host.clientWidth, 600) - 60) / experts, 34), 1.5);
+// The lower triangle, experts in the order of their clusters.
+function drawPairs(host, view, { counts, together, ratio }, order) {
+  const ramp = colourRamp("--above");
+  const plain = rgb(cssColours("--faint")[0]);
+  const colour = (value) => (value >= 2 ? ramp(Math.log2(value / 2) / 3) : Number.isFinite(value) ? plain : null);
   heatMap(host, {
     label: `Pairs of experts of ${view.label}`,
-    rows: experts, columns: experts, width: size, height: size,
-    rowLabels: Array.from({ length: experts }, (_, i) => `${i}`), columnName: "expert",
-    colour: (i, j) => (i === j ? null : Number.isFinite(ratio(i, j)) ? ramp(ratio(i, j)) : unknown),
-    describe: (i, j) => (i === j ? null : [
-      `Experts ${i} and ${j}`,
-      `${plural(together(i, j), "token")} chose both` + (Number.isFinite(ratio(i, j)) ? `, ${times(ratio(i, j))} what their loads give` : ""),
-      `${percent(together(i, j) / counts[i])} of expert ${i}'s, ${percent(together(i, j) / counts[j])} of expert ${j}'s`,
-    ]),
+    rows: order.length, columns: order.length, ...squares(host, order.length),
+    rowLabels: order.map(String), columnNumbers: order, columnName: "expert, in clusters", first: [1, 0],
+    colour: (row, column) => (column < row ? colour(ratio(order[row], order[column])) : null),
+    describe: (row, column) => (column < row ? pairWords(order[row], order[column]) : null),
   });
+  function pairWords(i, j) {
+    const expected = Number.isFinite(ratio(i, j)) ? `, ${times(ratio(i, j))} what their loads give` : "";
+    return [
+      `Experts ${i} and ${j}`,
+      `${plural(together(i, j), "token")} chose both${expected}`,
+      `${percent(together(i, j) / counts[i])} of expert ${i}'s, ${percent(together(i, j) / counts[j])} of expert ${j}'s`,
+    ];
+  }
+}
+
+function squares(host, experts) {
+  const size = Math.max(Math.min((Math.min(host.clientWidth, 600) - 40) / experts, 40), 1.5);
+  return { width: size, height: size };
+}
+
+// The experts that can be judged, by average linkage: the two groups whose experts meet most, on the log scale, are
+// joined until one is left.
+function clusterOrder({ experts, ratio }) {
+  const meets = (i, j) => Math.min(Math.max(Math.log2(ratio(i, j)) || 0, -3), 3);
+  const all = Array.from({ length: experts }, (_, i) => i);
+  const known = all.filter((i) => all.some((j) => i !== j && Number.isFinite(ratio(i, j))));
+  const groups = known.map((expert) => [expert]);
+  const links = known.map((i) => Float64Array.from(known, (j) => (i === j ? NaN : meets(i, j))));
+  for (let left = known.length; left > 1; left--) {
+    const [one, two] = closest(groups, links);
+    const [a, b] = [groups[one].length, groups[two].length];
+    for (let k = 0; k < known.length; k++) links[one][k] = links[k][one] = (a * links[one][k] + b * links[two][k]) / (a + b);
+    groups[one] = joined(groups[one], groups[two], meets);
+    groups[two] = null;
+  }
+  return groups.find(Boolean) || [];
+}
+
+function closest(groups, links) {
+  let [pair, most] = [null, -Infinity];
+  for (let i = 0; i < groups.length; i++) {
+    if (!groups[i]) continue;
+    for (let j = 0; j < i; j++) if (groups[j] && links[i][j] > most) [pair, most] = [[j, i], links[i][j]];
+  }
+  return pair;
+}
+
+// Two groups end to end, turned so that the experts that touch meet most.
+function joined(one, two, meets) {
+  const turned = (group) => [group, [...group].reverse()];
+  const ways = turned(one).flatMap((first) => turned(two).map((second) => [first, second]));
+  const [first, second] = ways.reduce((best, way) => (touch(way) > touch(best) ? way : best));
+  return [...first, ...second];
+  function touch([a, b]) {
+    return meets(a[a.length - 1], b[0]);
+  }
 }
 
 function pairList({ experts, together, ratio }) {

@@ -92,3 +92,8 @@ def times(ratio: float) -> str:
 
 def decimal(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def plural(number: float, word: str) -> str:
+    """(2, "layer") -> "2 layers"."""
+    return f"{count(number)} {word}{'' if number == 1 else 's'}"

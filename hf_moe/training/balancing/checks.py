@@ -115,11 +115,11 @@ def _refuse_own_losses(model: nn.Module, config: BalancingConfig) -> None:
     if config.z_loss_coef > 0:
         twice += [name for name in own if "z_loss" in name]
     if twice:
+        zeros = ", ".join(f"model.config.{name} = 0" for name in twice)
         raise BalancingError(
-            f"the model's own forward adds this loss already ({', '.join(f'{name}={own[name]}' for name in twice)}): "
-            "balancing would count twice. Set these to 0 in model.config (for TRL's trainers "
-            "router_aux_loss_coef=0.0 in their config; a model of transformers may also have "
-            "output_router_logits=False), or leave the term out of BalancingConfig."
+            f"the model's own forward adds this loss already ({', '.join(f'{name}={own[name]}' for name in twice)}), "
+            f"so balancing would count it twice. Set {zeros} (a native model: or output_router_logits = False; TRL's "
+            "trainers: router_aux_loss_coef=0.0 in their config), or leave the term out of BalancingConfig."
         )
 
 

@@ -53,6 +53,11 @@ FINETUNE = {
         | {"before": {"bytes": 70, "bits_per_byte": 1.5}, "after": {"bytes": 70, "bits_per_byte": 1.25}}
     },
     "training": {"learning_rate": 3e-4},
+    "samples": [{"domain": "law", "prompt": "The court", "before": "is\n\n\nred.\n", "after": "finds."}],
+    "held_out": {
+        "before": {"loss": 2.0, "rewards/accuracies": 0.0},
+        "after": {"loss": 1.5, "rewards/accuracies": 0.75},
+    },
     "tokens": 2_560,
     "health": {"before": "Too few tokens to judge.", "after": "Routing is healthy: every layer uses its experts."},
     "steps": 10,

@@ -31,15 +31,16 @@ from .card_facts import FINETUNE, QUICKSTART, RESULTS, SHA
 def test_a_card_of_a_bare_model_says_what_was_not_measured(saved):
     card = str(model_card(saved))
     for words in (
-        "| parameters, trained | not measured |",
-        "| router SHA-256 before | not measured |",
+        "| parameters trained | not measured |",
+        "| SHA-256 of the routers | not measured |",
         "| base model | not stated |",
         "Standard benchmarks: not measured",
         "Health: not measured",
         "Routing agreement with the base model: not measured",
         "Energy: not measured",
         "8 experts, top-2, width 16",
-        'from_pretrained("model", trust_remote_code=True)',
+        'AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)',
+        'AutoTokenizer.from_pretrained("model")',
     ):
         assert words in card, words
     assert "model-index" not in card
@@ -48,7 +49,7 @@ def test_a_card_of_a_bare_model_says_what_was_not_measured(saved):
 def test_the_numbers_of_a_model_are_its_own(saved):
     model = HfMoeForCausalLM.from_pretrained(saved)
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert f"| parameters, total | {total:,} |" in str(model_card(saved))
+    assert f"| parameters | {total:,} |" in str(model_card(saved))
     size = (saved / "model.safetensors").stat().st_size
     assert f"| bytes of weights | {size:,} |" in str(model_card(saved))
 
@@ -56,14 +57,18 @@ def test_the_numbers_of_a_model_are_its_own(saved):
 def test_the_quickstarts_card_holds_its_numbers():
     card = quickstart_card(QUICKSTART)
     for words in (
-        "3,900,000 parameters (1,100,000 active",
-        "-0.500 on legal, +0.125 on code",
-        "| code | 678 | 2.500 | 2.625 | 2.500 | +0.125 |",
-        "| legal (new) | 678 | 3.500 | 3.000 | 3.500 | -0.500 |",
+        "3.9 million parameters, 1.1 million of them active",
+        "Held-out text of legal takes 3.000 bits per byte, 3.500 before",
+        "The largest rise on other texts is +0.125, on code.",
+        "| code | 2.500 | 2.625 | 2.500 | +0.125 | 678 |",
+        "| legal (new) | 3.500 | 3.000 | 3.500 | -0.500 | 678 |",
+        "writing text like legal (mixed in: code)",
+        "**A model of 3.9 million parameters writes little that makes sense.**",
         "| layer | code | legal |",
-        "| 1 | 0.750 | 0.500 |",
+        "| 1 | 75.0% | 50.0% |",
         "| 1 | 0.800 | 2.500 |",
-        "router SHA-256 after (equal) | " + "ab" * 32,
+        "SHA-256 of the routers | abababababab, the same before and after |",
+        "after: `" + "ab" * 32 + "`\n\n</details>",
         "| base model | 11 | 2,816 | 0.004 | 150 | 3.625 |",
         "| adapter | 11 | 2,816 | 0.003 | not measured | 3.625 |",
         "| base model | model, trained from scratch in the same run |",
@@ -91,20 +96,22 @@ def report_of(saved: Path, adapter: Path | None = None) -> dict:
 def test_a_recipes_card_holds_its_numbers(adapter):
     card = finetune_card(adapter.parent, FINETUNE, saved="adapter")
     for words in (
-        "held-out text: -0.250 on law (lower is better)",
-        "# Expert LoRA: allenai/OLMoE-1B-7B-0924 fine-tuned on law",
-        "continuing text of the kinds it was trained on: law",
-        "router SHA-256 after (DIFFERENT) | " + "cd" * 32,
-        "| law | 70 | 1.500 | 1.250 | -0.250 |",
+        "Held-out text of law takes 1.250 bits per byte, 1.500 before (lower is better)",
+        "# OLMoE-1B-7B-0924 with expert LoRA, fine-tuned on law\n",
+        "writing text like law |",
+        "SHA-256 of the routers | abababababab before, cdcdcdcdcdcd after: CHANGED |",
+        "| law | 1.500 | 1.250 | -0.250 | 70 |",
+        "| loss of TRL's trainer, in nats | 2.000 | 1.500 |",
+        "**Prompt 1** (law)\n\n```text\nThe court\n```\n\nBefore training:\n\n```text\nis\nred.\n```",
         "| Expert LoRA | 10 | 2,560 | 0.0003 | 25 | 3.625 |",
         'from_pretrained("allenai/OLMoE-1B-7B-0924", trust_remote_code=True)',
         "| law | 50% | 3 | 99 |",
-        "| 0 | 0.500 |",
+        "| 0 | 50.0% |",
         "8 experts, top-2, width 16",
         "Health after training: Routing is healthy",
-        "peft_type LORA, r 2",
+        "| adapter | expert LoRA, r 2, lora_alpha 4 |",
         "Hardware: NVIDIA H100, x86_64, 4 threads, 8 processes.",
-        "Settings: r 8, learning_rate 0.0003.",
+        "| r | 8 |\n| learning_rate | 0.0003 |",
     ):
         assert words in card, words
     assert ModelCard(card).data.base_model == "allenai/OLMoE-1B-7B-0924"
@@ -113,7 +120,7 @@ def test_a_recipes_card_holds_its_numbers(adapter):
 def test_an_adapter_of_our_own_kind_says_that_it_needs_hf_moe():
     checkpoint = CheckpointFacts("x", is_adapter=True, adapter={"peft_type": "ADAPTER_EXPERTS"})
     card = str(card_from_facts(checkpoint, TrainingFacts()))
-    assert "Without hf_moe this kind of adapter does not load" in card
+    assert "Adapters of this kind need hf_moe" in card
     assert "trust_remote_code" not in card
 
 
@@ -121,13 +128,13 @@ def test_an_adapters_card_tells_of_its_base(adapter, saved):
     """From the base's config, which lies beside it; a local folder is no name on the Hub."""
     card = model_card(adapter)
     total = sum(parameter.numel() for parameter in HfMoeForCausalLM.from_pretrained(saved).parameters())
-    assert f"An adapter for a Mixture-of-Experts model of {total:,} parameters" in str(card)
-    assert "| base model | model |" in str(card)
-    assert 'Put the path of your copy in the place of "adapter" and "model".' in str(card)
+    assert f"| parameters of the base | {total:,} |" in str(card)
+    assert "| base model | model (a folder, not on the Hub) |" in str(card)
+    assert 'Replace "model" and "adapter" by the paths of your copies.' in str(card)
     assert card.data.base_model is None
     named = model_card(adapter, base_model="me/base", repo_id="me/adapter")
     assert (named.data.base_model, named.data.base_model_relation) == ("me/base", "adapter")
-    assert "Put the path" not in str(named)
+    assert "by the paths" not in str(named)
     assert "url = {https://huggingface.co/me/adapter}" in str(named)
 
 
@@ -166,14 +173,14 @@ def test_the_quickstarts_base_has_a_card_without_the_adapters_numbers(saved):
     card = str(model_card(saved, training=report))
     for words in (
         "| base model | trained from scratch |",
-        f"| parameters, trained | {total:,} |",
-        "| router SHA-256 after | " + "ef" * 32,
-        "| legal (new) | 678 | 3.500 |",
+        f"| parameters trained | {total:,} |",
+        "| SHA-256 of the routers | efefefefefef |",
+        "| legal (new) | 3.500 | 678 |",
         "| legal | licence texts of Python packages | 0% | 9 | 4,321 |",
         "| code | source of Python's standard library | 100% | 9 | 4,321 |",
     ):
         assert words in card, words
-    for foreign in ("327,680", "ab" * 32, "With the adapter", "2.625", "| adapter | 11 |"):
+    for foreign in ("327,680", "ab" * 32, "After training:", "2.625", "| adapter | 11 |"):
         assert foreign not in card, foreign
 
 
@@ -259,6 +266,38 @@ def test_the_command(saved, tmp_path):
         refused = CliRunner().invoke(app, ["card", str(saved), "--results", str(wrong)])
         assert refused.exit_code == 2
     assert CliRunner().invoke(app, ["card", str(tmp_path / "nothing")]).exit_code == 2
+
+
+def test_the_command_takes_the_runs_report_from_the_folder_above(adapter, tmp_path):
+    """Another run's report is refused, and a card that says more is kept."""
+
+    def call(*more):
+        done = CliRunner().invoke(app, ["card", str(run / "adapter"), *map(str, more)])
+        return done.exit_code, " ".join(done.output.split())
+
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / "adapter")
+    report = report_of(adapter, adapter)
+    (run / "report.json").write_text(json.dumps(report))
+    (run / "results.json").write_text(json.dumps(RESULTS | {"model": {"model_type": "olmoe"}}))
+    code, said = call()
+    assert code == 0, said
+    assert f"training report: {run / 'report.json'}" in said
+    card = run / "adapter" / "README.md"
+    assert "| law | 1.500 | 1.250 | -0.250 | 70 |" in card.read_text()
+    assert "gsm8k" not in card.read_text(), "results of another model"
+    rich = card.read_text()
+    (run / "report.json").unlink()
+    assert call()[0] == 0
+    assert "Bits per byte: not measured" in card.read_text()
+    assert card.with_name("README.old.md").read_text() == rich
+    call()
+    assert not card.with_name("README.old2.md").exists(), "an equal card is not kept"
+    (run / "report.json").write_text(json.dumps(report | {"parameters": report["parameters"] | {"trained": 7}}))
+    code, said = call()
+    assert (code, "parameters that were trained: 7 and" in said) == (2, True), said
+    (run / "right.json").write_text(json.dumps(report))
+    assert call("--training", run / "right.json")[0] == 0
 
 
 def test_without_jinja_the_extra_is_named(saved, monkeypatch):

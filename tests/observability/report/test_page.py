@@ -1,5 +1,6 @@
 """The report's page in headless Chromium: what it shows is what the data say, and nothing goes wrong or out."""
 
+import re
 import shutil
 import statistics
 import time
@@ -121,10 +122,48 @@ def test_the_chosen_layer_is_in_every_chart(show, data):
     ratio = float(loads["law"][5] / sum(loads.values())[5] * 3)
     lines = hover(page, "#domain-map", 1, 5, 3, 8)
     assert lines[:2] == ["law · expert 5", f"{ratio:.{1 if ratio >= 1 else 2}f}× the mean over domains"]
-    for one, other in ((1, 4), (6, 7), (7, 0), (3, 2)):
-        lines = hover(page, "#together", one, other, 8, 8)
-        assert lines[0] == f"Experts {one} and {other}"
+    pairs = set()
+    for row, column in ((1, 0), (4, 2), (7, 0), (7, 6)):
+        lines = hover(page, "#together", row, column, 8, 8)
+        one, other = map(int, re.findall(r"\d+", lines[0]))
+        pairs.add((one, other))
         assert lines[1].startswith(f"{int(layer.coactivation[one, other])} token")
+    assert len(pairs) == 4
+    # half of the map is empty
+    assert page.locator("#tip").is_visible()
+    hover(page, "#together", 2, 5, 8, 8)
+    assert page.locator("#tip").is_hidden()
+    page.locator("#together .inner").focus()
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#tip b").text_content().startswith("Experts ")
+
+
+def test_the_contents_lead_to_the_parts_and_follow_them(show, data):
+    page = show(data, **PHONE, reduced_motion="reduce")
+    links = page.locator(".contents a")
+    assert links.all_text_contents() == ["Verdict", "Load", "Layers", "Spread", "Domains", "Tokens", "Pairs"]
+    assert page.locator(".contents [aria-current]").text_content() == "Verdict"
+    links.nth(5).click()
+    page.wait_for_selector(".contents a:nth-child(6)[aria-current]")
+    assert 0 <= page.locator("#tokens-title").bounding_box()["y"] < 140
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_the_text_opens_on_prose_without_blank_lines_and_may_show_domains(show):
+    data = sample_report(experts=(32,), tokens=600)
+    code, prose = [" x", "\n", "\n\n", "  ", "\n"], [" a", " word"]
+    pieces = [(prose if i // 100 == 3 else code)[i % len(prose if i // 100 == 3 else code)] for i in range(600)]
+    page = show(replace(data, tokens=replace(data.tokens, pieces=pieces)))
+    assert page.locator("#tokens-range").text_content() == "301–600 of 600 tokens"
+    assert page.locator("#tokens .from").first.text_content() == "Passage 4 · law"
+    page.locator("#tokens-back").click()
+    assert page.locator("#tokens p").first.inner_text().split("\n")[1:3] == [" x↵↵↵  ↵", " x↵↵↵  ↵"]
+    # of many experts the colours are the domains
+    names = page.locator("#tokens-legend button").all_text_contents()
+    assert {name.split(" · ")[0] for name in names} == {"english", "law", "code"}
+    page.select_option("#tokens-expert", "")
+    assert page.locator("#tokens-legend button").count() == 8
+    assert page.locator("#tokens .t:not(.rest)").count() > page.locator("#tokens .t.rest").count()
 
 
 def test_tokens_carry_their_experts_in_the_chosen_layer(show, data):
@@ -214,11 +253,9 @@ def test_hostile_text_stays_text(show):
 
 
 CASES = {
-    "one_layer": {"experts": (8,)},
+    "one_layer_and_no_domains": {"experts": (8,), "domains": ()},
     "different_experts": {"experts": (4, 16, 9), "top_k": 3},
-    "no_domains": {"domains": ()},
-    "no_tokens": {"with_tokens": False},
-    "no_pairs": {"pairs": False},
+    "sums_without_pairs": {"with_tokens": False, "pairs": False},
     "one_expert_a_token": {"top_k": 1},
     "one_expert": {"experts": (1,), "top_k": 1},
     "one_token": {"tokens": 1},
@@ -232,9 +269,9 @@ def test_every_kind_of_trace_is_drawn(show, case):
     choose_layer(page, len(data.layers) - 1)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator("#minis button").count() == len(data.layers)
-    assert (page.locator("#domain-map").count() == 1) == (case != "no_domains")
-    assert (page.locator("#tokens").count() == 1) == (case != "no_tokens")
-    has_pairs = case not in ("no_pairs", "one_expert_a_token", "one_expert")
+    assert (page.locator("#domain-map").count() == 1) == (case != "one_layer_and_no_domains")
+    assert (page.locator("#tokens").count() == 1) == (case != "sums_without_pairs")
+    has_pairs = case not in ("sums_without_pairs", "one_expert_a_token", "one_expert", "one_token")
     assert (page.locator("#together canvas").count() > 0) == has_pairs
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hf_moe.observability.layer_statistics import empty_statistics
 from hf_moe.observability.report.data import ReportData, pack, pack_coactivation, pack_tokens
 from hf_moe.observability.report.from_trace import report_data
+from hf_moe.observability.report.glossary import LAYER_TERMS, OTHER_TERMS, glossary
 from hf_moe.observability.report.page import render, write_report
 from hf_moe.observability.report.text import percent, short_count, short_labels, times, visible, visible_token
 from hf_moe.observability.routing_trace import RoutingTrace
@@ -197,7 +199,14 @@ def test_the_verdict_is_in_the_page_without_its_script():
     assert "Routing is healthy" in render(sample_report(tokens=4000))
     rare = np.concatenate([np.tile([0, 1], (2000, 1)), np.tile([2, 3], (2000, 1)), np.tile([4, 5], (60, 1))])
     page = render(ReportData("m", (count_statistics("layers.7.mlp", 6, rare, rare + 0.5),)))
-    assert "of an even load: 2 experts of layer 7 (4, 5)." in page
+    assert "of an even load) in these 4,060 tokens: 2 experts of layer 7 (4, 5)." in page
+
+
+def test_the_documents_hold_the_terms_of_the_pages():
+    page = render(sample_report())
+    assert glossary() in (Path(__file__).parents[3] / "docs" / "glossary.md").read_text()
+    for term in (*LAYER_TERMS.values(), *OTHER_TERMS.values()):
+        assert f"<dt>{term.title}" in page
 
 
 def test_a_page_of_nothing_traced():

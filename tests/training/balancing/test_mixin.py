@@ -91,7 +91,11 @@ REFUSED = {
     "no_bias": (qwen_model, BIAS, r"keeps no correction bias .*router_bias=True"),
     "bfloat16_bias": (bfloat16_bias, BIAS, "is torch.bfloat16, in which small updates round to nothing"),
     "all_experts": (lambda: quiet_hf_moe(routing="dense"), AUX, "the load does not depend on the router"),
-    "own_loss": (lambda: own_loss(output_router_logits=True), AUX, r"would count twice\. Set these to 0"),
+    "own_loss": (
+        lambda: own_loss(output_router_logits=True),
+        AUX,
+        r"Set model\.config\.router_aux_loss_coef = 0 ",
+    ),
     "hf_moe_own_loss": (hf_moe_model, AUX, r"router_aux_loss_coef=0\.01"),
     "hf_moe_own_z_loss": (hf_moe_model, BalancingConfig(z_loss_coef=0.1), r"router_z_loss_coef=0\.001"),
 }

@@ -6,7 +6,8 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_moe.adapters.expert_lora import accelerate_adapters, expert_lora_config
-from hf_moe.training.memory import StepMemory, saved_bytes, step_memory
+from hf_moe.planner.saved_bytes import saved_bytes
+from hf_moe.planner.step_memory import StepMemory, measured_step_memory
 from tiny_hf_moe import tiny_config
 from tiny_models import build_tiny
 from tiny_moe import hf_moe_model
@@ -59,13 +60,16 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 600, "max_posi
         ("hf_moe", True, {"accumulates": True}, 4),
         ("qwen3_moe", True, {"checkpointing": True}, 8),
         ("mixtral", False, {"accumulates": True, "checkpointing": True}, 4),
+        ("qwen3_moe", True, {"bfloat16": True}, 6),
     ],
 )
 def test_the_estimate_is_near_the_peak(family, adapted, options, batch_size):
     model = hf_moe_model(**SIZES) if family == "hf_moe" else build_tiny(family, **SIZES)[0]
+    options = dict(options)
+    model = model.bfloat16() if options.pop("bfloat16", False) else model
     model = with_lora(model) if adapted else model
     row = row_of(96)
-    estimate = step_memory(model, row, batch_size=batch_size, **options)
+    estimate = measured_step_memory(model, row, batch_size=batch_size, **options)
     if options.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     measured = peak(model, row, batch_size, accumulation=2 if options.get("accumulates") else 1)
@@ -76,7 +80,7 @@ def test_a_look_changes_nothing():
     model = hf_moe_model(router_jitter_noise=0.1).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    step_memory(model, row_of(16, 60), batch_size=2)
+    measured_step_memory(model, row_of(16, 60), batch_size=2)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -86,7 +90,8 @@ def test_a_look_changes_nothing():
 def test_weights_are_not_counted_as_activations():
     config = tiny_config()
     model = hf_moe_model()
-    one, two = (saved_bytes(model, row_of(length, config.vocab_size)) for length in (16, 32))
+    rows = (row_of(length, config.vocab_size) for length in (16, 32))
+    one, two = (saved_bytes(model, {name: column[None] for name, column in row.items()}) for row in rows)
     assert 1.8 < two / one < 2.2  # grows with the tokens; weights would not
 
 
@@ -95,7 +100,7 @@ def test_frozen_weights_need_no_gradients():
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.model.embed_tokens.weight.requires_grad_(True)
-    memory = step_memory(model, row_of(8, 60), batch_size=1)
+    memory = measured_step_memory(model, row_of(8, 60), batch_size=1)
     assert memory.gradients == model.model.embed_tokens.weight.nbytes
     assert memory.optimizer == 2 * memory.gradients
 

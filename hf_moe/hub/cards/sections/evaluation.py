@@ -8,13 +8,24 @@ from hf_moe.hub.cards.markdown import NOT_MEASURED, cell, fenced, image, plain, 
 from hf_moe.hub.cards.training_facts import DomainFacts, TrainingFacts
 
 _BITS_NOTE = (
-    "Bits per byte: the negative log2-likelihood of held-out text, divided by its UTF-8 bytes; lower is better. "
-    "Without error bars."
+    "Bits per byte: the negative log2-likelihood of held-out text, divided by its bytes in UTF-8; lower is better. "
+    "The numbers have no error bars."
 )
+_LEARNED_NOTE = " Of prompts and conversations only the part that is learned counts."
+_CHOSEN_NOTE = " Of each held-out pair the chosen answer counts."
 _MASKED_NOTE = (
-    "One expert masked at a time, the most used ones: the change of the metric on the same documents, with the 95 % "
-    "interval of the paired difference."
+    "The most used experts were masked, one at a time. The change is that of the metric on the same documents, with "
+    "the 95 % interval of the paired difference."
 )
+# of TRL's, those that tell something across runs, with what they mean
+_TRL = {
+    "loss": "loss of TRL's trainer, in nats",
+    "mean_token_accuracy": "share of tokens predicted right",
+    "rewards/accuracies": "share of pairs whose chosen answer gained more than the rejected one",
+    "rewards/margins": "how much more the chosen answer gained (reward margin)",
+    "rewards/chosen": "reward of the chosen answers",
+    "rewards/rejected": "reward of the rejected answers",
+}
 
 _MOST_MASKED = 20  # rows
 
@@ -24,9 +35,11 @@ def evaluation_section(results: Mapping[str, Any], training: TrainingFacts, plot
     benchmarks, bits = _benchmarks(results), _bits(results, training)
     if not benchmarks and not bits:
         return f"Standard benchmarks: {NOT_MEASURED}. Bits per byte: {NOT_MEASURED}."
-    parts = [benchmarks or f"Standard benchmarks: {NOT_MEASURED}.", bits, _masked(results), _setup(results)]
-    plot = image(plots, "plots/bits_per_byte.png", "Bits per byte by domain")
-    return "\n\n".join(part for part in (*parts, plot) if part)
+    plot = image(plots, "plots/bits_per_byte.png", "Bits per byte of every domain, before and after training")
+    parts = [benchmarks, _masked(results), _setup(results), bits, plot, _held_out(training)]
+    return "\n\n".join(
+        part for part in (*parts, "" if benchmarks else f"Standard benchmarks: {NOT_MEASURED}.") if part
+    )
 
 
 def _benchmarks(results: Mapping[str, Any]) -> str:
@@ -89,7 +102,15 @@ def _bits(results: Mapping[str, Any], training: TrainingFacts) -> str:
     ]
     evaluated = table(["text", "bytes", "bits per byte"], rows) if rows else ""
     parts = [part for part in (_before_and_after(training), evaluated) if part]
-    return "\n\n".join([*parts, _BITS_NOTE]) if parts else ""
+    is_recipe = training.domains and training.new_domain is None
+    note = _BITS_NOTE + ("" if not is_recipe else _CHOSEN_NOTE if training.is_dpo else _LEARNED_NOTE)
+    return "\n\n".join([*parts, note]) if parts else ""
+
+
+def _held_out(training: TrainingFacts) -> str:
+    """TRL's own metrics of the held-out records."""
+    rows = [(words, *training.held_out[name]) for name, words in _TRL.items() if name in training.held_out]
+    return table(["held-out records, by TRL", "before", "after"], rows) if rows else ""
 
 
 def _before_and_after(training: TrainingFacts) -> str:
@@ -98,13 +119,13 @@ def _before_and_after(training: TrainingFacts) -> str:
         return ""
     variants = list(dict.fromkeys(variant for domain in measured for variant in domain.bits))
     has_change = {"before", "after"} <= set(variants)
-    header = ["domain", "held-out bytes", *variants, *(["change"] if has_change else [])]
+    header = ["domain", *variants, *(["change"] if has_change else []), "held-out bytes"]
     rows = [
         (
             f"{domain.name} (new)" if domain.name == training.new_domain else domain.name,
-            domain.held_out_bytes,
             *(domain.bits.get(variant) for variant in variants),
             *([_change(domain)] if has_change else []),
+            domain.held_out_bytes,
         )
         for domain in measured
     ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_moe.hub.cards.emissions_facts import Emissions
-from hf_moe.hub.cards.markdown import NOT_MEASURED, NOT_STATED, cell, fenced, image, plain, table
+from hf_moe.hub.cards.markdown import NOT_MEASURED, NOT_STATED, cell, details, fenced, image, plain, table
 from hf_moe.hub.cards.training_facts import TrainingFacts
 
 _ASSUMED = {True: "", False: ", which codecarbon assumes where it cannot tell the place"}
@@ -18,15 +18,15 @@ def training_section(found: TrainingFacts, plots: Sequence[str]) -> str:
         for stage in found.stages
     ]
     stages = table(["run", "steps", "tokens", "peak learning rate", "seconds", "last loss"], rows)
-    settings = ", ".join(f"{name} {_setting(value)}" for name, value in found.settings.items())
+    settings = [(name, _setting(value)) for name, value in found.settings.items()]
     parts = [
         stages if rows else f"Steps, tokens, time: {NOT_MEASURED}.",
-        f"Interrupted and continued: {cell(', '.join(found.interrupted))}." if found.interrupted else "",
-        f"Recipe: {cell(found.recipe or NOT_STATED)}. Hardware: {cell(found.hardware or NOT_STATED)}.",
+        f"The run was interrupted and continued: {cell(', '.join(found.interrupted))}." if found.interrupted else "",
+        f"Method: {cell(found.recipe or NOT_STATED)}. Hardware: {cell(found.hardware or NOT_STATED)}.",
         _energy(found.emissions),
-        f"Settings: {cell(settings)}." if settings else "",
+        image(plots, "plots/loss.png", "Training loss, and the load of the busiest expert"),
         fenced(plain(found.command)) if found.command else f"Command: {NOT_STATED}.",
-        image(plots, "plots/loss.png", "Training loss and expert load"),
+        details("All settings", table(["setting", "value"], settings)) if settings else "",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -57,7 +57,9 @@ def _seconds(value: float | None) -> str | None:
 
 
 def _setting(value: Any) -> str:
-    return plain(value if isinstance(value, str | int | float) or value is None else json.dumps(value, default=str))
+    if value is None or value == []:
+        return "none"
+    return plain(value if isinstance(value, str | int | float) else json.dumps(value, default=str))
 
 
 def _percent(share: float | None) -> str | None:
