@@ -10,7 +10,8 @@ from hf_moe.data.formats import check_options
 from hf_moe.training.checkpointing.checkpoints import TOKEN_IS_PICKLED
 
 SMOKE_HELP = "Four short steps, to see that everything works."
-SAMPLES, SAMPLES_HELP = 3, "Held-out prompts that are continued before and after; the card quotes them. 0: none."
+SAMPLES = 3
+SAMPLES_HELP = "Held-out prompts that are continued before and after; the card quotes them. 0: none."
 
 
 class RecipeError(ValueError):
