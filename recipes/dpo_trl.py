@@ -1,8 +1,7 @@
 """Learn from preferences with TRL's DPOTrainer: LoRA on the experts, the router frozen and proved frozen.
 
     pip install -e ".[recipes,trl]"
-    python recipes/dpo_trl.py --model quickstart-output/model --data recipes/data/preferences.jsonl
-    python recipes/dpo_trl.py --config recipes/configs/quickstart/dpo.yaml --beta 0.3
+    hf-moe finetune dpo quickstart/dpo.yaml                  # after hf-moe quickstart
 
 Records have `prompt`, `chosen` and `rejected`, as strings or as lists of messages, these with `tools` if they need
 them. The reference is the base itself, with the adapter switched off: no second model in memory. With a frozen router,

@@ -1,16 +1,15 @@
-"""A few small new experts beside the experts of a Mixture-of-Experts, all of the base frozen.
+"""Adapter experts: train a few small new experts beside the frozen experts of a Mixture-of-Experts.
 
-    python recipes/finetune_adapter_experts.py --model quickstart-output/model --data recipes/data/law.jsonl
-    python recipes/finetune_adapter_experts.py --config quickstart/adapter_experts.yaml --learning_rate 3e-4
+    hf-moe finetune adapter-experts quickstart/adapter_experts.yaml                  # after hf-moe quickstart
+    hf-moe finetune adapter-experts quickstart/adapter_experts.yaml --data my_texts.jsonl --max_steps 100
     torchrun --nproc_per_node 2 recipes/finetune_adapter_experts.py --config quickstart/adapter_experts.yaml
 
-Works on any Mixture-of-Experts of transformers and on hf_moe models. Every MoE layer gains small routed experts
-with a gate of their own, which start as zero: before training the output is the base's, bit for bit. The base's router
-and experts stay as they are, and several such adapters (a domain each) share one base.
+It works on every Mixture-of-Experts of transformers and on hf_moe models. Every MoE layer gets small experts and a
+router for them. They start at zero, so that the output before training is the base's, bit for bit. Several such
+adapters, one for each domain, can share a base. Loading one needs `import hf_moe`.
 
-The output folder: `adapter/` (loads after `import hf_moe`), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
-option, those of `TrainingArguments` among them; `--smoke` takes four steps.
+The output folder holds `adapter/`, `report.json`, `README.md` (the model card), `plots/`, `metrics.jsonl` and
+checkpoints. `--resume_from_checkpoint auto` continues an interrupted run; `--smoke` takes four steps.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -1,16 +1,16 @@
-"""Train only the experts that a domain uses (ESFT), at full rank; router and all other experts stay bit for bit.
+"""ESFT (expert-specialised fine-tuning): train only the experts that your texts use; all else stays bit for bit.
 
-    python recipes/finetune_esft.py --model quickstart-output/model --data recipes/data/law.jsonl
-    python recipes/finetune_esft.py --config recipes/configs/quickstart/esft.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_esft.py --config recipes/configs/quickstart/esft.yaml
+    hf-moe finetune esft quickstart/esft.yaml                  # after hf-moe quickstart
+    hf-moe finetune esft quickstart/esft.yaml --data my_texts.jsonl --max_steps 100
+    torchrun --nproc_per_node 2 recipes/finetune_esft.py --config quickstart/esft.yaml
 
-Works on any Mixture-of-Experts of transformers and on hf_moe models. The first data set is the domain: its
-tokens decide which experts are trained, per layer the smallest set that takes `budget` of the routing. Gradients and
-optimizer state exist for these experts alone. Source: arXiv:2407.01906.
+It works on every Mixture-of-Experts of transformers and on hf_moe models. The first data set chooses the experts: in
+each layer the smallest set that takes `budget` of its routing. Gradients and optimizer state exist for these alone.
+Source: Wang et al. 2024 (arXiv:2407.01906).
 
-The output folder: `model/` (an ordinary checkpoint), `selection.json`, `report.json`, `README.md` (model card),
-`plots/`, `metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help`
-lists every option, those of `TrainingArguments` among them; `--smoke` takes four steps.
+The output folder holds `model/` (an ordinary checkpoint), `selection.json`, `report.json`, `README.md` (the model
+card), `plots/`, `metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues an interrupted run;
+`--smoke` takes four steps.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from typing import Any
 from hf_moe.adapters.esft import fold_selected_experts, train_selected_experts
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.select_experts import select_experts
-from hf_moe.finetuning.arguments import RECIPE, RecipeError
+from hf_moe.finetuning.arguments import WEIGHT_RECIPE, RecipeError
 from hf_moe.finetuning.card import write_results
 from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.measure import measure
@@ -49,7 +49,7 @@ class EsftArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    esft, base, texts, training = parse_recipe((EsftArguments, *RECIPE), arguments, __file__)
+    esft, base, texts, training = parse_recipe((EsftArguments, *WEIGHT_RECIPE), arguments, __file__)
     job = prepare("ESFT", command_line(__file__, arguments), esft, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)

@@ -1,16 +1,16 @@
-"""LoRA on the experts of a Mixture-of-Experts, through PEFT, with the router frozen and proved frozen.
+"""Expert LoRA: train low-rank factors on every expert of a Mixture-of-Experts. The base and its router stay frozen.
 
-    python recipes/finetune_expert_lora.py --model quickstart-output/model --data recipes/data/law.jsonl
-    python recipes/finetune_expert_lora.py --config recipes/configs/quickstart/expert_lora.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_expert_lora.py --config recipes/configs/quickstart/expert_lora.yaml
+    hf-moe finetune expert-lora quickstart/expert_lora.yaml                  # after hf-moe quickstart
+    hf-moe finetune expert-lora quickstart/expert_lora.yaml --data my_texts.jsonl --max_steps 100
+    torchrun --nproc_per_node 2 recipes/finetune_expert_lora.py --config quickstart/expert_lora.yaml
 
-Works on any Mixture-of-Experts of transformers and on hf_moe models. Rows go through the low-rank factors; `W + BA` is
-never built. To keep what the model knows, mix in data that it knows: a data set of its own with a weight (half of all
-rows is a good start).
+It works on every Mixture-of-Experts of transformers and on hf_moe models. PEFT loads the adapter without hf_moe. The
+recipe hashes the router before training, at every checkpoint and after it, and stops if one value has changed.
 
-The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
-option, those of `TrainingArguments` among them; `--smoke` takes four steps.
+A model forgets what it no longer sees. Add a data set that it knows already, with half of the weight (replay).
+
+The output folder holds `adapter/`, `report.json`, `README.md` (the model card), `plots/`, `metrics.jsonl` and
+checkpoints. `--resume_from_checkpoint auto` continues an interrupted run; `--smoke` takes four steps.
 """
 
 from dataclasses import asdict

@@ -1,22 +1,23 @@
-"""Fine-tune every weight of a Mixture-of-Experts but its routers.
+"""Full fine-tuning: train every weight of a Mixture-of-Experts but its routers.
 
-    python recipes/finetune_full.py --model quickstart-output/model --data recipes/data/law.jsonl
-    python recipes/finetune_full.py --config recipes/configs/quickstart/full.yaml --learning_rate 3e-4
-    torchrun --nproc_per_node 2 recipes/finetune_full.py --config recipes/configs/quickstart/full.yaml
+    hf-moe finetune full quickstart/full.yaml                  # after hf-moe quickstart
+    hf-moe finetune full quickstart/full.yaml --data my_texts.jsonl --max_steps 100
+    torchrun --nproc_per_node 2 recipes/finetune_full.py --config quickstart/full.yaml
 
-Works on any Mixture-of-Experts of transformers and on hf_moe models. The router is frozen and proved frozen unless
-`--train_router` asks for the opposite; its balancing losses are then on, as the model's config has them.
+It works on every Mixture-of-Experts of transformers and on hf_moe models. `--train_router` trains the routers as well;
+the balancing losses of the model's config are then on. For real models use `--dtype float32 --bf16`: weights in
+bfloat16 round small steps away, of which the recipe warns.
 
-The output folder: `model/` (an ordinary checkpoint), `report.json`, `README.md` (model card), `plots/`,
-`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption. `--help` lists every
-option, those of `TrainingArguments` among them; `--smoke` takes four steps.
+The output folder holds `model/` (an ordinary checkpoint), `report.json`, `README.md` (the model card), `plots/`,
+`metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues an interrupted run; `--smoke` takes four
+steps.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_moe.adapters.frozen_router import freeze_router
-from hf_moe.finetuning.arguments import RECIPE
+from hf_moe.finetuning.arguments import WEIGHT_RECIPE
 from hf_moe.finetuning.card import write_results
 from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.measure import measure
@@ -41,7 +42,7 @@ class FullArguments:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `report.json` holds."""
     # 1. model and data: whatever cannot be used is refused here
-    full, base, texts, training = parse_recipe((FullArguments, *RECIPE), arguments, __file__)
+    full, base, texts, training = parse_recipe((FullArguments, *WEIGHT_RECIPE), arguments, __file__)
     job = prepare("Full fine-tuning", command_line(__file__, arguments), full, base, texts, training)
     # 2. measure every domain before
     before = measure(job, job.model)

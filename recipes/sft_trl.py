@@ -1,14 +1,12 @@
 """Supervised fine-tuning with TRL's SFTTrainer: LoRA on the experts, the router frozen and proved frozen.
 
     pip install -e ".[recipes,trl]"
-    python recipes/sft_trl.py --model quickstart-output/model --data recipes/data/law.jsonl
-    python recipes/sft_trl.py --config recipes/configs/quickstart/sft.yaml --learning_rate 3e-4
+    hf-moe finetune sft quickstart/sft.yaml                  # after hf-moe quickstart
 
-For you if you already use TRL: data are read as in the other recipes (recipes/README.md), cut and packed by TRL, and
-every field of SFTConfig is an option (`assistant_only_loss`, `completion_only_loss`, `packing`). What TRL
-does to the loss of a Mixture-of-Experts, and what it drops where the router is trained, is written in
-`hf_moe/finetuning/trl.py`; here the router is frozen, and nothing is dropped. `finetune_expert_lora.py` does the same
-with the plain Trainer.
+If you already use TRL: data are read as in the other recipes (recipes/README.md), cut and packed by TRL, and every
+field of SFTConfig is an option (`assistant_only_loss`, `completion_only_loss`, `packing`). What TRL does to the loss
+of a Mixture-of-Experts, and what it drops where the router is trained, is written in `hf_moe/finetuning/trl.py`; here
+the router is frozen, and nothing is dropped. `finetune_expert_lora.py` does the same with the plain Trainer.
 
 The output folder: `adapter/` (plain PEFT, loads without hf_moe), `report.json`, `README.md` (model card), `plots/`,
 `metrics.jsonl` and checkpoints. `--resume_from_checkpoint auto` continues after an interruption; `--smoke` takes four

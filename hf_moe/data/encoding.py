@@ -24,7 +24,7 @@ class Example:
 
 @dataclass
 class Encoding:
-    """Encoded rows of one source, with counts; `remarks`: what was left out before."""
+    """Encoded rows of one source, with counts; `records`: how many rows; `remarks`: what was left out before."""
 
     examples: list[Example]
     tokens: int = 0
@@ -32,14 +32,20 @@ class Encoding:
     truncated: int = 0
     dropped: int = 0
     remarks: list[str] = field(default_factory=list)
+    records: int = 0
 
     def __str__(self) -> str:
-        text = f"{len(self.examples):,} examples, {self.tokens:,} tokens, loss on {self.loss_tokens:,}"
+        text = f"{self.size()}, {self.tokens:,} tokens, loss on {self.loss_tokens:,}"
         if self.truncated:
             text += f"; {self.truncated:,} cut to the row length"
         if self.dropped:
             text += f"; {self.dropped:,} dropped, as the cut left no token with a loss"
         return "; ".join([text, *self.remarks])
+
+    def size(self) -> str:
+        """Records, and the pieces that long texts were cut into."""
+        pieces = f" in {len(self.examples):,} pieces" if len(self.examples) > self.records else ""
+        return f"{self.records:,} record{'s' if self.records != 1 else ''}{pieces}"
 
 
 def cut(rows: Iterable[list[Example]], max_length: int, where: str, remarks: Iterable[str] = ()) -> Encoding:
@@ -53,6 +59,8 @@ def cut(rows: Iterable[list[Example]], max_length: int, where: str, remarks: Ite
         DataError: If nothing is left to learn from.
     """
     result = Encoding([], remarks=list(remarks))
+    rows = list(rows)
+    result.records = len(rows)
     for example in (example for examples in rows for example in examples):
         if len(example.input_ids) > max_length:
             result.truncated += 1

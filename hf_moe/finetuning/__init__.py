@@ -8,6 +8,7 @@
     other_towers.py    vision and audio towers, which training on text leaves as they are
     measure.py         held-out loss, chosen experts and samples of every domain
     samples.py         what the model writes after a few held-out prompts
+    run/               learning rate, memory and plan before training; evaluation and log lines while it runs
     train.py           the ordinary Trainer over the job, and what became of it
     save.py            an adapter or a model, with the routers' hash; no card of other libraries
     report.py          `report.json`, and the table of domains

@@ -7,8 +7,21 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_moe.data.formats import check_options
+from hf_moe.finetuning.run.checkpointing import asked_for, set_checkpointing
 from hf_moe.training.checkpointing.checkpoints import TOKEN_IS_PICKLED
 
+_NO_4_BIT = (
+    "is not supported yet: bitsandbytes quantises linear layers and leaves fused experts, most of a "
+    "Mixture-of-Experts, in 16 bits, so that little memory would be spared. Use a smaller r, shorter rows or adapter "
+    "experts; `hf-moe info MODEL` says what fits."
+)
+REFUSED = {
+    "load_in_4bit": _NO_4_BIT,
+    "load_in_8bit": _NO_4_BIT,
+    "trust_remote_code": "is not taken: recipes run no code of a checkpoint. Use a model type that transformers has.",
+}
+"""Options that other trainers have, each with why the recipes have it not."""
+PATIENCE_HELP = "End after so many evaluations without a better metric_for_best_model."
 SMOKE_HELP = "Four short steps, to see that everything works."
 SAMPLES = 3
 SAMPLES_HELP = "Held-out prompts that are continued before and after; the card quotes them. 0: none."
@@ -25,6 +38,12 @@ class ModelArguments:
     model: str = field(metadata={"help": "A model folder, or a name on the Hub."})
     experts_implementation: str = field(default="hf_moe", metadata={"help": "How experts run; see `hf-moe info`."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto (as saved), float32, bfloat16."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Of model and tokenizer on the Hub: a commit, tag or branch."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 or another that transformers has."}
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "A Jinja file for conversations, if the tokenizer's will not do."}
     )
@@ -100,11 +119,12 @@ class ExpertLoraArguments:
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """TrainingArguments of transformers with the defaults of the recipes, and `smoke`."""
+    """TrainingArguments of transformers with defaults for adapters on real models, early stopping, and `smoke`."""
 
     output_dir: str | None = field(default="finetune-output")
-    learning_rate: float = field(default=1e-3)
+    learning_rate: float = field(default=1e-4)
     lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1, their share of all."})
     logging_steps: float = field(default=10)
     logging_nan_inf_filter: bool = field(default=False)  # a NaN loss must not be logged as 0
     save_steps: float = field(default=100)
@@ -113,14 +133,40 @@ class RecipeTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
     remove_unused_columns: bool | None = field(default=False)
     train_sampling_strategy: str = field(default="sequential")  # the mixture has put the rows in order
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute layers again in backward; by itself where memory is short."}
+    )
+    early_stopping_patience: int | None = field(default=None, metadata={"help": PATIENCE_HELP})
     sample_prompts: int = field(default=SAMPLES, metadata={"help": SAMPLES_HELP})
     smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise RecipeError(TOKEN_IS_PICKLED)
+        self.asked_checkpointing = asked_for(self)
+        set_checkpointing(self, bool(self.asked_checkpointing))
         check_own(self)
         super().__post_init__()
+
+
+@dataclass
+class WeightTrainingArguments(RecipeTrainingArguments):
+    """The same for recipes that train weights of the model itself."""
+
+    learning_rate: float = field(default=1e-5)
+
+
+def check_early_stopping(arguments: Any) -> None:
+    """Raises RecipeError for a patience that nothing is evaluated for; sets what the Trainer would guess wrong."""
+    patience = arguments.early_stopping_patience
+    if patience is not None and patience < 1:
+        raise RecipeError(f"early_stopping_patience must be at least 1 evaluation, got {patience}.")
+    if patience is not None and str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no":
+        raise RecipeError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch.")
+    if patience is not None and arguments.metric_for_best_model is None:
+        arguments.metric_for_best_model = "loss"
+    if arguments.greater_is_better is None and str(arguments.metric_for_best_model).endswith("bits_per_byte"):
+        arguments.greater_is_better = False
 
 
 def check_own(arguments: Any) -> None:
@@ -131,10 +177,12 @@ def check_own(arguments: Any) -> None:
     """
     if arguments.sample_prompts < 0:
         raise RecipeError(f"sample_prompts must be 0 or more, got {arguments.sample_prompts}.")
+    check_early_stopping(arguments)
     if not arguments.smoke:
         return
-    arguments.max_steps, arguments.logging_steps, arguments.save_steps = 4, 1, 2
+    arguments.max_steps, arguments.logging_steps, arguments.save_steps, arguments.eval_steps = 4, 1, 2, 2
     arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, 2)
 
 
 RECIPE = (ModelArguments, DataArguments, RecipeTrainingArguments)
+WEIGHT_RECIPE = (ModelArguments, DataArguments, WeightTrainingArguments)

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import (
+    FineGrainedFP8Config,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,11 +29,13 @@ from hf_moe.io.run_lock import LOCK, hold_until_the_end
 from hf_moe.loading import pretrained
 from hf_moe.loading.pretrained import DTYPES, ModelError, check_language_model, load_language_model
 from hf_moe.observability.explain import explain
+from hf_moe.observability.unquantised_experts import quantisation_method
 
 logger = logging.getLogger(__name__)
 
 
 AnyData = TypeVar("AnyData", covariant=True)
+_DEQUANTISE = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,21 @@ def prepare(
     model = load_model(base, training.device, config)
     if texts.packing:
         check_packing(model, texts.row_length)
-    choices = {**asdict(own), "model": without_folders(base.model), "row_length": texts.row_length}
-    if base.chat_options:
-        choices["chat_template_kwargs"] = base.chat_options
+    choices = {**asdict(own), **chosen_model(base, model), "row_length": texts.row_length}
     return Job(method, command, choices, training, tokenizer, data, model, router_hash(model))
+
+
+def chosen_model(base: ModelArguments, model: PreTrainedModel) -> dict[str, Any]:
+    """For the report: the model's name, what of it was chosen, and the commit that the Hub gave."""
+    chosen = {
+        "model": without_folders(base.model),
+        "revision": base.revision,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "dtype": None if base.dtype == "auto" else base.dtype,
+        "attn_implementation": base.attn_implementation,
+        "chat_template_kwargs": base.chat_options or None,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def refuse_used_folder(arguments: TrainingArguments) -> None:
@@ -120,7 +135,7 @@ def known_config(arguments: ModelArguments) -> PreTrainedConfig:
         RecipeError: If there is no such model, or it is none that a recipe trains.
     """
     try:
-        return check_language_model(arguments.model)
+        return check_language_model(arguments.model, arguments.revision)
     except ModelError as error:
         raise RecipeError(str(error)) from error
 
@@ -134,7 +149,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         OSError: If it cannot be found.
     """
     try:
-        tokenizer = pretrained.load_tokenizer(arguments.model)
+        tokenizer = pretrained.load_tokenizer(arguments.model, revision=arguments.revision)
     except ValueError as error:
         raise RecipeError(f"the tokenizer of {arguments.model!r} cannot be loaded: {error}") from error
     if arguments.chat_template is not None:
@@ -142,10 +157,36 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def dequantised(config: PreTrainedConfig) -> dict[str, Any]:
+    """Options of `from_pretrained` that read quantised weights as bfloat16, which can be trained.
+
+    Raises:
+        RecipeError: For a quantiser whose weights transformers cannot read so.
+    """
+    method = quantisation_method(config)
+    if method is None:
+        return {}
+    if method not in _DEQUANTISE:
+        raise RecipeError(
+            f"the checkpoint is quantised ({method}), and recipes train weights of 16 or 32 bits. Name the checkpoint "
+            "that it was made from."
+        )
+    logger.warning(
+        "the checkpoint is quantised (%s): its weights are read as bfloat16, which takes more memory.", method
+    )
+    settings = getattr(config, "quantization_config", None)
+    stored = settings if isinstance(settings, dict) else {}
+    # transformers takes this list from what is passed here, and no longer from the checkpoint
+    kept = stored.get("modules_to_not_convert")
+    return {"quantization_config": _DEQUANTISE[method](dequantize=True, modules_to_not_convert=kept)}
+
+
 def load_model(
     arguments: ModelArguments, device: torch.device, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
     """The model with all its towers, where it is trained. What text does not reach of it is frozen.
+
+    Weights that are saved in MXFP4 or FP8 are read as bfloat16.
 
     Args:
         config: What `known_config` returned, where it has been called already.
@@ -158,7 +199,13 @@ def load_model(
     backend = arguments.experts_implementation
     try:
         model = load_language_model(
-            arguments.model, checked=config, dtype=arguments.dtype, experts_implementation=backend
+            arguments.model,
+            checked=config,
+            dtype=arguments.dtype,
+            experts_implementation=backend,
+            attn_implementation=arguments.attn_implementation,
+            revision=arguments.revision,
+            **dequantised(config or known_config(arguments)),
         )
     except ModelError as error:
         raise RecipeError(str(error)) from error

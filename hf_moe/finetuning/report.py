@@ -13,8 +13,9 @@ from hf_moe.comparison.routing_agreement import routing_agreement
 from hf_moe.finetuning.domains import Data, Measurable
 from hf_moe.finetuning.measure import Measured
 from hf_moe.finetuning.prepare import Job
+from hf_moe.finetuning.run.plan import rows_per_step
 from hf_moe.finetuning.surroundings import machine, versions
-from hf_moe.finetuning.train import Trained, rows_per_step
+from hf_moe.finetuning.train import Trained
 from hf_moe.observability.explain import explain
 
 # of transformers' TrainingArguments, for the report
@@ -87,6 +88,7 @@ def run_report(job: Job[Any], trained: Trained, *, saved: str, libraries: tuple[
         "steps": trained.steps,
         "seconds_per_step": trained.seconds_per_step,
         "log": trained.log,
+        "evaluations": trained.evaluations,
     }
 
 

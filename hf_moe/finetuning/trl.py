@@ -20,6 +20,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from hf_moe.adapters.expert_lora import expert_lora_config
 from hf_moe.adapters.frozen_router import router_hash
 from hf_moe.finetuning.arguments import (
+    PATIENCE_HELP,
     SAMPLES,
     SAMPLES_HELP,
     SMOKE_HELP,
@@ -29,13 +30,12 @@ from hf_moe.finetuning.arguments import (
 )
 from hf_moe.finetuning.card import write_results
 from hf_moe.finetuning.measure import Measured, measure
-from hf_moe.finetuning.prepare import Job, known_config, load_model, load_tokenizer, refuse_used_folder
+from hf_moe.finetuning.prepare import Job, chosen_model, known_config, load_model, load_tokenizer, refuse_used_folder
 from hf_moe.finetuning.report import measured_report, print_domains, run_report
 from hf_moe.finetuning.save import OwnCardMixin, save_adapter
 from hf_moe.finetuning.train import MetricsFile, Trained, refuse_shards
 from hf_moe.finetuning.trl_data import TrlData, TrlDataArguments
 from hf_moe.io.installation import install_command
-from hf_moe.io.names import without_folders
 from hf_moe.training.checkpointing.safe_checkpoint import SafeCheckpointMixin
 from hf_moe.training.routing_metrics import RoutingMetricsCallback
 
@@ -83,6 +83,9 @@ class _FrozenRouterArguments:
 
     router_aux_loss_coef: float | None = field(default=0.0)
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.03)
+    early_stopping_patience: int | None = field(default=None, metadata={"help": PATIENCE_HELP})
     sample_prompts: int = field(default=SAMPLES, metadata={"help": SAMPLES_HELP})
     smoke: bool = field(default=False, metadata={"help": SMOKE_HELP})
 
@@ -102,14 +105,16 @@ def _set_up(arguments: Any) -> None:
 class SftArguments(_FrozenRouterArguments, SFTConfig):
     """TRL's SFTConfig for a frozen router."""
 
-    output_dir: str | None = field(default="sft-trl-output")
+    output_dir: str | None = field(default="sft-output")
+    learning_rate: float = field(default=1e-4)
 
 
 @dataclass
 class DpoArguments(_FrozenRouterArguments, DPOConfig):
     """TRL's DPOConfig for a frozen router."""
 
-    output_dir: str | None = field(default="dpo-trl-output")
+    output_dir: str | None = field(default="dpo-output")
+    learning_rate: float = field(default=5e-6)  # of TRL's own DPO script with LoRA
 
 
 def prepare_for_trl(
@@ -138,7 +143,7 @@ def prepare_for_trl(
     data = read(texts, training, tokenizer, base.chat_options)
     # TRL cannot build a model type that another package registers
     model = load_model(base, training.device, config)
-    choices = {**asdict(adapter), "model": without_folders(base.model)}
+    choices = {**asdict(adapter), **chosen_model(base, model)}
     return Job(method, command, choices, training, tokenizer, data, model, router_hash(model))
 
 

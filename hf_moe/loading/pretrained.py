@@ -52,17 +52,20 @@ def find_model(name: str, *, file: str = "config.json", revision: str | None = N
         raise ModelNotFoundError(hub_sentence(error, name)) from error
 
 
-def read_config(name: str) -> PreTrainedConfig:
+def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """The config of a folder or of a name on the Hub. No code of the checkpoint is run.
+
+    Args:
+        revision: Commit, tag or branch on the Hub.
 
     Raises:
         ModelNotFoundError: If there is none.
         ModelError: If it is damaged (a ConfigError), or transformers does not know the model type.
     """
-    find_model(name)
+    find_model(name, revision=revision)
     try:
         # False, not transformers' default, which asks on the terminal whether to run the checkpoint's code
-        return load_config(name, trust_remote_code=False)
+        return load_config(name, trust_remote_code=False, revision=revision)
     except OSError as error:
         raise ModelNotFoundError(f"{name!r} has no config that can be read: {one_line(error)}") from error
     except ConfigError:
@@ -82,10 +85,11 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         ConfigError: If it, or the model's config, which transformers reads as well, is damaged.
         OSError, ValueError: As transformers, for one that is not there.
     """
-    find_model(name, file="tokenizer_config.json")
+    revision = options.get("revision")
+    find_model(name, file="tokenizer_config.json", revision=revision)
     # a repository of a tokenizer alone has no config
     with suppress(OSError):
-        check_config(name)
+        check_config(name, revision=revision)
     with config_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **options})
 
@@ -122,13 +126,16 @@ def language_class(config: PreTrainedConfig, name: str) -> Any:
     return auto_class
 
 
-def check_language_model(name: str) -> PreTrainedConfig:
+def check_language_model(name: str, revision: str | None = None) -> PreTrainedConfig:
     """The config of `name`, after everything that can be refused without its weights.
+
+    Args:
+        revision: Commit, tag or branch on the Hub.
 
     Raises:
         ModelError: As `load_language_model`.
     """
-    config = read_config(name)
+    config = read_config(name, revision)
     try:
         model = build_empty(config)
     except ValueError as error:
@@ -143,14 +150,14 @@ def load_language_model(name: str, *, checked: PreTrainedConfig | None = None, *
 
     Args:
         name: A folder, or a name on the Hub.
-        checked: What `check_language_model(name)` returned, where it has been called already.
-        **options: Of `from_pretrained`: `dtype`, `experts_implementation`, `device_map`.
+        checked: What `check_language_model` returned, where it has been called already.
+        **options: Of `from_pretrained`: `dtype`, `experts_implementation`, `device_map`, `revision`.
 
     Raises:
         ModelError: If it is no language model, dense, its experts bypass transformers' interface, or tensors of it
             are missing; an option that does not fit.
     """
-    config = check_language_model(name) if checked is None else checked
+    config = check_language_model(name, options.get("revision")) if checked is None else checked
     auto_class = language_class(config, name)
     try:
         model, found = auto_class.from_pretrained(name, trust_remote_code=False, output_loading_info=True, **options)

@@ -50,3 +50,5 @@ def test_exactly_one_other_model_is_needed():
     for extra in ([], ["--adapter", "a", "--tuned", "b"]):
         with pytest.raises(EvaluationError, match="one of --adapter and --tuned"):
             recipe.main(["--model", "m", *extra])
+    with pytest.raises(EvaluationError, match="domains is called data now"):
+        recipe.main(["--model", "m", "--domains", "embedded"])

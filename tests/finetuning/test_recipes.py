@@ -244,6 +244,49 @@ def test_an_interrupted_run_continues_to_the_same_weights(models, data, tmp_path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_held_out_records_are_evaluated_while_it_trains_and_the_best_step_is_kept(models, data, tmp_path, capsys):
+    """Native experts, which transformers alone would not load back, and a rate at which the model gets worse."""
+    arguments = options(models, data, tmp_path / "out", "qwen3_moe", "--eval_strategy", "steps")
+    more = ["--load_best_model_at_end", "--metric_for_best_model", "notes_bits_per_byte", "--learning_rate", "0.3"]
+    report = run("finetune_full", [*arguments, *more, "--early_stopping_patience", "1"])
+    evaluated = report["evaluations"]
+    assert [record["step"] for record in evaluated] == [2, 4]
+    assert report["domains"]["notes"]["after"]["bits_per_byte"] == pytest.approx(
+        min(record["eval_notes_bits_per_byte"] for record in evaluated), rel=1e-5
+    )
+    loss = sum(domain["share"] * evaluated[0][f"eval_{name}_loss"] for name, domain in report["domains"].items())
+    assert evaluated[0]["eval_loss"] == pytest.approx(loss)
+    printed = capsys.readouterr().out
+    assert "warning: the learning rate 0.3 is high" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    assert all(len(line) <= 80 for line in lines)
+    assert all(word in lines[0] for word in ("loss", "lr", "busiest", "dead", "CV"))
+    assert "held-out loss" in lines[2]
+    assert "22 records, " in printed or "23 records, " in printed
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (("--early_stopping_patience", "2"), "needs evaluations: set eval_strategy"),
+        (("--eval_strategy", "steps", "--metric_for_best_model", "law_loss"), "must be one of loss, notes_loss"),
+        (("--load_in_4bit", "true"), "load_in_4bit is not supported yet: bitsandbytes quantises linear layers"),
+        (("--trust_remote_code", "true"), "trust_remote_code is not taken: recipes run no code"),
+    ],
+)
+def test_what_training_cannot_use_is_refused_by_name(choice, message, models, data, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        run("finetune_full", options(models, data, tmp_path / "out", "hf_moe", *choice))
+
+
+def test_checkpointing_is_on_where_memory_is_short_unless_told(models, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hf_moe.finetuning.run.plan.device_memory", lambda device: 1000)
+    for choice, expected in (((), "on: a step needs"), (("--gradient_checkpointing", "false"), "off: as asked for")):
+        run("finetune_full", options(models, data, tmp_path / expected[:3], "qwen3_moe", "--max_steps", "1", *choice))
+        assert expected in " ".join(capsys.readouterr().out.split())
+
+
 ROUTING_METRICS = ("moe/load_entropy", "moe/load_entropy_min", "moe/max_violation")
 
 

@@ -14,8 +14,9 @@ from hf_moe.finetuning.command_line.source import REQUIRED, Option
 SHORT = ("-h", "--help")
 LONG = ("--help-all", "--help_all")
 _INDENT = 31
+_KEPT = "\u00a0"
 _NAMED = {"model": "NAME", "output_dir": "FOLDER", "chat_template": "FILE", "data": "PATH [PATH ...]"}
-_VALUES = {"bool": "", "int": "N", "float": "X", "list": "A [B ...]", "dict": "JSON"}
+_VALUES = {"bool": "", "int": "N", "float": "X", "list": "A [B ...]", "dict": "JSON", "str": "TEXT"}
 
 
 def answer_help(arguments: Sequence[str], recipe: str | None, kinds: Sequence[type] = ()) -> None:
@@ -96,7 +97,7 @@ def _sections(groups: dict[str, list[Option]]) -> str:
 def _line(option: Option) -> str:
     left = f"  --{option.name} {_value(option)}".rstrip()
     indent = " " * _INDENT
-    text = fill(_explained(option), _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    text = _filled(_explained(option), indent)
     if len(left) < _INDENT - 1:
         return left.ljust(_INDENT) + text[_INDENT:] + "\n"
     return f"{left}\n{text}\n" if text.strip() else f"{left}\n"
@@ -118,11 +119,13 @@ def _explained(option: Option) -> str:
     if default in (None, False, ""):
         return text
     shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    return f"{text} [default: {shown.lower() if isinstance(default, bool) else shown}]".strip()
+    return f"{text} [default:{_KEPT}{shown.lower() if isinstance(default, bool) else shown}]".strip()
 
 
-def _filled(text: str) -> str:
-    return fill(text, _width(), break_on_hyphens=False, break_long_words=False)
+def _filled(text: str, indent: str = "") -> str:
+    """Text in lines of the terminal's width; what `_KEPT` joins is not broken."""
+    options = {"initial_indent": indent, "subsequent_indent": indent}
+    return fill(text, _width(), break_on_hyphens=False, break_long_words=False, **options).replace(_KEPT, " ")
 
 
 def _width() -> int:

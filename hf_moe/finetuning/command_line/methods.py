@@ -49,16 +49,16 @@ METHODS = {
     "esft": Method(
         "finetune_esft",
         "Only the experts that the first data set uses, at full rank (ESFT, arXiv:2407.01906).",
-        {**_PLAIN, "Choice of experts": "EsftArguments", "Training": "RecipeTrainingArguments"},
+        {**_PLAIN, "Choice of experts": "EsftArguments", "Training": "WeightTrainingArguments"},
     ),
     "full": Method(
         "finetune_full",
         "Every weight except the routers; these too with --train_router.",
-        {**_PLAIN, "What is trained": "FullArguments", "Training": "RecipeTrainingArguments"},
+        {**_PLAIN, "What is trained": "FullArguments", "Training": "WeightTrainingArguments"},
     ),
     "sft": Method(
         "sft_trl",
-        "Expert LoRA with TRL's SFTTrainer, for who uses TRL already.",
+        "Expert LoRA with TRL's SFTTrainer, if you use TRL already.",
         {**_TRL, **_LORA, "Training": "SftArguments"},
         "SFTConfig",
     ),

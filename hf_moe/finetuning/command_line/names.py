@@ -3,19 +3,10 @@
 from collections.abc import Collection
 from difflib import get_close_matches
 
+from hf_moe.finetuning.arguments import REFUSED
+
 RENAMED = {"datasets": "data"}
 """Old names, and what they are called now."""
-
-_QUANTISED = (
-    "a quantised base cannot be trained by the recipes. Load it in bfloat16 (--dtype bfloat16); "
-    "`hf-moe info MODEL` says what fits."
-)
-REFUSED = {
-    "load_in_4bit": _QUANTISED,
-    "load_in_8bit": _QUANTISED,
-    "trust_remote_code": "recipes run no code of a checkpoint. Use a model type that transformers has.",
-}
-"""Options of other trainers that the recipes refuse, and why."""
 
 ALIASES = {
     "alpha": ("lora_alpha",),
@@ -56,7 +47,7 @@ def refusal(name: str) -> str | None:
     plain = with_underscores(name)
     if plain in RENAMED:
         return f"{plain} is called {RENAMED[plain]} now."
-    return f"{plain} is not supported: {REFUSED[plain]}" if plain in REFUSED else None
+    return f"{plain} {REFUSED[plain]}" if plain in REFUSED else None
 
 
 def meant(name: str, known: Collection[str]) -> str | None:
