@@ -21,6 +21,7 @@ from lines before its own:
     evaluation/         standard benchmarks, domains, masked experts, paired comparison
     hub/                model cards from facts; a push in one commit, loaded back before it is sent
     comparison/         two models or a serving process side by side, held to thresholds
+    generation/         what a model writes, with its adapter or without
     finetuning/         what the fine-tuning recipes share
     recipes/            one story a file, to read and run; installed from the top of the repository
     cli/                the command hf-moe, a file for each of its commands

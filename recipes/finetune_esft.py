@@ -21,7 +21,7 @@ from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.select_experts import select_experts
 from hf_moe.finetuning.arguments import WEIGHT_RECIPE, RecipeError
 from hf_moe.finetuning.card import write_results
-from hf_moe.finetuning.command_line import parse_recipe
+from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
 from hf_moe.finetuning.report import print_domains, report

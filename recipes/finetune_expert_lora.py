@@ -23,7 +23,7 @@ from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.finetuning.arguments import RECIPE, ExpertLoraArguments
 from hf_moe.finetuning.card import write_results
-from hf_moe.finetuning.command_line import parse_recipe
+from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.measure import measure
 from hf_moe.finetuning.prepare import prepare
 from hf_moe.finetuning.report import print_domains, report

@@ -19,7 +19,7 @@ from hf_moe.adapters.expert_lora import accelerate_adapters
 from hf_moe.adapters.frozen_router import freeze_router
 from hf_moe.adapters.readable import refuse_unreadable
 from hf_moe.finetuning.arguments import ExpertLoraArguments, ModelArguments
-from hf_moe.finetuning.command_line import parse_recipe
+from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.packing_check import check_packing
 from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.finetuning.train import run_trainer

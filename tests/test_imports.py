@@ -20,7 +20,7 @@ LEVELS = {
     5: ("training", "surgery", "distributed", "planner"),
     6: ("evaluation", "hub", "registration"),
     7: ("comparison",),
-    8: ("finetuning",),
+    8: ("generation", "finetuning"),
     9: ("recipes",),
     10: ("cli", "__init__"),
 }

@@ -8,7 +8,7 @@ import typer
 from hf_moe.cli.common import app, describe_error, fail, require
 
 
-@app.command()
+@app.command(rich_help_panel="Publish")
 def card(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model or adapter.")],
     results: Annotated[Path | None, typer.Option(help="results.json of hf-moe evaluate.")] = None,

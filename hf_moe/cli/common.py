@@ -50,6 +50,12 @@ class _Commands(TyperGroup):
     def get_help_option(self, ctx: Any) -> Any:
         return without_type(super().get_help_option(ctx))
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Groups where they belong; typer lists them last."""
+        names = super().list_commands(ctx)
+        names.remove("finetune")
+        return [*names[: names.index("generate")], "finetune", *names[names.index("generate") :]]
+
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _errors_in_one_line():
             return super().make_context(*args, **kwargs)
@@ -74,7 +80,8 @@ class _Application(typer.Typer):
 app = _Application(
     name="hf-moe",
     cls=_Commands,
-    help="Mixture-of-Experts for the Hugging Face stack.",
+    help="Mixture-of-Experts for the Hugging Face stack: fine-tune a model, see its routing, evaluate it, publish it.",
+    epilog="Without a model at hand begin with `hf-moe quickstart`; with one, `hf-moe info MODEL` says what fits.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,

@@ -26,7 +26,7 @@ from hf_moe.cli.common import (
 from hf_moe.io.console import print_to_stderr
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def compare(
     base: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
     new: Annotated[

@@ -8,7 +8,7 @@ import typer
 from hf_moe.cli.common import app, fail, require
 
 
-@app.command("compare-results")
+@app.command("compare-results", rich_help_panel="Evaluate")
 def compare_results(
     first: Annotated[Path, typer.Argument(help="results.json of a run of hf-moe evaluate, or its folder.")],
     second: Annotated[Path, typer.Argument(help="Of another: differences are second minus first.")],

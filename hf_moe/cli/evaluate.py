@@ -48,7 +48,7 @@ UnsafeCode = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel="Evaluate")
 def evaluate(
     model: Model,
     adapter: Adapter = None,

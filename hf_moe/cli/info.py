@@ -12,7 +12,7 @@ from hf_moe.cli.common import app, describe_error, fail
 _WIDTH = 80
 
 
-@app.command()
+@app.command(rich_help_panel="Start")
 def info(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub (its weights are not read).")],
     gpu: Annotated[

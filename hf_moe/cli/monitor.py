@@ -19,7 +19,7 @@ class Format(StrEnum):
     prometheus = "prometheus"
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def monitor(
     baseline: Annotated[Path, typer.Argument(help="Folder of a routing trace of the model in good health.")],
     exports: Annotated[

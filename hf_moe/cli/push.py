@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _STYLES = {"new": "green", "changed": "yellow", "unchanged": "dim", "deleted": "red"}
 
 
-@app.command()
+@app.command(rich_help_panel="Publish")
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder that save_pretrained wrote, or a recipe's results folder.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name.")],

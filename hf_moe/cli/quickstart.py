@@ -8,7 +8,7 @@ import typer
 from hf_moe.cli.common import app, fail, require
 
 
-@app.command()
+@app.command(rich_help_panel="Start")
 def quickstart(
     output: Annotated[
         Path, typer.Option(help="Folder for the results: new, empty, or left by an interrupted run.")

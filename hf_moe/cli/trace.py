@@ -44,7 +44,7 @@ class Detail(StrEnum):
     tokens = "tokens"
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def trace(
     model: Model,
     adapter: Adapter = None,

@@ -1,8 +1,7 @@
 """Shared parts of the fine-tuning recipes: prepare a job, measure it, train it, report.
 
     arguments.py       a recipe's choices
-    command_line.py    the choices read, from YAML and the command line
-    yaml_config.py     a YAML file, read strictly
+    command_line/      the choices read, from YAML and the command line, and their help
     prepare.py         a job: output folder, seed, data, model; whatever cannot be used is refused
     domains.py         the data of a job, by domain: training rows and held-out rows
     packing_check.py   proof that the model keeps packed examples apart

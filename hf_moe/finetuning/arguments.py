@@ -23,7 +23,8 @@ REFUSED = {
 """Options that other trainers have, each with why the recipes have it not."""
 PATIENCE_HELP = "End after so many evaluations without a better metric_for_best_model."
 SMOKE_HELP = "Four short steps, to see that everything works."
-SAMPLES, SAMPLES_HELP = 3, "Held-out prompts that are continued before and after; the card quotes them. 0: none."
+SAMPLES = 3
+SAMPLES_HELP = "Held-out prompts that are continued before and after; the card quotes them. 0: none."
 
 
 class RecipeError(ValueError):

@@ -1,6 +1,10 @@
 """A recipe's YAML file and command line: one wins over the other, and what is unknown or wrong is refused."""
 
-from dataclasses import dataclass, field
+import importlib
+import re
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +14,9 @@ from hf_moe.finetuning.arguments import (
     RecipeError,
     RecipeTrainingArguments,
 )
-from hf_moe.finetuning.command_line import parse_recipe
+from hf_moe.finetuning.command_line.methods import METHODS, groups_of
+from hf_moe.finetuning.command_line.parse import parse_recipe
+from hf_moe.finetuning.command_line.source import REQUIRED
 
 
 @dataclass
@@ -74,14 +80,18 @@ def test_smoke_is_four_short_steps(config):
         ("model: [\n", "not valid YAML"),
         ("model: m\ndata: [a]\nhub_token: secret\n", "hub_token would be written into training_args.bin"),
         ("model: m\ndata: [a]\nx: !!python/object/apply:os.system [id]\n", "not valid YAML"),
-        ("model: m\ndata: a.jsonl\n", "data must be list, got 'a.jsonl'"),
-        ("model: [m]\ndata: [a]\n", r"model must be str, got \['m'\]"),
-        ("model: m\ndata: [a]\nr: true\n", "r must be int, got True"),
-        ("model: m\ndata: [a]\nr: null\n", "r must be int, got None"),
-        ("model: m\ndata: [a]\nr: [4]\n", r"r must be int, got \[4\]"),
-        ("model: m\ndata: [a]\nr: 100000000000000000000\n", "r must be int, got 1000"),
-        ("model: m\ndata: [a]\nlearning_rate: .nan\n", "learning_rate must be finite float, got nan"),
-        ("model: m\ndata: [a]\nweight_decay: {a: 1}\n", "weight_decay must be float, got {'a': 1}"),
+        ("model: m\ndata: a.jsonl\n", "data must be a list, got 'a.jsonl'"),
+        ("model: [m]\ndata: [a]\n", r"model must be text, got \['m'\]"),
+        ("model: m\ndata: [a]\nr: true\n", "r must be a whole number, got True"),
+        ("model: m\ndata: [a]\nr: null\n", "r must be a whole number, got None"),
+        ("model: m\ndata: [a]\nr: [4]\n", r"r must be a whole number, got \[4\]"),
+        ("model: m\ndata: [a]\nr: 100000000000000000000\n", "r must be a whole number, got 1000"),
+        ("model: m\ndata: [a]\nr: many\n", "recipe.yaml: r must be a whole number, got 'many'"),
+        ("model: m\ndata: [a]\nlr: 1\n", "unknown key 'lr'. Did you mean 'learning_rate'"),
+        ("model: m\ndata: [a]\nload_in_4bit: true\n", "load_in_4bit is not supported yet: "),
+        ("data: [a]\n", "no model: give a folder or a name on the Hub"),
+        ("model: m\ndata: [a]\nlearning_rate: .nan\n", "learning_rate must be a finite number, got nan"),
+        ("model: m\ndata: [a]\nweight_decay: {a: 1}\n", "weight_decay must be a finite number, got {'a': 1}"),
         ("model: m\ndata: [a]\nsave_strategy: no\n", "got False. YAML reads yes, no, on and off so"),
         ("model: m\ndata: [a]\nrow_length: 12:30\n", "12:30 is read as minutes and seconds"),
         ("model: m\ndata: [a]\nrow_length: 4\n", "row_length must be at least 8"),
@@ -96,12 +106,35 @@ def test_a_bad_file_is_refused(config, text, message):
         parse_recipe(KINDS, config(text))
 
 
-@pytest.mark.parametrize("text", ["model: m\ndata: [a]\nr: many\n", "data: [a]\n"])
-def test_a_value_of_the_wrong_type_or_a_missing_one_ends_the_program(config, text, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse_recipe(KINDS, config(text))
-    assert ended.value.code == 2
-    assert "error:" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "1"], "unknown option '--lr'. Did you mean '--learning_rate'?"),
+        (["--lerning-rate=1"], "unknown option '--lerning-rate'. Did you mean '--learning_rate'?"),
+        (["--lora-r", "8"], "Did you mean '--r'?"),
+        (["--batch-size", "8"], "Did you mean '--per_device_train_batch_size'?"),
+        (["--epochs", "8"], "Did you mean '--num_train_epochs'?"),
+        (["--quite_another"], "unknown option '--quite_another'. --help lists the options."),
+        (["-r", "8"], "unknown option '-r'. Did you mean '--r'?"),
+        (["--load-in-4bit"], "load_in_4bit is not supported yet: "),
+        (["--datasets", "a"], "datasets is called data now"),
+        (["--r", "many"], "--r must be a whole number, got 'many'."),
+        (["--r", "1.5"], "--r must be a whole number, got '1.5'."),
+        (["--learning-rate", "nan"], "--learning_rate must be a finite number, got 'nan'."),
+        (["--packing", "perhaps"], "--packing must be true or false, got 'perhaps'."),
+        (["--eval_strategy", "often"], "--eval_strategy must be one of no, steps, epoch, got 'often'."),
+        (["--r"], "--r needs a value: a whole number."),
+        (["--r", "8", "--r", "9"], "--r is given twice"),
+        (["--packing", "--no-packing"], "--packing is given twice"),
+        (["--r", "8", "9"], "'9' belongs to no option. CONFIG comes first"),
+        (["--config", "other.yaml"], "one config at most, got '.*recipe.yaml' and 'other.yaml'"),
+        (["--config"], "--config needs a value: a YAML file."),
+    ],
+)
+def test_a_bad_command_line_is_refused(config, options, message):
+    given = [config("model: m\ndata: [a]\n")[1], *options]  # the file alone: CONFIG
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(KINDS, given)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -146,3 +179,31 @@ def test_an_old_name_on_the_command_line_is_refused_with_the_new_one():
     for option in (["--datasets", "a"], ["--datasets=a"]):
         with pytest.raises(RecipeError, match="datasets is called data now"):
             parse_recipe(KINDS, ["--model", "m", *option])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_help_shows_each_option_as_the_recipe_has_it(name, monkeypatch, capsys):
+    """The help reads source text; what it says of names, defaults and needs is what the dataclasses have."""
+    method = METHODS[name]
+    if "trl" in method.needs:
+        pytest.importorskip("trl")
+    seen = []
+    module = importlib.import_module(f"hf_moe.recipes.{method.recipe}")
+    monkeypatch.setattr(module, "parse_recipe", lambda kinds, *_: seen.extend(kinds) or sys.exit())
+    with pytest.raises(SystemExit):
+        module.main([])
+    real = {each.name: each for kind in seen for each in fields(kind)}
+    groups = groups_of(method, Path(module.__file__))
+    for option in (option for options in groups.values() for option in options):
+        assert option.help, option.name
+        default = real[option.name].default
+        if option.default is not REQUIRED and option.name not in ("max_steps", "loss_type"):
+            default = None if default is MISSING else getattr(default, "value", default)
+            assert (option.default or None) == (default or None), option.name
+    with pytest.raises(SystemExit) as ended:
+        parse_recipe(seen, ["--help-all"], module.__file__)
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert max(map(len, printed.splitlines())) <= 80
+    assert all(f"  --{each} " in printed or f"  --{each}\n" in printed for each in real)
+    assert len(re.findall(r"^  --", printed, re.MULTILINE)) == len(real)  # one line, one spelling each

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 pytest.importorskip("hf_moe.recipes", reason="hf_moe is not installed: pip install -e .")
 from hf_moe.finetuning import arguments as kinds
-from hf_moe.finetuning.command_line import parse_recipe
+from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.prepare import dequantised
 from hf_moe.finetuning.run.learning_rate import USUAL, rate_warning
 from hf_moe.layers.moe_layers import moe_layers
