@@ -75,6 +75,12 @@ def test_the_api_page_has_every_public_name_and_modules_that_exist():
     assert {f"hf_moe.{name}" for names in api.MODULES.values() for name in names} <= MODULES.keys()
 
 
+def test_the_page_of_models_is_written_from_the_data():
+    import models
+
+    assert models.PAGE.read_text(encoding="utf-8") == models.page(), "python docs/generators/models.py writes it"
+
+
 @pytest.mark.slow
 def test_the_table_of_models_is_what_a_family_does_and_leaves_none_out():
     """CI tries every family: `try_families.py --check`."""

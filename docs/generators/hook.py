@@ -6,7 +6,7 @@ The reference is not committed, so that it cannot differ from the code. Nothing 
     configuration.py   every key of every recipe, from its dataclasses
     command_line.py    every command of hf-moe, from typer
     api.py             the public names and the modules that people import, for mkdocstrings
-    models.py          the table of supported models, from families.json
+    models.py          run by hand: writes the table of docs/models.md, from families.json
     try_families.py    run by hand: writes families.json
 """
 
@@ -26,8 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import api  # noqa: E402
 import command_line  # noqa: E402
 import configuration  # noqa: E402
-
-import models  # noqa: E402
 
 PAGES = {
     "reference/configuration.md": configuration.page,
@@ -53,13 +51,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Fill in the table of models, and send links to files outside docs/ to the repository."""
+    """Send links to files outside docs/ to the repository."""
     page.meta["hide"] = HIDDEN.get(page.file.src_uri, [])
-    markdown = (
-        markdown.replace("<!-- generated: models -->", models.tables())
-        if page.file.src_uri == "models.md"
-        else markdown
-    )
     return in_repository(markdown, page.file.src_uri, config["repo_url"])
 
 

@@ -1,6 +1,6 @@
 """Try what hf_moe offers on a tiny model of every MoE family of transformers: the data of docs/models.md.
 
-    python docs/generators/try_families.py            # writes docs/generators/families.json; about ten minutes
+    python docs/generators/try_families.py            # writes families.json and docs/models.md; about ten minutes
     python docs/generators/try_families.py --check    # fails where the file says something else
 
 Each entry is what happened: a feature ran and its result was compared, or an error of ours said why not. The models
@@ -33,6 +33,7 @@ from torch import Tensor, nn  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 import hf_moe  # noqa: E402
+import models  # noqa: E402
 from hf_moe.adapters.export import AdapterExportError  # noqa: E402
 from hf_moe.adapters.readable import UnreadableAdapterError, refuse_unreadable  # noqa: E402
 from hf_moe.experts.contract import activation_of  # noqa: E402
@@ -209,6 +210,7 @@ def main() -> None:
     found = try_all() if (arguments := parser.parse_args()) else {}
     if not arguments.check:
         DATA.write_text(json.dumps(found, indent=1) + "\n")
+        models.PAGE.write_text(models.page(), encoding="utf-8")
     elif wrong := differences(json.loads(DATA.read_text()), found):
         raise SystemExit("\n".join(wrong))
 

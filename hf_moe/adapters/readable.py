@@ -29,5 +29,5 @@ def refuse_unreadable(model: PeftModel) -> None:
         raise UnreadableAdapterError(
             f"peft {peft.__version__} renames the tensors of an adapter on {type(model.get_base_model()).__name__} "
             f"when it loads them (to {found.unexpected_keys[0]}), and would leave them out. Train the experts "
-            "themselves: finetune_esft or finetune_full."
+            "themselves: hf-moe finetune esft, or full."
         )
