@@ -50,7 +50,8 @@ def _first_sentence(command) -> str:
 
 def _section(path: str, command) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    names = [name if p.required else f"[{name}]" for p in arguments for name in [p.name.upper()]]
+    names = [p.name.upper() + ("..." if p.nargs == -1 else "") for p in arguments]
+    names = [name if p.required else f"[{name}]" for name, p in zip(names, arguments, strict=True)]
     usage = " ".join([path, *names, "[OPTIONS]"])
     options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
     parts = [f"\n## {path} {{ #{_anchor(path)} }}\n", _text(command.help), f"\n```text\n{usage}\n```\n"]
@@ -66,6 +67,7 @@ def _section(path: str, command) -> str:
 
 def _option_row(option, hint) -> str:
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-    value = "" if option.is_flag else type_name(hint).replace("list[str]", "str, repeatable")
+    value = "" if option.is_flag else re.sub(r"list\[(\w+)\]", r"\1, repeatable", type_name(hint))
     shown = "" if option.default in (None, False, "") else f"`{option.default}`"
+    shown = option.show_default if isinstance(option.show_default, str) else shown
     return f"| {names} | {value} | {'required' if option.required else shown} | {_text(option.help)} |"

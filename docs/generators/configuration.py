@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 from contextlib import suppress
+from enum import Enum
 from typing import Any, get_type_hints
 from unittest.mock import patch
 
@@ -58,18 +59,28 @@ def keys_of(kind: type) -> list[tuple[str, str, str, str]]:
     return [
         (field.name, type_name(hints[field.name]), _default(field), _help(field, theirs.get(field.name), library))
         for field in dataclasses.fields(kind)
-        if field.name not in theirs or _default(field) != _default(theirs[field.name])
+        if field.name not in theirs or _differs(field, theirs[field.name])
     ]
 
 
+def _differs(field: dataclasses.Field, theirs: dataclasses.Field) -> bool:
+    """In its default, or in what we say of it: no default may mean something else to us."""
+    own_help = field.metadata.get("help")
+    return _default(field) != _default(theirs) or own_help not in (None, theirs.metadata.get("help"))
+
+
 def type_name(hint: Any) -> str:
-    """A type as a reader says it: `pathlib.Path | None` -> `Path`."""
+    """A type as a reader says it: `pathlib.Path | None` -> `Path`, the values of an enum."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " or ".join(each.value for each in hint)
     text = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", None) else str(hint)
     names = [name for name in re.sub(r"\b\w+\.", "", text).split(" | ") if name not in ("None", "NoneType")]
     return " or ".join(names)
 
 
 def _default(field: dataclasses.Field) -> str:
+    if field.name == "data":  # an empty list is refused
+        return "required"
     if field.default is not dataclasses.MISSING:
         return "" if field.default is None else str(field.default)
     if field.default_factory is not dataclasses.MISSING:
@@ -80,7 +91,7 @@ def _default(field: dataclasses.Field) -> str:
 
 def _help(field: dataclasses.Field, theirs: dataclasses.Field | None, library: str) -> str:
     text = field.metadata.get("help") or (theirs.metadata.get("help", "") if theirs else "")
-    if theirs is not None:
+    if theirs is not None and _default(field) != _default(theirs):
         text = f"{text} ({library}: {_default(theirs) or 'none'})".strip()
     return " ".join(text.split())
 

@@ -11,6 +11,14 @@ def without_folders(name: str) -> str:
 
 
 def command_line(recipe: str, arguments: Sequence[str] | None) -> str:
-    """How the recipe was called, without folders of this machine."""
+    """How the recipe was called, through `hf-moe finetune` or as a file, without folders of this machine."""
     given = sys.argv[1:] if arguments is None else arguments
-    return " ".join(["python", f"recipes/{Path(recipe).name}", *map(without_folders, given)])
+    program = ["python", f"recipes/{Path(recipe).name}"]
+    if Path(sys.argv[0]).name in ("hf-moe", "__main__.py"):  # the command, and python -m hf_moe.cli
+        program = ["hf-moe", "finetune", method_name(recipe)]
+    return " ".join([*program, *map(without_folders, given)])
+
+
+def method_name(recipe: str) -> str:
+    """Name of a recipe's file for `hf-moe finetune`: finetune_expert_lora.py -> expert-lora, sft_trl.py -> sft."""
+    return Path(recipe).stem.removeprefix("finetune_").removesuffix("_trl").replace("_", "-")

@@ -202,13 +202,19 @@ class Health:
         return f"all {every}" if count == len(self.labels) else f"{count} of {every}"
 
     def _told(self, kind: Verdict, found: Sequence[Finding]) -> str:
+        if len(found) > 1 and len({each.message for each in found}) == 1:
+            told_once = f"{KINDS[kind].title} in {self.where(len(found))}: {found[0].message}"
+            return "\n".join([told_once, *self._advice(kind)])
         told = found[: told_one_by_one(len(found))]
         order = ", worst first" if len(told) < len(found) else ""
         lines = [f"{KINDS[kind].title} in {self.where(len(found))}{order}:"]
         lines += [f"  {self.label(each.layer)}: {each.message}" for each in told]
         lines += [f"  and {plural(len(found) - len(told), 'more layer')}."] if order else []
-        lines += [f"Likely cause: {KINDS[kind].cause}"] if KINDS[kind].cause else []
-        return "\n".join([*lines, f"What to do: {KINDS[kind].advice}"])
+        return "\n".join([*lines, *self._advice(kind)])
+
+    def _advice(self, kind: Verdict) -> list[str]:
+        cause = [f"Likely cause: {KINDS[kind].cause}"] if KINDS[kind].cause else []
+        return [*cause, f"What to do: {KINDS[kind].advice}"]
 
 
 def diagnose(layers: Sequence[LayerStatistics], history: Sequence[Sequence[LayerStatistics]] = ()) -> Health:

@@ -17,6 +17,7 @@ from hf_moe.finetuning.arguments import (
 from hf_moe.finetuning.command_line.methods import METHODS, groups_of
 from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.command_line.source import REQUIRED
+from hf_moe.io.names import command_line, method_name
 
 
 @dataclass
@@ -207,3 +208,13 @@ def test_the_help_shows_each_option_as_the_recipe_has_it(name, monkeypatch, caps
     assert max(map(len, printed.splitlines())) <= 80
     assert all(f"  --{each} " in printed or f"  --{each}\n" in printed for each in real)
     assert len(re.findall(r"^  --", printed, re.MULTILINE)) == len(real)  # one line, one spelling each
+
+
+def test_a_report_tells_the_command_that_was_called(monkeypatch):
+    assert [method_name(f"{method.recipe}.py") for method in METHODS.values()] == list(METHODS)
+    for program, told in (
+        ("/usr/bin/hf-moe", "hf-moe finetune expert-lora"),
+        ("recipes/finetune_expert_lora.py", "python recipes/finetune_expert_lora.py"),
+    ):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert command_line("/home/me/finetune_expert_lora.py", ["law.yaml"]) == f"{told} law.yaml"

@@ -94,6 +94,9 @@ def test_few_tokens_suffice_for_a_collapse_but_not_for_dead_experts():
     assert diagnose([layer([0, 30, 0, 0, 0, 0, 0, 1])]).verdict == "collapsed"
     assert diagnose([layer([1, 0, 0, 0, 0, 0, 0, 0])]).verdict == "unknown"
     assert diagnose([layer([0] * 8)]).verdict == "unknown"
+    same = str(diagnose([layer([3, 2, 3, 0, 1, 2, 3, 2], name=name) for name in "ab"]))
+    assert "Too few tokens to judge in all 2 layers: 16 tokens were seen" in same
+    assert same.count("were seen") == 1, "what all layers share is told once"
 
 
 def test_constant_weights_of_one_expert_per_token_give_no_gradient():
