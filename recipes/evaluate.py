@@ -26,6 +26,7 @@ from hf_moe.evaluation.plan import Evaluation
 from hf_moe.evaluation.runner import evaluate
 from hf_moe.evaluation.tables import print_comparison, print_results
 from hf_moe.finetuning.arguments import RecipeError
+from hf_moe.finetuning.command_line.names import refusal
 from hf_moe.finetuning.surroundings import recipe_errors
 from hf_moe.io.names import command_line
 from hf_moe.io.stages import RunRefusedError
@@ -51,7 +52,10 @@ class EvaluateArguments:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what `comparison.json` holds."""
-    (chosen,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser(EvaluateArguments, allow_abbrev=False)
+    chosen, surplus = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if surplus:
+        raise EvaluationError(refusal(surplus[0]) or f"unknown option {surplus[0]!r}. --help lists the options.")
     if (chosen.adapter is None) == (chosen.tuned is None):
         raise EvaluationError("give one of --adapter and --tuned: what the base is compared with.")
     command = command_line(__file__, arguments)

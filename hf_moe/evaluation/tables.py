@@ -100,7 +100,7 @@ def _print_settings(comparison: Mapping[str, Any], verbose: bool) -> None:
             _say(f"{key}: {' → '.join(map(_value, pair))}")
     if hidden:
         names = ", ".join(key.removeprefix("model.") for key in hidden)
-        _say(f"Not shown, as they always differ then: {names} (hf-moe compare-results --verbose).")
+        _say(f"Not shown, as an adapter or another model changes them (--verbose shows them): {names}.")
 
 
 def _value(value: Any) -> str:

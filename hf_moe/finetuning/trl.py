@@ -19,6 +19,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_moe.adapters.expert_lora import expert_lora_config
 from hf_moe.adapters.frozen_router import router_hash
+from hf_moe.data.encoding import context_of
 from hf_moe.finetuning.arguments import (
     PATIENCE_HELP,
     SAMPLES,
@@ -140,7 +141,7 @@ def prepare_for_trl(
     refuse_used_folder(training)
     config = known_config(base)
     tokenizer = load_tokenizer(base)
-    data = read(texts, training, tokenizer, base.chat_options)
+    data = read(texts, training, tokenizer, base.chat_options, context_of(config))
     # TRL cannot build a model type that another package registers
     model = load_model(base, training.device, config)
     choices = {**asdict(adapter), **chosen_model(base, model)}

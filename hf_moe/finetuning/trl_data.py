@@ -60,6 +60,7 @@ def read_for_sft(
     training: Any,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
+    context: int | None = None,
 ) -> TrlData:
     """Data sets with `input_ids` and `labels`; weights mix the training part.
 
@@ -97,7 +98,7 @@ def read_for_sft(
     def remark(where: str, encoding: Encoding) -> None:
         _print_once(training, f"{where}: {encoding}")
 
-    parts = _read(arguments, training, tokenizer, FINE_TUNING, encode, remark, longest)
+    parts = _read(arguments, training, tokenizer, context, FINE_TUNING, encode, remark, longest)
     if assistant_only and not kinds & {Chat, Instruction}:
         raise RecipeError("assistant_only_loss is for conversations, and no data set has any. Leave it out.")
     return parts
@@ -108,12 +109,14 @@ def read_for_dpo(
     training: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
+    context: int | None = None,
 ) -> TrlData:
     """Data sets with `chosen`, `rejected`, mostly `prompt`, and for conversations `tools` and `chat_template_kwargs`;
     weights mix the training part.
 
     Args:
         options: Variables of the chat template; a row's own come first.
+        context: Tokens that the model takes at most; what is measured is cut to them.
 
     Raises:
         DataError: If a data set cannot be used, or two have different columns.
@@ -129,7 +132,9 @@ def read_for_dpo(
         for each in encoding.remarks:
             _print_once(training, f"{where}: {each}")
 
-    return _read(arguments, training, tokenizer, PREFERENCES, check, remark, sys.maxsize, _preference_features)
+    return _read(
+        arguments, training, tokenizer, context, PREFERENCES, check, remark, sys.maxsize, _preference_features
+    )
 
 
 def _print_once(training: TrainingArguments, text: str) -> None:
@@ -141,6 +146,7 @@ def _read(
     arguments: TrlDataArguments,
     training: Any,
     tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
     layouts: Sequence[Layout],
     work: Callable[[Row], _Read],
     remark: Callable[[str, Encoding], None],
@@ -159,7 +165,7 @@ def _read(
     total = sum(source.weight for source in sources)
     if not total:
         raise DataError("every data set has the weight 0: there is nothing to train on. Give one a weight.")
-    longest = min(training.max_length or _MEASURED, tokenizer.model_max_length)
+    longest = min(training.max_length or _MEASURED, context or sys.maxsize)
     parts: list[list[list[dict[str, Any]]]] = []
     domains: dict[str, DomainTexts] = {}
     for source in sources:

@@ -124,8 +124,8 @@ def _explained(option: Option) -> str:
 
 def _filled(text: str, indent: str = "") -> str:
     """Text in lines of the terminal's width; what `_KEPT` joins is not broken."""
-    options = {"initial_indent": indent, "subsequent_indent": indent}
-    return fill(text, _width(), break_on_hyphens=False, break_long_words=False, **options).replace(_KEPT, " ")
+    lines = fill(text, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return lines.replace(_KEPT, " ")
 
 
 def _width() -> int:

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from hf_moe.finetuning.arguments import REFUSED
 
-RENAMED = {"datasets": "data"}
+RENAMED = {"datasets": "data", "domains": "data"}
 """Old names, and what they are called now."""
 
 ALIASES = {
