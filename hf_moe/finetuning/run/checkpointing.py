@@ -39,8 +39,9 @@ def choose_checkpointing(
     if not supported:
         return Choice(False, "this model's class does not support it, though memory is short")
     needed = "one row alone needs more" if without is None else f"a step needs {size_text(without.total)} without it"
-    too_much = recomputed is not None and recomputed.total > available
-    short = f"; with it, {size_text(recomputed.total)} are still too much" if recomputed and too_much else ""
+    short = ""
+    if recomputed is not None and recomputed.total > available:
+        short = f"; with it, {size_text(recomputed.total)} are still too much"
     return Choice(True, f"{needed}, and the device has {size_text(available)}{short}")
 
 
