@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     after = measure(job, model)
     # 5. save, report, and write the model card
     if trained.is_main_process:
-        save_adapter(model, job.folder / "adapter")
+        save_adapter(model, job.tokenizer, job.folder / "adapter")
     result = report(job, before, trained, after, saved="adapter")
     if trained.is_main_process:
         write_results(job.folder, result, saved="adapter")

@@ -1,10 +1,13 @@
 """`hf-moe generate`: what a model writes, with an adapter and without, through a chat template and raw."""
 
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from chat_cases import TEMPLATES, chat_tokenizer
 from hf_moe import cli
+from hf_moe.cli.common import tokenizer_of
+from hf_moe.finetuning.save import save_adapter
 from tiny_moe import qwen_model, with_expert_lora
 
 SHORT = ("--max-new-tokens", "6", "--temperature", "0")
@@ -39,6 +42,15 @@ def test_an_adapter_is_shown_beside_its_base(folders):
     assert both.stdout == f"base model:\n{base}\nwith the adapter:\n{tuned}"
     assert base != tuned
     assert f"{adapter} is a PEFT adapter: it is loaded onto {model}" in both.stderr
+
+
+def test_the_template_that_an_adapter_learned_with_is_used(folders, tmp_path):
+    model, _ = folders
+    base = AutoModelForCausalLM.from_pretrained(model)
+    learned = chat_tokenizer("learned{{ messages[0].content }}")
+    save_adapter(with_expert_lora(base), learned, tmp_path / "adapter")
+    assert tokenizer_of(str(model), adapter=str(tmp_path / "adapter"))().chat_template == learned.chat_template
+    assert tokenizer_of(str(model))().chat_template == TEMPLATES["qwen3"]
 
 
 def test_a_chat_template_writes_the_prompt_and_raw_leaves_it_out(folders, monkeypatch):

@@ -169,17 +169,24 @@ def _absent(error: OSError, names: list[str]) -> str:
     return f"no folder here is called {' or '.join(map(repr, names))}, and the Hub gave nothing: {error}"
 
 
-def tokenizer_of(path: str, chat_template: Path | None = None) -> Callable[[], Any]:
-    """Return a function that loads a model's tokenizer on its first call."""
+def tokenizer_of(path: str, chat_template: Path | None = None, adapter: str | None = None) -> Callable[[], Any]:
+    """Return a function that loads a model's tokenizer on its first call.
+
+    Args:
+        chat_template: A file that is used in place of the tokenizer's template.
+        adapter: Where that is None, the folder of an adapter, whose template is used if it has one.
+    """
 
     @cache
     def load() -> Any:
-        from hf_moe.data.chat_text import read_chat_template
+        from hf_moe.data.chat_text import CHAT_TEMPLATE, read_chat_template
         from hf_moe.loading.pretrained import load_tokenizer
 
         tokenizer: Any = load_tokenizer(path)
-        if chat_template is not None:
-            tokenizer.chat_template = read_chat_template(chat_template)
+        learned = None if adapter is None else Path(adapter, CHAT_TEMPLATE)
+        template = learned if chat_template is None and learned is not None and learned.is_file() else chat_template
+        if template is not None:
+            tokenizer.chat_template = read_chat_template(template)
         return tokenizer
 
     return load

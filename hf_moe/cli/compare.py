@@ -73,7 +73,7 @@ def compare(
         if note:
             typer.echo(note)
         options = {"window": window, "batch_size": batch_size, "tokenizer": tokenizer}
-        texts = _read(data, max_tokens, tokenizer_of(tokenizer or base, chat_template), on_bad_row)
+        texts = _read(data, max_tokens, tokenizer_of(tokenizer or base, chat_template, adapter), on_bad_row)
         passed = _run(models, texts, options, gate, output)
     except (OSError, RuntimeError, ValueError) as error:
         fail(describe_error(error, base, new, adapter))

@@ -65,7 +65,7 @@ def generate(
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         prompt = _prompt(prompt)
         read_config(base)  # before the tokenizer: what is no model is named as such
-        tokenizer = tokenizer_of(base, chat_template)()
+        tokenizer = tokenizer_of(base, chat_template, adapter)()
         writer = PromptWriter(tokenizer, raw=raw, system=system)
         loaded = load_model(ModelChoice(base, adapter, dtype, experts_implementation, device))
         reply = _Reply(loaded, tokenizer, writer, sampling, compare_base)
@@ -82,12 +82,14 @@ def generate(
 
 def _prompt(given: str | None) -> str | None:
     """The prompt of the command line, or else of standard input; None if that is a terminal."""
-    if given is not None:
-        return given
-    if sys.stdin.isatty():
+    if given is None and sys.stdin.isatty():
         return None
-    text = sys.stdin.read().strip()
-    if not text:
+    try:
+        text = sys.stdin.read().strip() if given is None else given
+        text.encode("utf-8")
+    except UnicodeError:  # Python reads bytes that are no text as lone surrogates, which no tokenizer takes
+        fail("the prompt is no UTF-8 text. Convert it, for example with: iconv -f ISO-8859-1 -t UTF-8")
+    if given is None and not text:
         fail("no prompt: give one with --prompt, or on standard input.")
     return text
 

@@ -80,7 +80,7 @@ def trace(
     model, adapter = model_and_adapter(model, adapter)
     try:
         choice = ModelChoice(model, adapter, dtype, experts_implementation, device)
-        tokenizer = tokenizer_of(choice.path, chat_template)
+        tokenizer = tokenizer_of(choice.path, chat_template, adapter)
         texts = _read(data, by_domain, tokenizer, on_bad_row)
         routing = _trace(choice, tokenizer(), texts, max_tokens, detail.value, audit=no_text)
         _write(output, routing, choice.name)

@@ -13,6 +13,8 @@ from hf_moe.data.formats import Chat, Instruction, Pair, Row, Text
 
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file of a model's folder, or an adapter's, that holds its chat template."""
 # of Unicode's private use: no text has it
 MARK = "\uf4c1\uf4c2"
 

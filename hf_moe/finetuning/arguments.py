@@ -1,6 +1,7 @@
 """Dataclasses of a recipe: each field is a key of the YAML config and an option of the command line."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,8 @@ class ModelArguments:
             except ValueError as error:
                 raise RecipeError(f"chat_template_kwargs is not valid JSON ({error}).") from error
         check_options(self.chat_options)
+        if self.revision is not None and os.path.isdir(self.model):
+            raise RecipeError(f"revision is for models on the Hub, and {self.model!r} is a folder. Leave it out.")
 
     @property
     def chat_options(self) -> dict[str, Any]:
@@ -115,6 +118,8 @@ class ExpertLoraArguments:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise RecipeError(f"r, the rank, must be at least 1, got {self.r}.")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise RecipeError(f"lora_alpha must be at least 1, got {self.lora_alpha}: the adapter is scaled by it.")
 
 
 @dataclass
@@ -170,18 +175,39 @@ def check_early_stopping(arguments: Any) -> None:
 
 
 def check_own(arguments: Any) -> None:
-    """Check `sample_prompts` of a Trainer's arguments, and set four short steps if `smoke` is set.
+    """Check the numbers of a Trainer's arguments and early stopping, and set four short steps if `smoke` is set.
 
     Raises:
-        RecipeError: If `sample_prompts` is negative.
+        RecipeError: If one is out of its range, or nothing is evaluated for early stopping.
     """
     if arguments.sample_prompts < 0:
         raise RecipeError(f"sample_prompts must be 0 or more, got {arguments.sample_prompts}.")
     check_early_stopping(arguments)
+    _check_ranges(arguments)
     if not arguments.smoke:
         return
     arguments.max_steps, arguments.logging_steps, arguments.save_steps, arguments.eval_steps = 4, 1, 2, 2
     arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, 2)
+
+
+def _check_ranges(arguments: Any) -> None:
+    """Raises RecipeError for numbers that transformers, torch or TRL would fall over in the middle, or turn round."""
+    least = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0,
+        "weight_decay": 0,
+        # of TRL's
+        "max_length": 2,
+        "beta": 0,
+    }
+    for name, bound in least.items():
+        value = getattr(arguments, name, None)
+        if value is not None and value < bound:
+            raise RecipeError(f"{name} must be at least {bound}, got {value:g}.")
+    if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
+        raise RecipeError(f"num_train_epochs must be above 0, got {arguments.num_train_epochs:g}.")
 
 
 RECIPE = (ModelArguments, DataArguments, RecipeTrainingArguments)

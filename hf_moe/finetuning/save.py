@@ -8,10 +8,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_moe.adapters.frozen_router import save_router_hash, verify_adapter_without_router
+from hf_moe.data.chat_text import CHAT_TEMPLATE
 from hf_moe.finetuning.other_towers import copy_processor, has_other_towers
 from hf_moe.hub.cards.card import model_card
 from hf_moe.hub.upload_files import is_checkpoint, is_template
-from hf_moe.io.whole_files import whole_folder
+from hf_moe.io.whole_files import whole_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class OwnCardMixin(Trainer):
             card.unlink()
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter and the routers' hash, whole or not at all.
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the adapter, the routers' hash, and the chat template that it learned with, whole or not at all.
 
     Raises:
         RouterNotFrozenError: If the adapter would hold a router's tensor.
@@ -48,6 +49,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         (temporary / "README.md").unlink()  # PEFT's empty card; ours is one level up
         verify_adapter_without_router(temporary, model)
         save_router_hash(temporary, model)
+        if isinstance(tokenizer.chat_template, str):
+            write_text(temporary / CHAT_TEMPLATE, tokenizer.chat_template)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

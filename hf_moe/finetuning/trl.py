@@ -27,6 +27,7 @@ from hf_moe.finetuning.arguments import (
     SMOKE_HELP,
     ExpertLoraArguments,
     ModelArguments,
+    RecipeError,
     check_own,
 )
 from hf_moe.finetuning.card import write_results
@@ -180,9 +181,17 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(job: Job[TrlData], trainer: Trainer) -> Evaluated:
-    """TRL's metrics of the held-out records, without its times, and what `measure` tells of them."""
+    """TRL's metrics of the held-out records, without its times, and what `measure` tells of them.
+
+    Raises:
+        RecipeError: If `metric_for_best_model` is none that TRL gives.
+    """
     timing = ("runtime", "per_second", "_time", "num_tokens", "epoch")
-    found = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if not key.endswith(timing)}
+    given = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    found = {key: value for key, value in given.items() if not f"eval_{key}".endswith(timing)}
+    best = (job.training.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in given:
+        raise RecipeError(f"metric_for_best_model must be one of {', '.join(found)}, got {best!r}.")
     return Evaluated(found, measure(job, trainer.model))
 
 
@@ -193,7 +202,7 @@ def save_and_report(job: Job[TrlData], before: Evaluated, trained: Trained, afte
         before, after: What `evaluate` returned.
     """
     if trained.is_main_process:
-        save_adapter(trained.model, job.folder / "adapter")
+        save_adapter(trained.model, job.tokenizer, job.folder / "adapter")
     last = trained.log[-1] if trained.log else {}
     report = {
         **run_report(job, trained, saved="adapter", libraries=("trl",)),

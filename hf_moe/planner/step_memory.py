@@ -88,6 +88,9 @@ def measured_step_memory(
         accumulates: Whether a step has several such batches.
         checkpointing: Whether layers keep their input alone and are computed again in backward.
         autocast: The dtype of mixed precision, if it is on.
+
+    Raises:
+        torch.OutOfMemoryError: If that forward, which keeps all that backward needs, does not fit the device.
     """
     device = next(model.parameters()).device
     batch = {name: column[None].to(device) for name, column in row.items()}

@@ -5,8 +5,11 @@ import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import TrainerControl
 
 from hf_moe.finetuning.arguments import (
     DataArguments,
@@ -17,6 +20,9 @@ from hf_moe.finetuning.arguments import (
 from hf_moe.finetuning.command_line.methods import METHODS, groups_of
 from hf_moe.finetuning.command_line.parse import parse_recipe
 from hf_moe.finetuning.command_line.source import REQUIRED
+from hf_moe.finetuning.run import plan
+from hf_moe.finetuning.run.checkpointing import choose_checkpointing
+from hf_moe.finetuning.run.evaluation import early_stopping
 from hf_moe.io.names import command_line, method_name
 
 
@@ -130,12 +136,44 @@ def test_a_bad_file_is_refused(config, text, message):
         (["--r", "8", "9"], "'9' belongs to no option. CONFIG comes first"),
         (["--config", "other.yaml"], "one config at most, got '.*recipe.yaml' and 'other.yaml'"),
         (["--config"], "--config needs a value: a YAML file."),
+        (["--no_packing=true"], "--no_packing takes no value. Leave it out, or write --packing false."),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0."),
+        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size must be at least 1, got 0."),
+        (["--num_train_epochs", "-1"], "num_train_epochs must be above 0, got -1."),
+        (["--model", ".", "--revision", "main"], "revision is for models on the Hub, and '.' is a folder."),
     ],
 )
 def test_a_bad_command_line_is_refused(config, options, message):
     given = [config("model: m\ndata: [a]\n")[1], *options]  # the file alone: CONFIG
     with pytest.raises(RecipeError, match=message):
         parse_recipe(KINDS, given)
+
+
+def test_early_stopping_counts_on_in_a_run_that_resumes():
+    asked = SimpleNamespace(
+        early_stopping_patience=3, metric_for_best_model="loss", greater_is_better=False, eval_strategy="steps"
+    )
+    before, resumed = early_stopping(asked)[0], early_stopping(asked)[0]
+    before.early_stopping_patience_counter = 2
+    state = SimpleNamespace(best_metric=1.0, stateful_callbacks={type(before).__name__: before.state()})
+    control = TrainerControl()
+    resumed.on_evaluate(asked, state, control, {"eval_loss": 1.0})
+    assert control.should_training_stop
+
+
+def test_a_forward_that_does_not_fit_the_device_turns_checkpointing_on():
+    assert choose_checkpointing(None, None, None, available=1, supported=True).on
+    assert not choose_checkpointing(False, None, None, available=1, supported=True).on
+
+    def out_of_memory(**row):
+        raise torch.OutOfMemoryError
+
+    model = torch.nn.Linear(1, 1)
+    model.forward = out_of_memory
+    rows = SimpleNamespace(train_rows=[{"input_ids": torch.zeros(8, dtype=torch.long)}])
+    arguments = SimpleNamespace(bf16=False, fp16=False, train_batch_size=1, gradient_accumulation_steps=1)
+    assert plan._memory(model, SimpleNamespace(domains={"a": rows}), arguments, checkpointing=False) is None
+    assert model.training
 
 
 def test_a_missing_file_is_named(tmp_path):

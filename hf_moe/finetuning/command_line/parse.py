@@ -109,6 +109,8 @@ class _Parser(HfArgumentParser):
         if found is None:
             raise RecipeError(message)
         option, what = found.groups()
+        if what.startswith("ignored explicit argument"):
+            what = f"takes no value. Leave it out, or write --{option.removeprefix('--no_')} false."
         if what.startswith("expected"):
             what = f"needs a value: {rule(self.hints[option[2:]]) if option[2:] in self.hints else 'a YAML file'}."
         raise RecipeError(f"{option} {what}")

@@ -22,13 +22,13 @@ class Choice:
 
 
 def choose_checkpointing(
-    asked: bool | None, without: StepMemory | None, recomputed: StepMemory, available: int, supported: bool
+    asked: bool | None, without: StepMemory | None, recomputed: StepMemory | None, available: int, supported: bool
 ) -> Choice:
     """Checkpointing as `asked`, or else on where a step does not fit the device without it.
 
     Args:
         asked: True or False wins; None leaves it to the memory.
-        without, recomputed: A step without and with it; the first is None if one row's forward alone is too much.
+        without, recomputed: A step without and with it; None if one row's forward alone is too much.
         available: Bytes of the device.
         supported: Whether the model's class knows how.
     """
@@ -39,7 +39,9 @@ def choose_checkpointing(
     if not supported:
         return Choice(False, "this model's class does not support it, though memory is short")
     needed = "one row alone needs more" if without is None else f"a step needs {size_text(without.total)} without it"
-    short = "" if recomputed.total <= available else f"; with it, {size_text(recomputed.total)} are still too much"
+    short = ""
+    if recomputed is not None and recomputed.total > available:
+        short = f"; with it, {size_text(recomputed.total)} are still too much"
     return Choice(True, f"{needed}, and the device has {size_text(available)}{short}")
 
 

@@ -61,8 +61,31 @@ def check_best_metric(arguments: TrainingArguments, domains: Mapping[str, Any]) 
         raise RecipeError(f"metric_for_best_model must be one of {', '.join(known)}, got {metric!r}.")
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' callback, whose count of evaluations without a better one goes on in a run that resumes.
+
+    The Trainer stores the count in every checkpoint, and restores none by itself.
+    """
+
+    _restored = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._restore(state)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self._restore(state)  # an evaluation may be made up before the run begins
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+
+    def _restore(self, state):
+        if not self._restored:
+            self._restored = True
+            stored = state.stateful_callbacks.get(type(self).__name__, self.state())
+            self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+
+
 def early_stopping(arguments: Any) -> list[TrainerCallback]:
     """The callback that ends a run after `early_stopping_patience` evaluations without a better one, if asked for."""
     if arguments.early_stopping_patience is None:
         return []
-    return [EarlyStoppingCallback(arguments.early_stopping_patience)]
+    return [EarlyStopping(arguments.early_stopping_patience)]

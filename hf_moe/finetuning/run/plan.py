@@ -52,7 +52,7 @@ def warn_of_rate(model: nn.Module, arguments: TrainingArguments) -> None:
             Console().print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
 
-def _table(job: Job[Data], model: nn.Module, memory: StepMemory, choice: Choice) -> Table:
+def _table(job: Job[Data], model: nn.Module, memory: StepMemory | None, choice: Choice) -> Table:
     data, arguments = job.data, job.training
     per_step, steps = rows_per_step(arguments), trained_rows(arguments, data) // rows_per_step(arguments)
     size = explain(model)
@@ -62,7 +62,7 @@ def _table(job: Job[Data], model: nn.Module, memory: StepMemory, choice: Choice)
         "parameters", f"{size.total_parameters:,} total, {size.active_parameters:,} active, {count:,} trained"
     )
     table.add_row("trained tensors", _kinds(model))
-    table.add_row("memory of a process", str(memory))
+    table.add_row("memory of a process", str(memory or "not known: the forward of one row does not fit the device"))
     table.add_row("gradient checkpointing", f"{'on' if choice.on else 'off'}: {choice.why}")
     table.add_row("learning rate", _rate(arguments, steps))
     table.add_row("steps", f"{steps:,} of {per_step} rows of {data.row_length} tokens")
@@ -97,7 +97,7 @@ def _kinds(model: nn.Module) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
-def _memory_plan(job: Job[Data], model: nn.Module) -> tuple[StepMemory, Choice]:
+def _memory_plan(job: Job[Data], model: nn.Module) -> tuple[StepMemory | None, Choice]:
     """The memory of a step as it will be trained, and whether with gradient checkpointing."""
     arguments = job.training
     without, recomputed = (_memory(model, job.data, arguments, checkpointing) for checkpointing in (False, True))
@@ -106,14 +106,17 @@ def _memory_plan(job: Job[Data], model: nn.Module) -> tuple[StepMemory, Choice]:
     return recomputed if choice.on else without, choice
 
 
-def _memory(model: nn.Module, data: Data, arguments: TrainingArguments, checkpointing: bool) -> StepMemory:
-    """Memory of a training step of this process, from one row's forward."""
+def _memory(model: nn.Module, data: Data, arguments: TrainingArguments, checkpointing: bool) -> StepMemory | None:
+    """Memory of a training step of this process, from one row's forward; None if that does not fit the device."""
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    return measured_step_memory(
-        model,
-        next(iter(data.domains.values())).train_rows[0],
-        batch_size=arguments.train_batch_size,
-        accumulates=arguments.gradient_accumulation_steps > 1,
-        checkpointing=checkpointing,
-        autocast=mixed,
-    )
+    try:
+        return measured_step_memory(
+            model,
+            next(iter(data.domains.values())).train_rows[0],
+            batch_size=arguments.train_batch_size,
+            accumulates=arguments.gradient_accumulation_steps > 1,
+            checkpointing=checkpointing,
+            autocast=mixed,
+        )
+    except torch.OutOfMemoryError:
+        return None  # its layers may fit one by one: with checkpointing the run goes on
