@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -201,10 +201,10 @@ def test_an_interruption_of_the_first_imports_is_a_sentence(capsys, monkeypatch)
     assert capsys.readouterr().err == "error: interrupted.\n"
 
 
-def test_the_recipe_runs_as_a_file():
-    program = quickstart.__file__
-    result = subprocess.run(
-        [sys.executable, program, "--minutes", "0"], capture_output=True, text=True, check=False, cwd="/"
-    )
-    assert result.returncode == 2
-    assert "--minutes must be from 0.05 to 1440" in result.stderr
+def test_the_recipe_runs_as_a_file(monkeypatch, capsys):
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--minutes", "0"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(quickstart.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert "--minutes must be from 0.05 to 1440" in capsys.readouterr().err

@@ -171,6 +171,7 @@ def problem_of_script(words: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if own_commands(page)], ids=name_of)
 def test_commands_have_the_options_that_a_page_gives_them(page, reader, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="all recipes are imported: pip install -e .[eval]")
     if any(command[1:2] == ["finetune"] and command[2] in ("sft", "dpo") for _, command in own_commands(page)):
         pytest.importorskip("trl")
     stop_after_parsing(monkeypatch)

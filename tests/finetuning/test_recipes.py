@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -386,15 +387,15 @@ def test_nothing_to_train_on_is_refused(models, data, tmp_path):
         run("finetune_full", arguments)
 
 
-def test_the_program_prints_what_is_wrong_in_one_line(models, tmp_path):
-    arguments = options(models, [str(tmp_path / "none.jsonl")], tmp_path / "out")
-    command = [sys.executable, str(ROOT / "recipes" / "finetune_full.py"), *arguments]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert ended.returncode == 2
-    assert "error: the data file" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_the_program_prints_what_is_wrong_in_one_line(models, tmp_path, monkeypatch, capsys):
+    program = str(ROOT / "recipes" / "finetune_full.py")
+    monkeypatch.setattr(sys, "argv", [program, *options(models, [str(tmp_path / "none.jsonl")], tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(program, run_name="__main__")
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert "error: the data file" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

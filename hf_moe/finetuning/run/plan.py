@@ -75,7 +75,8 @@ def _table(job: Job[Data], model: nn.Module, memory: StepMemory | None, choice: 
 
 def _rate(arguments: TrainingArguments, steps: int) -> str:
     schedule = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
-    return f"{arguments.learning_rate:g}, {schedule}, {arguments.get_warmup_steps(steps):,} steps of warm-up"
+    warm_up = arguments.get_warmup_steps(steps)
+    return f"{arguments.learning_rate:g}, {schedule}, {warm_up:,} step{'s' * (warm_up != 1)} of warm-up"
 
 
 def _domains(data: Data) -> list[str]:
