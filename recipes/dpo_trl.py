@@ -1,4 +1,4 @@
-"""Learn from preferences with TRL's DPOTrainer: LoRA on the experts, the router frozen and proved frozen.
+"""Learn from preferences with TRL's DPOTrainer: LoRA on the experts, the router frozen and checked by hash.
 
     pip install -e ".[recipes,trl]"
     hf-moe finetune dpo quickstart/dpo.yaml                  # after hf-moe quickstart

@@ -10,7 +10,7 @@ The output folder: `base/` and `adapted/`, each with `results.json` and the samp
 for every metric the paired difference with its 95 % interval. Interrupted, the same command continues with the task
 that was running. Scores are those of lm-evaluation-harness to the digit.
 
-A model of a few million parameters answers multiple-choice questions at chance level; its bits per byte tell more.
+A model of a few million parameters answers multiple-choice questions at chance level: look at its bits per byte.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL's SFTTrainer: LoRA on the experts, the router frozen and proved frozen.
+"""Supervised fine-tuning with TRL's SFTTrainer: LoRA on the experts, the router frozen and checked by hash.
 
     pip install -e ".[recipes,trl]"
     hf-moe finetune sft quickstart/sft.yaml                  # after hf-moe quickstart

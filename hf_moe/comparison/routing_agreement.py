@@ -1,6 +1,6 @@
 """Agreement of a model's routing of fixed tokens before and after training.
 
-A frozen router is no frozen routing: the hidden states that it reads move.
+Freezing the router does not freeze the routing: the hidden states that it reads move.
 """
 
 from dataclasses import dataclass

@@ -98,7 +98,7 @@ PUBLISHED = ("lfm2", "llama3", "qwen2_5", "qwen3_instruct_2507", "cohere", "gemm
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates_have_the_turns_that_trl_marks(name):
-    trl = pytest.importorskip("trl", reason="needs TRL: pip install hf-moe[trl]")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     from transformers.utils.chat_template_utils import render_jinja_template
 
     folder = Path(trl.__file__).parent / "chat_templates"
@@ -117,7 +117,7 @@ def test_published_templates_have_the_turns_that_trl_marks(name):
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "deepseekv3"])
 def test_published_templates_without_a_marked_twin(name):
-    trl = pytest.importorskip("trl", reason="needs TRL: pip install hf-moe[trl]")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     expected = {
         "qwen3": ["four<|im_end|>", "<think>\nr2\n</think>\n\nseven<|im_end|>"],
         "gptoss": [

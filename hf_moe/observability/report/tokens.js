@@ -174,14 +174,14 @@ function shownChoice({ state, report, byDomain }, choices, colourOf) {
 
 function tokensLead({ state, byDomain, report }) {
   const label = titled(report.labels[state.layer]);
-  if (state.expert !== null) return `${label}: the tokens that chose expert ${state.expert}, deeper for more weight.`;
+  if (state.expert !== null) return `${label}: the tokens that chose expert ${state.expert}. A darker colour means more weight.`;
   const many = report.experts[state.layer] >= MANY_EXPERTS;
   const what = byDomain
     ? "each token in the colour of the domain that its strongest expert prefers"
     : many
       ? "each token in the colour of the strongest of its experts that are among the eight most frequent here"
       : "each token in the colour of its strongest expert";
-  return `${label}: ${what}, deeper for more weight; below, for how many of these tokens that is. Point at a token, or move with the arrow keys, for all that it chose.`;
+  return `${label}: ${what}. A darker colour means more weight. The bars below count the tokens of each colour. Point at a token, or move with the arrow keys, for all that it chose.`;
 }
 
 function drawTokenLegend(view, scheme, groups, counts) {
