@@ -7,8 +7,8 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """
-Agreement of two routings of the same tokens in one layer of a Mixture-of-Experts: freezing a router does not freeze the
-routing, since the hidden states that it reads move. Every prediction and reference is one token's chosen experts.
+Agreement of two routings of the same tokens in one layer of a Mixture-of-Experts: freezing a router does not freeze
+the routing, since the hidden states that it reads move. Every prediction and reference is one token's chosen experts.
 """
 _KWARGS = """
 Args:
