@@ -57,14 +57,15 @@ def _load(
 
 def _write(checkpoint: CheckpointFacts, training: TrainingFacts) -> list[str]:
     """Lines that continue a prompt, or answer it where the tokenizer has a chat template."""
-    prompt = json.dumps(_prompt(training), ensure_ascii=False)
     if checkpoint.has_chat_template:
+        # a sample's prompt is what a template has written already
         inputs = [
-            f'messages = [{{"role": "user", "content": {prompt}}}]',
+            'messages = [{"role": "user", "content": "What can you do?"}]',
             'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
             "inputs = tokenizer.apply_chat_template(messages, **options).to(model.device)",
         ]
     else:
+        prompt = json.dumps(_prompt(training), ensure_ascii=False)
         inputs = [f"prompt = {prompt}", 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
     return ["", *inputs, "output = model.generate(**inputs, max_new_tokens=50)", "print(tokenizer.decode(output[0]))"]
 
