@@ -140,7 +140,7 @@ VARIANTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install hf-moe[triton]")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install -e '.[triton]'")
 @pytest.mark.parametrize(
     "family", [family if family in VARIANTS else pytest.param(family, marks=pytest.mark.long) for family in FAMILIES]
 )

@@ -29,12 +29,17 @@ class RecipeTrainer(OwnCardMixin, MoeTrainer):
         # `evaluate` reads them all; the Trainer only asks whether there are some
         super().__init__(eval_dataset=next(iter(job.data.domains.values())).held_out_rows, **options)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The metrics, logged and shown to the callbacks.
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The metrics, logged and shown to the callbacks; outputs that `ignore_keys` names are not read in any case.
 
         Raises:
             EvaluationBrokenOff: At SIGTERM, between two domains.
+            ValueError: For another data set or prefix: the job's held-out rows are evaluated.
         """
+        if eval_dataset is not None or metric_key_prefix != "eval":
+            raise ValueError("RecipeTrainer evaluates the job's held-out rows as 'eval'. For others use a MoeTrainer.")
         found: dict[str, float] = {"eval_loss": 0.0}
         for name, domain in self._job.data.domains.items():
             if self._may_break_off and self._termination.agreed(self.args.device):
