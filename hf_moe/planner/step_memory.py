@@ -9,7 +9,7 @@ GPU's libraries need comes on top (`fit.RESERVE`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -123,17 +123,28 @@ def step_memory(
         weights: Bytes of the whole model, where they are others than those of its parameters.
     """
     config = cast(Any, model).config.get_text_config()
-    width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
     trained = bytes_of(p for p in model.parameters() if p.requires_grad)
     kept = max(0, saved - 4 * tokens * config.vocab_size)  # the loss keeps float32 logits: counted below
-    layer = kept // config.num_hidden_layers
-    return StepMemory(
+    memory = StepMemory(
         weights=bytes_of(model.parameters()) if weights is None else weights,
         optimizer=2 * trained,
         gradients=trained,
-        activations=config.num_hidden_layers * tokens * config.hidden_size * width if checkpointing else kept,
-        work=max(logits_bytes(tokens, config.vocab_size), 2 * layer if checkpointing else layer),
+        activations=kept,
+        work=max(logits_bytes(tokens, config.vocab_size), kept // config.num_hidden_layers),
         accumulates=accumulates,
+    )
+    return with_checkpointing(memory, model, tokens) if checkpointing else memory
+
+
+def with_checkpointing(memory: StepMemory, model: nn.Module, tokens: int) -> StepMemory:
+    """The step whose `memory` without gradient checkpointing is known, with it; `tokens` of all rows at a time."""
+    config = cast(Any, model).config.get_text_config()
+    width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+    layer = memory.activations // config.num_hidden_layers
+    return replace(
+        memory,
+        activations=config.num_hidden_layers * tokens * config.hidden_size * width,
+        work=max(logits_bytes(tokens, config.vocab_size), 2 * layer),
     )
 
 

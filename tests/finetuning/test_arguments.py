@@ -170,9 +170,9 @@ def test_a_forward_that_does_not_fit_the_device_turns_checkpointing_on():
 
     model = torch.nn.Linear(1, 1)
     model.forward = out_of_memory
-    rows = SimpleNamespace(train_rows=[{"input_ids": torch.zeros(8, dtype=torch.long)}])
+    row = {"input_ids": torch.zeros(8, dtype=torch.long)}
     arguments = SimpleNamespace(bf16=False, fp16=False, train_batch_size=1, gradient_accumulation_steps=1)
-    assert plan._memory(model, SimpleNamespace(domains={"a": rows}), arguments, checkpointing=False) is None
+    assert plan._memory(model, row, arguments) is None
     assert model.training
 
 

@@ -1,10 +1,12 @@
 """The table that is printed before training: what is trained on what, how much memory that takes, and warnings."""
 
+from collections.abc import Mapping
+
 import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_moe.finetuning.domains import Data
@@ -19,7 +21,7 @@ from hf_moe.finetuning.run.checkpointing import (
 from hf_moe.finetuning.run.learning_rate import rate_warning, rounding_warning
 from hf_moe.finetuning.surroundings import versions
 from hf_moe.observability.explain import explain
-from hf_moe.planner.step_memory import StepMemory, measured_step_memory
+from hf_moe.planner.step_memory import StepMemory, measured_step_memory, with_checkpointing
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:
@@ -101,22 +103,24 @@ def _kinds(model: nn.Module) -> str:
 def _memory_plan(job: Job[Data], model: nn.Module) -> tuple[StepMemory | None, Choice]:
     """The memory of a step as it will be trained, and whether with gradient checkpointing."""
     arguments = job.training
-    without, recomputed = (_memory(model, job.data, arguments, checkpointing) for checkpointing in (False, True))
+    row = next(iter(job.data.domains.values())).train_rows[0]
+    without = _memory(model, row, arguments)
+    tokens = arguments.train_batch_size * len(row["input_ids"])
+    recomputed = None if without is None else with_checkpointing(without, model, tokens)
     available, supported = device_memory(arguments.device), supports_checkpointing(model)
     choice = choose_checkpointing(arguments.asked_checkpointing, without, recomputed, available, supported)
     return recomputed if choice.on else without, choice
 
 
-def _memory(model: nn.Module, data: Data, arguments: TrainingArguments, checkpointing: bool) -> StepMemory | None:
-    """Memory of a training step of this process, from one row's forward; None if that does not fit the device."""
+def _memory(model: nn.Module, row: Mapping[str, Tensor], arguments: TrainingArguments) -> StepMemory | None:
+    """Memory of a step without checkpointing, from one row's forward; None if that does not fit the device."""
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     try:
         return measured_step_memory(
             model,
-            next(iter(data.domains.values())).train_rows[0],
+            row,
             batch_size=arguments.train_batch_size,
             accumulates=arguments.gradient_accumulation_steps > 1,
-            checkpointing=checkpointing,
             autocast=mixed,
         )
     except torch.OutOfMemoryError:
